@@ -1,0 +1,1 @@
+"""What a partner runs beside its data."""

@@ -1,0 +1,288 @@
+"""The Flower ClientApp: one handler a request, each in the same order.
+
+verify the message -> ask the gate -> read data and work -> outbox -> commit -> reply. What the gate refuses is answered
+with a signed refusal and reads nothing.
+
+What may leave a node, and nothing else: `update` (a round's model update), `scores` (scores and labels of rows registered
+as public), `histogram` (noisy score histogram, charged), `head` and `signature` (of its ledger), `accepted`, `refused`.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..common.charter import Charter
+from ..common.closing import sign_closing
+from ..common.errors import DataError, MessageError, Refusal, Refused
+from ..common.flower import ClientApp, Context, Message, RecordDict
+from ..common.identity import Identity, sha256
+from ..common.messages import Manifest, Tensors, Wire
+from ..common.tasks import Task
+from ..common.tasks.metrics import score_histogram, scores_of
+from .datasets import RegisteredDataset, Rows
+from .noise import SecureNoise
+from .outbox import Outbox
+from .training import LocalSettings, train_locally
+
+_log = logging.getLogger("hansa.node")
+
+
+class Doorkeeper(Protocol):
+    """What the handlers need of a gate; see `gate.Gate`."""
+
+    name: str
+
+    def charter(self, sha256_hex: str) -> Charter | None:
+        """An accepted charter."""
+
+    def open_run(self, request: Manifest, request_sha256: str) -> None:
+        """Hold a run's plan or raise Refused."""
+
+    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> bool:
+        """Spend, or raise Refused; True when answered before."""
+
+    def admit_public(self, request: Manifest, request_sha256: str) -> bool:
+        """Let a public evaluation through, or raise Refused; True when answered before."""
+
+    def commit(self, request: Manifest, request_sha256: str, reply_sha256: str, *, public: bool) -> None:
+        """Record the reply before it leaves."""
+
+    def refuse(self, request: Manifest, request_sha256: str, refused: Refused) -> None:
+        """Record a refusal."""
+
+    def close_run(self, run_id: str) -> dict[str, Any]:
+        """Release a run's hold; the ledger's length and head."""
+
+
+class Node:
+    """A partner's side of a run.
+
+    Args:
+        model: an instance of the task's model, used as scratch; one process may share it between its nodes.
+        outbox: where finished replies are kept; None in simulations of more than 100 clients.
+        identity: signs closing checkpoints; None there as well.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        dataset: RegisteredDataset,
+        gate: Doorkeeper,
+        wire: Wire,
+        *,
+        coordinator: str = "coordinator",
+        outbox: Outbox | None = None,
+        identity: Identity | None = None,
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._dataset = dataset
+        self._gate = gate
+        self._wire = wire
+        self._coordinator = coordinator
+        self._outbox = outbox
+        self._identity = identity
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def open(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
+        """Accept or refuse a whole run."""
+        self._gate.open_run(request, digest)
+        return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+
+    def train(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
+        """One round of local training; answers with the update w_after − w_before."""
+        self._check_model(tensors)
+        if self._gate.debit(request, digest, "train"):
+            return self._again(request)
+        charter = self._agreed(request)
+        settings = local_settings(charter)
+        update = train_locally(
+            self._model,
+            self._task.loss,
+            tensors,
+            self._rows().train,
+            settings,
+            _declared(charter, self._gate.name),
+            seed=None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name),
+        )
+        return self._answer(request, digest, "update", update, public=False)
+
+    def evaluate(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
+        """Measure the model on held-out rows, as the charter's evaluation says."""
+        self._check_model(tensors)
+        evaluation = self._agreed(request).evaluation
+        public = evaluation.kind == "public"
+        before = (
+            self._gate.admit_public(request, digest)
+            if public
+            else self._gate.debit(request, digest, "evaluate")
+        )
+        if before:
+            return self._again(request)
+        rows = self._rows().held_out
+        scores = self._scores(tensors, rows)
+        labels = rows.y.numpy()
+        if public:
+            return self._answer(request, digest, "scores", {"scores": scores, "labels": labels}, public=True)
+        counts = score_histogram(scores, labels, evaluation.bins, binary=len(self._task.classes) == 2).astype(np.float64)
+        assert evaluation.noise_multiplier is not None
+        # One record is one count: sensitivity 1 under add-or-remove-one, so the multiplier is the standard deviation.
+        noisy = counts + SecureNoise().gaussian(counts.shape, evaluation.noise_multiplier)
+        return self._answer(request, digest, "histogram", {"histogram": noisy}, public=False)
+
+    def close(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
+        """Release what the run still holds; answers with this ledger's length and head."""
+        head = self._gate.close_run(request.run_id)
+        if self._outbox is not None:
+            self._outbox.drop(request.run_id)
+        return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
+
+    def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
+        """Sign a closing checkpoint that states this ledger as it is."""
+        assert self._identity is not None
+        payload = base64.b64decode(str(request.fields.get("closing", "")), validate=True)
+        head = self._gate.close_run(request.run_id)
+        signature = sign_closing(
+            self._identity, payload, request.run_id, request.charter_sha256, self._gate.name, head
+        )
+        encoded = base64.b64encode(signature).decode()
+        return self._wire.encode(request.reply("signature", digest, signature=encoded), self._wire.pack({}))[0]
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def handle(self, work: Callable[[Manifest, str, Tensors], RecordDict], message: Message) -> Message:
+        """Verify, work, reply; a refusal becomes a signed reply.
+
+        Raises:
+            MessageError: the request is not the coordinator's; nothing is answered in the node's name.
+            OutputError, LedgerError: the node cannot record what it does, so it does nothing.
+        """
+        request, tensors, digest = self._wire.decode(message.content, self._coordinator)
+        try:
+            reply = work(request, digest, tensors)
+        except Refused as refused:
+            self._gate.refuse(request, digest, refused)
+            fields = {"reason": refused.reason.value, "detail": refused.detail}
+            reply = self._wire.encode(request.reply("refused", digest, **fields), self._wire.pack({}))[0]
+        return Message(reply, reply_to=message)
+
+    def _answer(
+        self, request: Manifest, digest: str, kind: str, tensors: Tensors, *, public: bool
+    ) -> RecordDict:
+        reply, reply_sha256 = self._wire.encode(request.reply(kind, digest), self._wire.pack(tensors))
+        if self._outbox is not None:
+            self._outbox.put(request.run_id, request.request_id, reply)
+        self._gate.commit(request, digest, reply_sha256, public=public)
+        return reply
+
+    def _again(self, request: Manifest) -> RecordDict:
+        if self._outbox is None:
+            raise MessageError(f"{request.request_id} was answered before")
+        return self._outbox.get(request.run_id, request.request_id)
+
+    def _agreed(self, request: Manifest) -> Charter:
+        charter = self._gate.charter(request.charter_sha256)
+        if charter is None:
+            raise Refused(Refusal.CHARTER_UNKNOWN, "this node accepted no such charter")
+        return charter
+
+    def _check_model(self, tensors: Tensors) -> None:
+        """Refuse a model of another shape before anything is spent on it. Looks at the request only."""
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        good = shapes == self._shapes and all(
+            t.dtype == np.float32 and np.isfinite(t).all() for t in tensors.values()
+        )
+        if not good:
+            raise Refused(Refusal.NUMERIC, "the model's tensors are not those of the task, or not finite")
+
+    def _rows(self) -> Any:
+        try:
+            return self._dataset.open()
+        except DataError as err:
+            # The words hold record values: they stay here.
+            _log.error("%s: %s", self._gate.name, err)
+            raise Refused(
+                Refusal.DATA, "the registered dataset cannot be read; see the node's own log"
+            ) from err
+
+    def _scores(self, tensors: Tensors, rows: Rows) -> npt.NDArray[np.float32]:
+        """Scores [n, classes] in batches, so that memory does not grow with the held-out rows."""
+        model = self._model
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.from_numpy(np.array(tensors[name])))
+            model.eval()
+            parts = [scores_of(model(x)) for x in rows.x.split(1024) if len(x)]
+            model.train()
+        return np.concatenate(parts) if parts else np.zeros((0, len(self._task.classes)), np.float32)
+
+
+def make_client_app(find: Callable[[Context], Node]) -> ClientApp:
+    """The ClientApp. `find` gives the node that a message is for (a real process has one)."""
+    app = ClientApp()
+
+    @app.query("open")
+    def _open(message: Message, context: Context) -> Message:
+        node = find(context)
+        return node.handle(node.open, message)
+
+    @app.train()
+    def _train(message: Message, context: Context) -> Message:
+        node = find(context)
+        return node.handle(node.train, message)
+
+    @app.evaluate()
+    def _evaluate(message: Message, context: Context) -> Message:
+        node = find(context)
+        return node.handle(node.evaluate, message)
+
+    @app.query("close")
+    def _close(message: Message, context: Context) -> Message:
+        node = find(context)
+        return node.handle(node.close, message)
+
+    @app.query("sign")
+    def _sign(message: Message, context: Context) -> Message:
+        node = find(context)
+        return node.handle(node.sign, message)
+
+    return app
+
+
+def local_settings(charter: Charter) -> LocalSettings:
+    """A round's local work, exactly as the charter has it."""
+    local, privacy = charter.algorithm.local, charter.privacy
+    return LocalSettings(
+        steps=local.steps,
+        sampling_rate=local.sampling_rate,
+        optimizer=local.optimizer.name,
+        lr=local.optimizer.lr,
+        momentum=local.optimizer.momentum,
+        proximal_mu=charter.algorithm.strategy.proximal_mu or 0.0,
+        clip_norm=privacy.clip_norm,
+        noise_multiplier=privacy.noise_multiplier,
+    )
+
+
+def round_seed(model_seed: int, round_number: int, name: str) -> int:
+    """Seed of the batches of one unprotected round, so that a resumed run repeats them. Never used for noise."""
+    return int(sha256(f"{model_seed}:{round_number}:{name}".encode())[:15], 16)
+
+
+def _declared(charter: Charter, name: str) -> int:
+    member = charter.member(name)
+    if member is not None:
+        return member.declared_records
+    assert charter.population is not None
+    return charter.population.declared_records

@@ -1,0 +1,46 @@
+"""Closing checkpoints: every ledger's length and head at the end of a run, signed by all (docs/ledger-format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import MessageError
+from .identity import Identity, canonical, strict_json
+
+CLOSING_TYPE = "application/vnd.hansa.closing+json"
+
+
+def closing_payload(
+    run_id: str, charter_sha256: str, model_sha256: str | None, heads: Mapping[str, Mapping[str, Any]]
+) -> bytes:
+    """The bytes that everyone signs. `heads`: owner -> {"length", "head"}."""
+    ledgers = [{"owner": name, "length": h["length"], "head": h["head"]} for name, h in sorted(heads.items())]
+    return canonical(
+        {
+            "v": 1,
+            "run_id": run_id,
+            "charter_sha256": charter_sha256,
+            "model_sha256": model_sha256,
+            "ledgers": ledgers,
+        }
+    )
+
+
+def sign_closing(
+    identity: Identity, payload: bytes, run_id: str, charter_sha256: str, owner: str, head: Mapping[str, Any]
+) -> bytes:
+    """Sign a closing checkpoint, if it says about the signer's own ledger what is true.
+
+    Raises:
+        MessageError: it is of another run or charter, or states another length or head.
+    """
+    body = strict_json(payload)
+    try:
+        mine = [item for item in body["ledgers"] if item["owner"] == owner]
+        same = (body["v"], body["run_id"], body["charter_sha256"]) == (1, run_id, charter_sha256)
+    except (KeyError, TypeError) as err:
+        raise MessageError("a malformed closing checkpoint") from err
+    if not same or mine != [{"owner": owner, "length": head["length"], "head": head["head"]}]:
+        raise MessageError("a closing checkpoint that does not state this ledger as it is")
+    return identity.sign(CLOSING_TYPE, payload)

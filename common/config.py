@@ -1,0 +1,308 @@
+"""YAML -> validated, frozen models; unknown keys are refused with their place in the file.
+
+The sections that partners must agree on (`Algorithm`, `Privacy`, `Evaluation`) are the ones a charter carries, so a
+configuration and a charter cannot mean different things by the same word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from .errors import ConfigError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+SIGNED_PARTNERS_MAX = 100
+"""Above this many partners a simulation keeps one run ledger instead of an identity and a ledger each."""
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Optimizer(Section):
+    """The optimiser of local steps; its state starts fresh every round."""
+
+    name: Literal["sgd", "adam"] = "sgd"
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _momentum_of_sgd(self) -> Optimizer:
+        if self.name != "sgd" and self.momentum:
+            raise ValueError("momentum goes with sgd")
+        return self
+
+
+class Local(Section):
+    """What one partner does in one round: `steps` steps, each over a Poisson sample of rate `sampling_rate`."""
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)]
+    sampling_rate: Fraction = 1.0
+    optimizer: Optimizer
+
+
+class Strategy(Section):
+    """A Flower server strategy by name, with the parameters it takes."""
+
+    name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    proximal_mu: NonNegative | None = None
+    server_learning_rate: Positive | None = None
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    eta: Positive | None = None
+    beta_1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    beta_2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    tau: Positive | None = None
+
+    def parameters(self) -> dict[str, float]:
+        """The parameters that were set, by Flower's names."""
+        return {k: v for k, v in self.model_dump().items() if k != "name" and v is not None}
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Strategy:
+        own = {
+            "fedavg": set[str](),
+            "fedprox": {"proximal_mu"},
+            "fedavgm": {"server_learning_rate", "server_momentum"},
+            "fedadam": {"eta", "beta_1", "beta_2", "tau"},
+            "fedyogi": {"eta", "beta_1", "beta_2", "tau"},
+            "fedadagrad": {"eta", "tau"},
+        }[self.name]
+        if foreign := sorted(set(self.parameters()) - own):
+            allowed = ", ".join(sorted(own)) or "no parameters"
+            raise ValueError(f"strategy {self.name} does not take {', '.join(foreign)}; it takes {allowed}")
+        if self.name == "fedprox" and not self.proximal_mu:
+            raise ValueError("fedprox needs proximal_mu above 0 (with 0 it is fedavg)")
+        return self
+
+
+class Algorithm(Section):
+    """How the model is trained."""
+
+    strategy: Strategy = Strategy()
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    participation: Fraction = 1.0
+    weighting: Literal["declared", "uniform"] = "declared"
+    local: Local
+
+
+class Privacy(Section):
+    """What each partner's dataset may spend, and what for.
+
+    The unit is one record of one partner; adjacency is add-or-remove-one; noise is added locally, before anything
+    leaves the node; the adversary is everybody but the node itself, the coordinator included. `noise_multiplier`
+    (noise standard deviation over `clip_norm`) is calibrated with the filter that will enforce it when left out.
+    """
+
+    kind: Literal["local", "none"] = "local"
+    unit: Literal["record"] = "record"
+    epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    clip_norm: Positive | None = None
+    noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Privacy:
+        numbers = ("epsilon", "delta", "clip_norm")
+        if self.kind == "local" and (missing := [n for n in numbers if getattr(self, n) is None]):
+            raise ValueError(f"privacy kind local needs {', '.join(missing)}")
+        if self.kind == "none" and any(getattr(self, n) is not None for n in (*numbers, "noise_multiplier")):
+            raise ValueError("privacy kind none takes no epsilon, delta, clip_norm or noise_multiplier")
+        return self
+
+
+class Evaluation(Section):
+    """How the model is measured.
+
+    none: not at all. public: on rows that their owner registered as public before training; scores may leave.
+    private: noisy per-class score histograms on held-out rows, charged to the dataset as their own event.
+    """
+
+    kind: Literal["none", "public", "private"] = "public"
+    every: Annotated[int, Field(ge=1)] = 1
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] | None = None
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+
+    @model_validator(mode="after")
+    def _complete(self) -> Evaluation:
+        if (self.kind == "private") != (self.noise_multiplier is not None):
+            raise ValueError("noise_multiplier goes with evaluation kind private, and only with it")
+        return self
+
+
+class PartnerEntry(Section):
+    """One organisation: its data file and the size it declares (rounded, public)."""
+
+    data: str
+    declared_records: Annotated[int, Field(ge=1)]
+    allow_single_class: bool = False
+
+
+class Partition(Section):
+    """How a population's rows are dealt to its clients."""
+
+    kind: Literal["iid", "dirichlet", "quantity"] = "iid"
+    alpha: Positive | None = None
+    min_records: Annotated[int, Field(ge=1)] = 10
+
+    @model_validator(mode="after")
+    def _complete(self) -> Partition:
+        if (self.kind == "iid") != (self.alpha is None):
+            raise ValueError("alpha goes with partition kind dirichlet or quantity, and only with them")
+        return self
+
+
+class Population(Section):
+    """Simulated clients that share one data set."""
+
+    dataset: str
+    clients: Annotated[int, Field(ge=1, le=1_000_000)]
+    partition: Partition = Partition()
+
+
+class Federation(Section):
+    """One federation: who takes part, what is trained, at which privacy, for how long."""
+
+    name: Name
+    purpose: str = ""
+    task: Name
+    partners: dict[Name, PartnerEntry] | None = None
+    population: Population | None = None
+    algorithm: Algorithm
+    privacy: Privacy
+    evaluation: Evaluation = Evaluation()
+    quorum: Annotated[int, Field(ge=1)]
+    round_deadline_s: Positive = 600.0
+    declared_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    expires_days: Annotated[int, Field(ge=1, le=3650)] = 365
+    benefit: str = "Every partner receives the final model."
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Federation:
+        if (self.partners is None) == (self.population is None):
+            raise ValueError(
+                "give either partners (organisations with a file each) or population (simulated clients)"
+            )
+        size = len(self.partners) if self.partners is not None else self.population.clients  # type: ignore[union-attr]
+        if self.partners is not None and not 2 <= size <= SIGNED_PARTNERS_MAX:
+            raise ValueError(f"partners: {size} given, 2 to {SIGNED_PARTNERS_MAX} allowed")
+        if self.partners is not None and "coordinator" in self.partners:
+            raise ValueError("partners: the name coordinator is taken by the coordinator")
+        cohort = max(1, round(self.algorithm.participation * size))
+        if self.quorum > cohort:
+            raise ValueError(f"quorum {self.quorum} is more than the {cohort} partner(s) asked in a round")
+        largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
+        check_delta(self.privacy.delta, largest)
+        return self
+
+
+def check_delta(delta: float | None, declared_records: int) -> None:
+    """Refuse δ ≥ 1/n: it would allow a mechanism that publishes a whole record now and then.
+
+    Raises:
+        ValueError: with the number allowed.
+    """
+    if delta is not None and declared_records and delta >= 1 / declared_records:
+        raise ValueError(
+            f"privacy.delta {delta:g} is not below 1/n = {1 / declared_records:.2g} for {declared_records} records; "
+            "such a delta allows publishing whole records"
+        )
+
+
+def load_config(path: Path) -> Federation:
+    """Read and check a configuration.
+
+    Raises:
+        ConfigError: naming file, line, key, the value found and what is allowed.
+    """
+    root = _compose(path)
+    try:
+        raw = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
+        return Federation.model_validate(raw)
+    except yaml.YAMLError as err:  # constructor errors: duplicate keys, odd tags
+        raise _yaml_error(path, err) from err
+    except ValidationError as err:
+        raise ConfigError(
+            "\n".join(_explain(path, root, dict(item)) for item in err.errors()),
+            "Every key is described in docs/configuration.md; ready-made files are in configs/.",
+        ) from err
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice: the first one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not text", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path}: no such file", "Ready-made configurations are in configs/.") from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path}: not UTF-8 text ({err})", "Save the file as UTF-8.") from err
+    except OSError as err:
+        raise ConfigError(f"{path}: {err.strerror}", "Give the path of a readable YAML file.") from err
+    except yaml.YAMLError as err:
+        raise _yaml_error(path, err) from err
+    except RecursionError as err:
+        raise ConfigError(f"{path}: nested too deeply", "A configuration has four levels at most.") from err
+
+
+def _yaml_error(path: Path, err: yaml.YAMLError) -> ConfigError:
+    mark = getattr(err, "problem_mark", None)
+    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    problem = getattr(err, "problem", None) or str(err)
+    return ConfigError(f"{where}: not valid YAML: {problem}", "Check indentation and quotes at this place.")
+
+
+def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
+    """One validation error as `file:line: key: what is wrong (value found)`."""
+    loc: Sequence[str | int] = [part for part in item["loc"] if part != "[key]"]
+    node, line = root, 1
+    for part in loc:
+        line = node.start_mark.line + 1 if node is not None else line
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == str(part):
+                    child, line = value_node, key_node.start_mark.line + 1
+        node = child
+        if node is None:
+            break
+    key = ".".join(str(part) for part in loc) or "(whole file)"
+    match item["type"]:
+        case "extra_forbidden":
+            what = "unknown key"
+        case "missing":
+            what = "missing; it is required"
+        case _:
+            what = str(item["msg"]).removeprefix("Value error, ")
+    found = item.get("input")
+    shown = "" if item["type"] == "missing" or isinstance(found, dict | BaseModel) else f" (found {found!r})"
+    return f"{path}:{line}: {key}: {what}{shown}"

@@ -1,0 +1,307 @@
+"""Identity keys, signed envelopes, canonical bytes, and files that are written whole or not at all.
+
+An envelope is DSSE (https://github.com/secure-systems-lab/dsse): the signature covers the exact payload bytes and
+their type, so nothing is re-serialised before it is verified. We write envelopes in one layout only and refuse any
+other, so that no byte of a file is free to change.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from .errors import IdentityError, MessageError, OutputError
+
+
+def canonical(value: object) -> bytes:
+    """JSON bytes with sorted keys, no spaces, UTF-8.
+
+    Raises:
+        TypeError: for a float (reals travel as decimal strings, see `real`) or anything that JSON has no word for.
+    """
+    _refuse_floats(value)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def real(value: float) -> str:
+    """A real number as the shortest decimal string that reads back as the same float64."""
+    return repr(float(value))
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def strict_json(data: bytes) -> Any:
+    """Parse JSON from an untrusted peer: no duplicate keys, no floats, no NaN.
+
+    Raises:
+        MessageError: whatever is wrong with it.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({k for k, _ in items}) != len(items):
+            raise ValueError("a key is given twice")
+        return dict(items)
+
+    def no_float(text: str) -> float:
+        raise ValueError(f"the number {text} is not an integer; reals travel as strings")
+
+    try:
+        return json.loads(
+            data.decode(), object_pairs_hook=pairs, parse_float=no_float, parse_constant=no_float
+        )
+    except (ValueError, RecursionError) as err:
+        raise MessageError(f"not valid JSON: {err}") from err
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A name and its Ed25519 private key."""
+
+    name: str
+    _private: Ed25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls, name: str) -> Identity:
+        """A new key from the operating system's generator."""
+        return cls(name, Ed25519PrivateKey.generate())
+
+    @property
+    def key(self) -> str:
+        """The public key: 32 raw bytes as 64 hex digits."""
+        raw = self._private.public_key().public_bytes(
+            serialization.Encoding.Raw, serialization.PublicFormat.Raw
+        )
+        return raw.hex()
+
+    def sign(self, payload_type: str, payload: bytes) -> bytes:
+        """Ed25519 signature (64 bytes) over the DSSE pre-authentication encoding."""
+        return self._private.sign(_pae(payload_type, payload))
+
+    def seal(self, payload_type: str, payload: bytes) -> bytes:
+        """One envelope with this identity's signature."""
+        return write_envelope(
+            Envelope(payload_type, payload, ((self.key, self.sign(payload_type, payload)),))
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the private key as PKCS#8 PEM, mode 0600.
+
+        Raises:
+            OutputError: when the file cannot be written.
+        """
+        pem = self._private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        write_whole(path, pem, mode=0o600)
+
+    @classmethod
+    def load(cls, name: str, path: Path) -> Identity:
+        """Read a private key.
+
+        Raises:
+            IdentityError: missing, malformed, another kind of key, or readable by others.
+        """
+        try:
+            if path.stat().st_mode & 0o077:
+                raise IdentityError(f"{path}: private key is readable by others", f"Run: chmod 600 {path}")
+            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        except OSError as err:
+            raise IdentityError(
+                f"{path}: {err.strerror}", "Give the path of this identity's private key."
+            ) from err
+        except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+            raise IdentityError(
+                f"{path}: not a private key in PEM form", "Restore it from a backup."
+            ) from err
+        if not isinstance(key, Ed25519PrivateKey):
+            raise IdentityError(f"{path}: not an Ed25519 key", "Identity keys are Ed25519.")
+        return cls(name, key)
+
+
+def public_pem(key: str) -> bytes:
+    """A public key (64 hex digits) as PEM."""
+    public = Ed25519PublicKey.from_public_bytes(_raw_key(key))
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def key_from_pem(pem: bytes) -> str:
+    """The 64 hex digits of an Ed25519 public key in exactly the PEM form that `public_pem` writes.
+
+    Raises:
+        IdentityError: anything else.
+    """
+    try:
+        public = serialization.load_pem_public_key(pem)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+        raise IdentityError("not a public key in PEM form") from err
+    if not isinstance(public, Ed25519PublicKey):
+        raise IdentityError("not an Ed25519 public key")
+    key = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw).hex()
+    if public_pem(key) != pem:
+        raise IdentityError("a public key in an unusual form of PEM; write it again with Hansa")
+    return key
+
+
+def fingerprint(key: str) -> str:
+    """What people compare by phone: SHA-256 of the raw public key, first 20 bytes in groups of four digits."""
+    digest = hashlib.sha256(bytes.fromhex(key)).hexdigest()[:40]
+    return " ".join(digest[i : i + 4] for i in range(0, 40, 4))
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A payload, its type, and signatures as (public key hex, 64 bytes) pairs."""
+
+    payload_type: str
+    payload: bytes
+    signatures: tuple[tuple[str, bytes], ...]
+
+    def signed_by(self, key: str) -> None:
+        """Return when `key` made one of the signatures.
+
+        Raises:
+            MessageError: it did not, or the signature is bad.
+        """
+        for keyid, signature in self.signatures:
+            if keyid == key:
+                verify(key, self.payload_type, self.payload, signature)
+                return
+        raise MessageError(f"not signed by {fingerprint(key)}")
+
+
+def verify(key: str, payload_type: str, payload: bytes, signature: bytes) -> None:
+    """Check one signature.
+
+    Raises:
+        MessageError: the signature is bad or the key is none.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(_raw_key(key)).verify(signature, _pae(payload_type, payload))
+    except InvalidSignature as err:
+        raise MessageError(f"bad signature by {fingerprint(key)}") from err
+
+
+def write_envelope(envelope: Envelope) -> bytes:
+    """The one layout: canonical JSON of payload, payloadType and signatures (in the order given)."""
+    return canonical(
+        {
+            "payload": base64.b64encode(envelope.payload).decode(),
+            "payloadType": envelope.payload_type,
+            "signatures": [
+                {"keyid": key, "sig": base64.b64encode(sig).decode()} for key, sig in envelope.signatures
+            ],
+        }
+    )
+
+
+def read_envelope(data: bytes, payload_type: str) -> Envelope:
+    """Parse an envelope; no signature is checked here.
+
+    Raises:
+        MessageError: malformed, of another type, or not in the one layout.
+    """
+    parsed = strict_json(data)
+    try:
+        signatures = tuple(
+            (str(item["keyid"]), base64.b64decode(item["sig"], validate=True))
+            for item in parsed["signatures"]
+        )
+        envelope = Envelope(
+            str(parsed["payloadType"]), base64.b64decode(parsed["payload"], validate=True), signatures
+        )
+        same = write_envelope(envelope) == data
+    except (KeyError, TypeError, ValueError, binascii.Error) as err:
+        raise MessageError("not a signed envelope") from err
+    if envelope.payload_type != payload_type:
+        raise MessageError(f"an envelope of type {envelope.payload_type!r}, wanted {payload_type!r}")
+    if not same:
+        raise MessageError("an envelope in an unusual layout (edited?)")
+    return envelope
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file so that a crash or a full disk leaves either the old bytes or the new ones.
+
+    Raises:
+        OutputError: with what went wrong; the old file is untouched.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as err:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise output_error(path, err) from err
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename or a new file in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def output_error(path: Path, err: OSError) -> OutputError:
+    """An OSError while writing, in words."""
+    if err.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"{path}: the disk is full; nothing that was recorded is lost",
+            "Free some space and run the same command again with --resume.",
+        )
+    return OutputError(f"{path}: {err.strerror or err}", "Give a folder that this user may write to.")
+
+
+def _pae(payload_type: str, payload: bytes) -> bytes:
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _raw_key(key: str) -> bytes:
+    try:
+        raw = bytes.fromhex(key)
+    except ValueError as err:
+        raise MessageError(f"not a public key: {key!r}") from err
+    if len(raw) != 32 or raw.hex() != key:
+        raise MessageError(f"not a public key: {key!r}")
+    return raw
+
+
+def _refuse_floats(value: object) -> None:
+    if isinstance(value, float):
+        raise TypeError(f"a float ({value!r}) has no canonical bytes; use real()")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"a key that is not text: {key!r}")
+            _refuse_floats(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_floats(item)

@@ -1,0 +1,1 @@
+"""Ready-to-run configurations; read them with ``importlib.resources.files("hansa.configs")``."""

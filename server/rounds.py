@@ -1,0 +1,414 @@
+"""The round loop over a Flower Grid: ask the cohort, fold what comes, step the strategy, checkpoint.
+
+One round: requests are recorded, sent, and answered by a deadline; each reply is verified and folded into a running sum as
+it comes; the mean is the strategy's one virtual reply; the model is measured as the charter's evaluation says; the round is
+recorded and checkpointed. A killed coordinator asks the same round again with the same bytes, and gets committed replies
+from the partners' outboxes.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..common.charter import Charter, SignedCharter
+from ..common.closing import CLOSING_TYPE, closing_payload
+from ..common.errors import MessageError, RunFailed
+from ..common.flower import Grid, Message
+from ..common.identity import Envelope, Identity, sha256, verify, write_envelope, write_whole
+from ..common.messages import Manifest, Tensors, Wire
+from ..common.plan import evaluated_rounds
+from ..common.tasks import Task
+from ..common.tasks.metrics import evaluate, histogram_metrics
+from .checkpoint import Arrays, Checkpoint, model_sha256
+from .records import Answer, Records
+from .strategies import ServerOptimizer
+
+Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """One partner's no, as the coordinator sees it."""
+
+    partner: str
+    run_id: str
+    round: int | None
+    reason: str
+    detail: str
+
+
+@dataclass
+class Outcome:
+    """A run that was closed.
+
+    Attributes:
+        model: final parameters by name, None when no round was run.
+        history: {"round", "metrics", "partners"} a completed round.
+        why: "completed", or "refused" when too few accepted the run.
+    """
+
+    run_id: str
+    why: str
+    model: Arrays | None
+    history: list[dict[str, Any]]
+    refusals: list[Refusing] = field(default_factory=list)
+
+
+class Coordinator:
+    """Drives runs of one charter over any Grid.
+
+    Args:
+        roster: partner name -> the Grid's node id, in the order in which updates are asked for.
+        initial: the model to start from, float32 by name.
+        folder: where the checkpoint is kept.
+        closing: the folder of closing checkpoints.
+        notify: called with an event's name and facts, for a display.
+    """
+
+    def __init__(
+        self,
+        signed: SignedCharter,
+        identity: Identity,
+        task: Task,
+        wire: Wire,
+        roster: Mapping[str, int],
+        records: Records,
+        initial: Arrays,
+        folder: Path,
+        closing: Path,
+        notify: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        self._signed = signed
+        self._charter: Charter = signed.charter
+        self._identity = identity
+        self._task = task
+        self._wire = wire
+        self._roster = dict(roster)
+        self._names = {node: name for name, node in roster.items()}
+        self._records = records
+        self._initial = initial
+        self._folder = folder
+        self._closing = closing
+        self._notify = notify
+        self._refusals: list[Refusing] = []
+
+    def run(self, grid: Grid, run_id: str, only: list[str] | None = None) -> Outcome:
+        """Run, or go on with, the run `run_id`, and close it.
+
+        Args:
+            only: ask these partners for the run, not the whole roster.
+
+        Raises:
+            RunFailed: too few partners answered a round; what was spent is recorded, and the run can go on later.
+        """
+        self._refusals = []
+        path = self._folder / f"{run_id}.checkpoint"
+        state = Checkpoint.load(path)
+        if state is None:
+            self._records.run(run_id, self._signed.sha256)
+            state = Checkpoint(run_id, 0, dict(self._initial))
+        accepted = self._open(grid, run_id, only or list(self._roster))
+        if len(accepted) < self._charter.quorum:
+            return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
+        optimizer = ServerOptimizer(self._charter.algorithm.strategy)
+        optimizer.restore(state.strategy)
+        measured = evaluated_rounds(self._charter.algorithm.rounds, self._charter.evaluation.every)
+        for number in range(state.round + 1, self._charter.algorithm.rounds + 1):
+            began = time.perf_counter()
+            self._notify("round", round=number)
+            mean, folded = self._train(grid, run_id, number, accepted, state.model)
+            state.model = optimizer.step(number, state.model, mean)
+            metrics: dict[str, float] = {}
+            if self._charter.evaluation.kind != "none" and number in measured:
+                metrics = self._evaluate(grid, run_id, number, accepted, state.model)
+            self._records.round(run_id, number, model_sha256(state.model), folded, metrics)
+            state.round, state.strategy = number, optimizer.state()
+            state.history.append({"round": number, "metrics": metrics, "partners": len(folded)})
+            state.save(path)
+            self._notify("done", round=number, metrics=metrics, seconds=time.perf_counter() - began)
+        return self._close(grid, Outcome(run_id, "completed", state.model, state.history, self._refusals))
+
+    # -- the phases of a run -----------------------------------------------------------------------------------------
+
+    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> list[str]:
+        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, lambda *_: None)
+        return [name for name, answer in answers.items() if answer.outcome == "ok"]
+
+    def _train(
+        self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
+    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str]]:
+        """The weighted mean of the cohort's updates (float64), and who is in it."""
+        weights = self._weights()
+        total = {name: np.zeros(value.shape, np.float64) for name, value in model.items()}
+        scratch = {name: np.empty(value.shape, np.float64) for name, value in model.items()}
+        folded: list[str] = []
+        mass = 0.0
+
+        def fold(partner: str, _: Manifest, update: Mapping[str, npt.NDArray[Any]]) -> None:
+            nonlocal mass
+            if {k: (v.shape, v.dtype) for k, v in update.items()} != {
+                k: (v.shape, np.dtype("f4")) for k, v in model.items()
+            }:
+                raise MessageError(f"{partner}'s update has other tensors than the model")
+            if not all(np.isfinite(value).all() for value in update.values()):
+                raise MessageError(f"{partner}'s update is not finite")
+            for name, value in update.items():
+                np.multiply(value, weights[partner], out=scratch[name])
+                total[name] += scratch[name]
+            mass += weights[partner]
+            folded.append(partner)
+
+        cohort = self._cohort(number, accepted)
+        answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold)
+        if len(folded) < self._charter.quorum:
+            raise self._no_quorum(number, len(folded), answers)
+        return {name: value / mass for name, value in total.items()}, folded
+
+    def _evaluate(
+        self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
+    ) -> dict[str, float]:
+        """Metrics over all evaluated rows, pooled in the order of the roster; private ones from the summed histogram."""
+        classes = len(self._task.classes)
+        parts: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
+
+        def take(partner: str, reply: Manifest, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+            if reply.kind == "scores":
+                s, y = tensors["scores"], tensors["labels"]
+                good = (
+                    s.dtype == np.float32
+                    and y.dtype == np.int64
+                    and s.shape == (len(y), classes)
+                    and y.ndim == 1
+                )
+                if (
+                    not good
+                    or not np.isfinite(s).all()
+                    or (len(y) and not (0 <= y.min() and y.max() < classes))
+                ):
+                    raise MessageError(f"{partner}'s scores are malformed")
+            elif tensors["histogram"].shape != (2, self._charter.evaluation.bins):
+                raise MessageError(f"{partner}'s histogram is malformed")
+            parts[partner] = tensors
+
+        self._exchange(grid, run_id, number, "evaluate", "evaluate", accepted, model, take)
+        ordered = [parts[name] for name in self._roster if name in parts]
+        if not ordered:
+            return {}
+        if self._charter.evaluation.kind == "private":
+            summed = np.sum([p["histogram"] for p in ordered], axis=0)
+            return histogram_metrics(summed, binary=classes == 2)
+        scores = np.concatenate([p["scores"] for p in ordered])
+        labels = np.concatenate([p["labels"] for p in ordered])
+        return evaluate(self._task, scores, labels) if len(labels) else {}
+
+    def _close(self, grid: Grid, outcome: Outcome) -> Outcome:
+        """Close every ledger and have everyone sign where it ends."""
+        run_id = outcome.run_id
+        name = model_sha256(outcome.model) if outcome.model is not None else None
+        partners = [m.name for m in self._charter.partners]  # a population has one ledger, the coordinator's
+        heads: dict[str, Mapping[str, Any]] = {}
+        if partners:
+
+            def head(partner: str, reply: Manifest, _: Tensors) -> None:
+                length, digest = reply.fields.get("length"), reply.fields.get("head")
+                if type(length) is not int or not isinstance(digest, str):
+                    raise MessageError(f"{partner}'s head is malformed")
+                heads[partner] = {"length": length, "head": digest}
+
+            self._ask(grid, run_id, "close", "query.close", partners, {}, head)
+        heads[self._charter.coordinator.name] = self._records.close(
+            run_id, len(outcome.history), name, outcome.why
+        )
+        payload = closing_payload(run_id, self._signed.sha256, name, heads)
+        keys = self._charter.keys()
+        signatures = {self._identity.key: self._identity.sign(CLOSING_TYPE, payload)}
+        if partners:
+
+            def signature(partner: str, reply: Manifest, _: Tensors) -> None:
+                made = base64.b64decode(str(reply.fields.get("signature", "")))
+                verify(keys[partner], CLOSING_TYPE, payload, made)
+                signatures[keys[partner]] = made
+
+            fields = {"closing": base64.b64encode(payload).decode()}
+            self._ask(grid, run_id, "sign", "query.sign", partners, fields, signature)
+        ordered = tuple((key, signatures[key]) for key in keys.values())
+        sealed = write_envelope(Envelope(CLOSING_TYPE, payload, ordered)) + b"\n"
+        write_whole(self._closing / f"{run_id}.json", sealed)
+        self._notify("closed", why=outcome.why)
+        return outcome
+
+    # -- exchanges ---------------------------------------------------------------------------------------------------
+
+    def _exchange(
+        self,
+        grid: Grid,
+        run_id: str,
+        number: int,
+        purpose: str,
+        message_type: str,
+        cohort: list[str],
+        model: Arrays,
+        sink: Sink,
+    ) -> dict[str, Answer]:
+        """One recorded question to a cohort: requests on the ledger, sent, answers folded, answers on the ledger."""
+        packed = self._wire.pack(model)
+        encoded = {}
+        for name in cohort:
+            manifest = self._manifest(purpose, name, run_id, number, {})
+            encoded[name] = (manifest, *self._wire.encode(manifest, packed))
+        self._records.asked(
+            run_id,
+            number,
+            purpose,
+            {name: (m.request_id, digest) for name, (m, _, digest) in encoded.items()},
+        )
+        answers = self._deliver(grid, message_type, encoded, sink)
+        self._records.answered(run_id, number, purpose, answers)
+        for name, answer in answers.items():
+            if answer.outcome.startswith("refused: "):
+                reason = answer.outcome.removeprefix("refused: ")
+                seen = Refusing(name, run_id, number or None, reason, answer.detail)
+                self._refusals.append(seen)
+                self._notify("refused", refusal=seen)
+        return answers
+
+    def _ask(
+        self,
+        grid: Grid,
+        run_id: str,
+        kind: str,
+        message_type: str,
+        partners: list[str],
+        fields: dict[str, Any],
+        sink: Sink,
+    ) -> None:
+        """A question that everybody must answer, outside of the ledgers (closing them is what it is about)."""
+        encoded = {}
+        for name in partners:
+            manifest = self._manifest(kind, name, run_id, self._charter.algorithm.rounds + 1, fields)
+            encoded[name] = (manifest, *self._wire.encode(manifest, self._wire.pack({})))
+        answers = self._deliver(grid, message_type, encoded, sink)
+        if bad := {n: a for n, a in answers.items() if a.outcome != "ok"}:
+            told = "; ".join(
+                f"{name}: {answer.outcome} {answer.detail}".strip() for name, answer in bad.items()
+            )
+            raise RunFailed(
+                f"the run cannot be closed: {told}",
+                "All rounds are done and recorded. Run the same command with --resume to close it.",
+            )
+
+    def _deliver(
+        self, grid: Grid, message_type: str, encoded: Mapping[str, tuple[Manifest, Any, str]], sink: Sink
+    ) -> dict[str, Answer]:
+        """Send, and fold replies as they come until all are in or the deadline has passed."""
+        deadline = time.monotonic() + self._charter.round_deadline_s
+        answers: dict[str, Answer] = {}
+
+        def outgoing() -> Any:
+            for name, (manifest, records, _) in encoded.items():
+                yield grid.create_message(
+                    records,
+                    message_type,
+                    self._roster[name],
+                    str(manifest.round),
+                    self._charter.round_deadline_s,
+                )
+
+        pending = set(grid.push_messages(outgoing()))
+        while pending and time.monotonic() < deadline:
+            came = False
+            for reply in grid.pull_messages(list(pending)):
+                came = True
+                pending.discard(reply.metadata.reply_to_message_id)
+                name = self._names.get(reply.metadata.src_node_id, "")
+                if name in encoded and name not in answers:
+                    manifest, _, digest = encoded[name]
+                    answers[name] = self._receive(name, manifest, digest, reply, sink)
+                    self._notify(
+                        "answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name]
+                    )
+                if time.monotonic() >= deadline:
+                    break
+            if not came:
+                time.sleep(0.01)
+        for name, (manifest, _, _) in encoded.items():
+            answers.setdefault(name, Answer(manifest.request_id, "timeout"))
+        return answers
+
+    def _receive(self, name: str, request: Manifest, digest: str, message: Message, sink: Sink) -> Answer:
+        if message.has_error():
+            return Answer(request.request_id, "invalid", None, message.error.reason or "the node failed")
+        try:
+            reply, tensors, reply_sha256 = self._wire.decode(message.content, name)
+            bound = (reply.charter_sha256, reply.run_id, reply.round, reply.request_id, reply.in_reply_to)
+            if bound != (request.charter_sha256, request.run_id, request.round, request.request_id, digest):
+                raise MessageError(f"{name} answered another request")
+            if reply.kind == "refused":
+                reason, detail = str(reply.fields.get("reason")), str(reply.fields.get("detail"))
+                return Answer(request.request_id, f"refused: {reason[:80]}", reply_sha256, detail[:400])
+            if reply.kind not in _REPLIES[request.kind]:
+                raise MessageError(f"{name} answered a {request.kind} request with {reply.kind}")
+            sink(name, reply, tensors)
+        except (MessageError, KeyError, ValueError) as err:
+            return Answer(request.request_id, "invalid", None, str(err))
+        return Answer(request.request_id, "ok", reply_sha256)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _manifest(
+        self, kind: str, partner: str, run_id: str, number: int, fields: dict[str, Any]
+    ) -> Manifest:
+        # Everything here repeats after a crash, so the bytes do: the same request has the same hash.
+        return Manifest(
+            kind=kind,
+            sender=self._charter.coordinator.name,
+            recipient=partner,
+            charter_sha256=self._signed.sha256,
+            run_id=run_id,
+            round=number,
+            request_id=f"{run_id}/{number}/{kind}/{partner}",
+            in_reply_to="",
+            fields=fields,
+        )
+
+    def _weights(self) -> dict[str, float]:
+        """Weights from declared, public sizes; they apply after the noise."""
+        if self._charter.algorithm.weighting == "uniform" or not self._charter.partners:
+            return dict.fromkeys(self._roster, 1.0)
+        return {m.name: float(m.declared_records) for m in self._charter.partners}
+
+    def _cohort(self, number: int, accepted: list[str]) -> list[str]:
+        size = max(1, round(self._charter.algorithm.participation * len(self._roster)))
+        if size >= len(accepted):
+            return accepted
+        seed = int(sha256(f"cohort:{self._charter.model_seed}:{number}".encode())[:15], 16)
+        chosen = np.random.default_rng(seed).choice(len(accepted), size, replace=False)
+        return [accepted[i] for i in sorted(chosen)]
+
+    def _no_quorum(self, number: int, folded: int, answers: Mapping[str, Answer]) -> RunFailed:
+        told = "; ".join(
+            f"{name}: {answer.outcome} {answer.detail}".strip()
+            for name, answer in list(answers.items())[:10]
+            if answer.outcome != "ok"
+        )
+        return RunFailed(
+            f"round {number}: {folded} of {len(answers)} partners answered, the quorum is {self._charter.quorum} ({told})",
+            "Nothing was aggregated. What was spent stays on the ledgers; mend the cause and run again with --resume.",
+        )
+
+
+_REPLIES = {
+    "open": ("accepted",),
+    "train": ("update",),
+    "evaluate": ("scores", "histogram"),
+    "close": ("head",),
+    "sign": ("signature",),
+}

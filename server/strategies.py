@@ -1,0 +1,151 @@
+"""Flower's server strategies, given one virtual reply a round: the mean.
+
+A strategy asks "its" Grid for nodes, makes one training message a node and aggregates the replies. Ours sees one virtual
+node: its training message is the request for the whole cohort, and the mean of the cohort's updates is its reply. So any
+strategy that works on the mean runs unmodified, and none ever holds every reply in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..common.config import Strategy
+from ..common.errors import RunFailed
+from ..common.flower import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Grid,
+    Message,
+    MetricRecord,
+    RecordDict,
+    Run,
+    addressed,
+    empty_run,
+    strategies,
+)
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_CLASSES = {
+    "fedavg": strategies.FedAvg,
+    "fedprox": strategies.FedProx,
+    "fedavgm": strategies.FedAvgM,
+    "fedadam": strategies.FedAdam,
+    "fedyogi": strategies.FedYogi,
+    "fedadagrad": strategies.FedAdagrad,
+}
+
+
+class ServerOptimizer:
+    """A Flower strategy as a step: global arrays and the mean of updates in, new global arrays out."""
+
+    def __init__(self, chosen: Strategy) -> None:
+        self._strategy: Any = _CLASSES[chosen.name](
+            min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1, **chosen.parameters()
+        )
+
+    def step(
+        self, round_number: int, arrays: Arrays, mean_update: Mapping[str, npt.NDArray[np.float64]]
+    ) -> Arrays:
+        """New global arrays, float32.
+
+        Raises:
+            RunFailed: the strategy gave no model, or one that is not finite.
+        """
+        record = ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays.items()})
+        (request,) = self._strategy.configure_train(round_number, record, ConfigRecord(), _OneNode())
+        mean = {name: (value + mean_update[name]).astype(np.float32) for name, value in arrays.items()}
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord({name: Array(value) for name, value in mean.items()}),
+                "metrics": MetricRecord({"num-examples": 1}),
+            }
+        )
+        made, _ = self._strategy.aggregate_train(round_number, [Message(content, reply_to=request)])
+        if not made:
+            raise RunFailed(f"round {round_number}: the strategy gave no model")
+        new = {name: np.asarray(made[name].numpy(), dtype=np.float32) for name in arrays}
+        if not all(np.isfinite(value).all() for value in new.values()):
+            raise RunFailed(
+                f"round {round_number}: the model is no longer finite",
+                "Lower the learning rate (local or server).",
+            )
+        return new
+
+    def state(self) -> Arrays:
+        """Everything that the strategy carries from round to round, by name."""
+        found: Arrays = {}
+        for attribute in ("m_t", "v_t"):
+            for name, value in (getattr(self._strategy, attribute, None) or {}).items():
+                found[f"{attribute}/{name}"] = value
+        for index, value in enumerate(getattr(self._strategy, "momentum_vector", None) or []):
+            found[f"momentum_vector/{index}"] = value
+        current = getattr(self._strategy, "current_arrays", None)
+        if isinstance(
+            current, ArrayRecord
+        ):  # FedAvgM keeps its own copy of the model; FedOpt gets it every round
+            for name, array in current.items():
+                found[f"current_arrays/{name}"] = array.numpy()
+        return found
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Back from `state`."""
+        groups: dict[str, Arrays] = {}
+        for key, value in state.items():
+            attribute, name = key.split("/", 1)
+            groups.setdefault(attribute, {})[name] = value
+        for attribute, values in groups.items():
+            match attribute:
+                case "momentum_vector":
+                    made: Any = [values[str(index)] for index in range(len(values))]
+                case "current_arrays":
+                    made = ArrayRecord({name: Array(value) for name, value in values.items()})
+                case _:
+                    made = values
+            setattr(self._strategy, attribute, made)
+
+
+class _OneNode(Grid):
+    """What a strategy sees instead of the cohort."""
+
+    def set_run(self, run: Run) -> None:
+        """There is one run."""
+
+    @property
+    def run(self) -> Run:
+        """An empty run."""
+        return empty_run()
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to the virtual node."""
+        return addressed(content, message_type, dst_node_id, group_id, ttl or 60.0, "virtual")
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The virtual node."""
+        return [1]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Never called by configure or aggregate."""
+        raise RunFailed("a strategy that sends messages of its own is not supported")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Never called by configure or aggregate."""
+        raise RunFailed("a strategy that receives messages of its own is not supported")
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Never called by configure or aggregate."""
+        raise RunFailed("a strategy that exchanges messages of its own is not supported")

@@ -1,0 +1,1 @@
+"""Many partners in one process."""

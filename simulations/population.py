@@ -1,0 +1,154 @@
+"""Above 100 simulated clients: one ledger carries every client's accounting, so a round costs two fsyncs, not thousands.
+
+There are no identities and no outboxes here, and nothing that this ledger says can debit or vouch for a real dataset: its
+role is "population" and its genesis entry says simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..common.charter import Charter, SignedCharter
+from ..common.errors import Refusal, Refused
+from ..common.identity import real
+from ..common.ledger import Ledger
+from ..common.messages import Manifest
+from ..common.plan import budget_of, event_fields, events_of, plan_of
+from ..server.records import Answer, LedgerRecords
+
+
+def client_name(number: int) -> str:
+    """The name of client `number` (from 0)."""
+    return f"client-{number:04d}"
+
+
+class PopulationRecords:
+    """The coordinator's `Records` and every client's hold, debit and commit, in one ledger."""
+
+    def __init__(self, ledger: Ledger, signed: SignedCharter) -> None:
+        self._ledger = ledger
+        self._own = LedgerRecords(ledger)
+        self._charter = signed.charter
+        assert signed.charter.population is not None
+        self._population = signed.charter.population
+        self._plan = plan_of(self._charter.algorithm, self._charter.privacy, self._charter.evaluation)
+        self._items = {item.purpose: item for item in self._plan}
+        self.debited = {(e.body["run_id"], e.body["round"], e.body["purpose"]) for e in ledger.of("cohort-debit")}
+
+    def run(self, run_id: str, charter_sha256: str) -> None:
+        """Begin: the budget of each client, and a hold for the whole plan, which the filter must admit.
+
+        Raises:
+            Refused: the plan does not fit.
+        """
+        self._own.run(run_id, charter_sha256)
+        if self._charter.privacy.kind == "local":
+            budget = budget_of(self._charter.privacy)
+            # A population's budget begins with its run, so nothing was spent before.
+            if not budget.admits(events_of(self._plan)):
+                raise Refused(
+                    Refusal.BUDGET,
+                    f"the plan costs epsilon {budget.spent(events_of(self._plan)):.3f}, the cap is {budget.epsilon:g}",
+                    "Ask for fewer rounds or more noise; `hansa plan CONFIG` shows what fits.",
+                )
+            self._ledger.append(
+                "budget",
+                {
+                    "dataset": None,
+                    "clients": self._population.clients,
+                    "charter_sha256": charter_sha256,
+                    "unit": "record",
+                    "adjacency": "add-or-remove-one",
+                    "budget": budget.to_fields(),
+                },
+            )
+        self._ledger.append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
+
+    def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
+        """Debit the whole cohort before any of it reads data."""
+        item = self._items.get(purpose)
+        if item is None or (run_id, round_number, purpose) in self.debited:
+            return  # opening and public evaluation cost nothing; after a crash the same debit pays
+        protected_training = purpose == "train" and item.event is not None
+        self._ledger.append(
+            "cohort-debit",
+            {
+                "run_id": run_id,
+                "round": round_number,
+                "purpose": purpose,
+                "event": event_fields(item.event),
+                "clip_norm": real(self._charter.privacy.clip_norm or 0.0) if protected_training else None,
+                "declared_records": self._population.declared_records,
+                "clients": _ranges(requests),
+            },
+        )
+        self.debited.add((run_id, round_number, purpose))
+
+    def answered(self, run_id: str, round_number: int, purpose: str, replies: Mapping[str, Answer]) -> None:
+        """Name the clients whose answers count."""
+        if purpose in self._items:
+            good = [name for name, answer in replies.items() if answer.outcome == "ok"]
+            body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": _ranges(good)}
+            self._ledger.append("cohort-commit", body)
+
+    def round(
+        self, run_id: str, round_number: int, model_sha256: str, partners: list[str], metrics: Mapping[str, float]
+    ) -> None:
+        """A round is complete; who took part stands in its cohort entries."""
+        self._own.round(run_id, round_number, model_sha256, None, metrics)
+
+    def close(self, run_id: str, rounds: int, model_sha256: str | None, why: str) -> dict[str, Any]:
+        """See `Records`."""
+        return self._own.close(run_id, rounds, model_sha256, why)
+
+
+class PopulationGate:
+    """A client's gate: the cohort it is in was debited as a whole, on disk, before it was asked."""
+
+    def __init__(self, name: str, charter: Charter, records: PopulationRecords) -> None:
+        self.name = name
+        self._charter = charter
+        self._records = records
+
+    def charter(self, sha256_hex: str) -> Charter | None:
+        """The one charter of this simulation."""
+        return self._charter
+
+    def open_run(self, request: Manifest, request_sha256: str) -> None:
+        """Held for everybody when the run began."""
+
+    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> bool:
+        """Check that this round was debited.
+
+        Raises:
+            Refused: it was not.
+        """
+        if (request.run_id, request.round, purpose) not in self._records.debited:
+            raise Refused(Refusal.NOT_HELD, f"round {request.round} was not debited")
+        return False
+
+    def admit_public(self, request: Manifest, request_sha256: str) -> bool:
+        """Public rows cost nothing."""
+        return False
+
+    def commit(self, request: Manifest, request_sha256: str, reply_sha256: str, *, public: bool) -> None:
+        """The cohort commits as a whole when its answers are in."""
+
+    def refuse(self, request: Manifest, request_sha256: str, refused: Refused) -> None:
+        """A refusal shows in the cohort's commit: the client is not in it."""
+
+    def close_run(self, run_id: str) -> dict[str, Any]:
+        """Clients have no ledgers of their own."""
+        raise AssertionError("a population's clients are not asked to close")
+
+
+def _ranges(names: Iterable[str]) -> list[list[int]]:
+    """Client names as inclusive ranges of their numbers."""
+    found: list[list[int]] = []
+    for number in sorted(int(name.removeprefix("client-")) for name in names):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return found
