@@ -264,6 +264,10 @@ class Gate:
         """Whether an unprotected round was ever debited: no finite ε holds any more."""
         return any(event_from(d.body["event"]) is None for d in self.ledger.of("debit"))
 
+    def spent_epsilon(self) -> float | None:
+        """What the filter counts as spent on this dataset; None when there is no budget yet or it is unbounded."""
+        return None if self._budget is None or self.unbounded() else self._budget.spent(self.spent())
+
     # -- rules -------------------------------------------------------------------------------------------------------
 
     def _known(self, request: Manifest, request_sha256: str) -> _Exchange | None:

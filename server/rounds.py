@@ -374,7 +374,7 @@ class Coordinator:
             charter_sha256=self._signed.sha256,
             run_id=run_id,
             round=number,
-            request_id=f"{run_id}/{number}/{kind}/{partner}",
+            request_id=f"{run_id}.{number}.{kind}.{partner}",
             in_reply_to="",
             fields=fields,
         )

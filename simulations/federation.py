@@ -219,7 +219,7 @@ class Simulation:
             except DataError as err:
                 raise type(err)(f"{name}: {err.message}", err.hint) if type(err) is DataError else err from err
         genesis = {"owner": COORDINATOR, "role": "coordinator" if signed_form else "population", "dataset": None}
-        ledger = self._ledger(self.out / "coordinator" / "ledger.jsonl", me, genesis)
+        ledger = self.run_ledger = self._ledger(self.out / "coordinator" / "ledger.jsonl", me, genesis)
         if not ledger.of("charter"):
             agreed = {"charter_sha256": self.signed.sha256, "name": charter.name, "expires": charter.expires.isoformat()}
             ledger.append("charter", agreed)

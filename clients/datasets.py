@@ -1,0 +1,248 @@
+"""Registered datasets: rows that a node committed to, read only when training or evaluation may read them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.errors import ConfigError, DataError, OutputError
+from ..common.tasks import Task
+from ..common.tasks.schema import TableSchema, read_table
+
+__all__ = ["RegisteredDataset", "Rows", "Split", "csv_source", "fingerprint", "split_rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Features float32 [n, *shape] and classes int64 [n]."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Tensor) -> Rows:
+        """The rows at these places (int64 [m])."""
+        return Rows(self.x[index], self.y[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows to train on and rows held out for evaluation (none of them in both)."""
+
+    train: Rows
+    held_out: Rows
+
+
+def split_rows(rows: Rows, test_fraction: float, seed: int) -> Split:
+    """Hold out `test_fraction` of each class (to the nearest row, but leave at least one to train on).
+
+    Disjoint, complete, in the order of `rows`, and the same for the same rows and seed.
+
+    Raises:
+        ConfigError: a fraction outside [0, 1).
+    """
+    if not 0 <= test_fraction < 1:
+        raise ConfigError(f"test_fraction is {test_fraction}", "Allowed is 0 (nothing held out) to below 1.")
+    rng = np.random.default_rng(seed)
+    labels = rows.y.numpy()
+    held_out = np.zeros(len(rows), dtype=bool)
+    for label in np.unique(labels):
+        places = rng.permutation(np.flatnonzero(labels == label))
+        held_out[places[: min(round(len(places) * test_fraction), len(places) - 1)]] = True
+    return Split(
+        train=rows.take(torch.from_numpy(np.flatnonzero(~held_out))),
+        held_out=rows.take(torch.from_numpy(np.flatnonzero(held_out))),
+    )
+
+
+def csv_source(path: Path | str, task: Task, test_fraction: float, seed: int) -> Callable[[], Split]:
+    """A source that reads a CSV file by the task's schema each time it is called, and splits it.
+
+    Raises:
+        DataError: at once, when the task's records are not rows of a table; in the call, as `read_table`.
+    """
+    schema = task.schema
+    if not isinstance(schema, TableSchema):
+        raise DataError(f"task {task.name} takes arrays, not a CSV file: {path}", "Name a data set of arrays instead.")
+
+    def read() -> Split:
+        x, y = read_table(path, schema)
+        return split_rows(Rows(torch.from_numpy(x), torch.from_numpy(y)), test_fraction, seed)
+
+    return read
+
+
+def fingerprint(rows: Rows) -> bytes:
+    """SHA-256 of shape, features (little-endian float32) and classes (little-endian int64), in row order."""
+    digest = hashlib.sha256(f"hansa rows 1 {list(rows.x.shape)}\0".encode())
+    digest.update(np.ascontiguousarray(rows.x.numpy(), dtype="<f4").data)
+    digest.update(np.ascontiguousarray(rows.y.numpy(), dtype="<i8").data)
+    return digest.digest()
+
+
+@dataclass(eq=False)
+class RegisteredDataset:
+    """What a node registered: where the rows are and what it committed to. Only `open` reads them.
+
+    Attributes:
+        task: name of the task.
+        dataset_id: 16 random bytes, hex; the budget belongs to it.
+        commitment: hex HMAC-SHA256 over the fingerprints of both parts. Its 32-byte key is random and stays
+            at the node, so it binds the node and tells nobody else anything (records can be guessed, and a plain
+            hash would confirm a guess).
+    """
+
+    task: str
+    dataset_id: str
+    commitment: str
+    _key: bytes = field(repr=False)
+    _train_size: int = field(repr=False)
+    _source: Callable[[], Split] = field(repr=False)
+    _opened: Split | None = field(default=None, repr=False)
+
+    @classmethod
+    def register(
+        cls, task: Task, source: Callable[[], Split], folder: Path | None, allow_single_class: bool = False
+    ) -> RegisteredDataset:
+        """Read once, check, commit; keep id, key, commitment and size in `folder`/dataset.json (mode 0600).
+
+        A dataset.json that is already there keeps its id and key, and must still describe the same rows.
+
+        Raises:
+            DataError: rows that are empty, not finite, out of range, of the wrong shape or type, or all of
+                one class (unless allowed); rows that changed since registration; an unreadable dataset.json.
+            OutputError: dataset.json cannot be written.
+        """
+        split = source()
+        _check(task, "training rows", split.train)
+        _check(task, "held-out rows", split.held_out)
+        if not len(split.train):
+            raise DataError("there are no rows to train on", "Register data with at least one row of each class.")
+        if not allow_single_class and len(present := set(split.train.y.tolist())) == 1:
+            raise DataError(
+                f"all labels are of one class, {task.classes[present.pop()]!r}: nothing to learn from",
+                "Check the label's column and its mapping in the schema.",
+            )
+        path = None if folder is None else folder / "dataset.json"
+        kept = _load(path) if path is not None and path.exists() else None
+        key = secrets.token_bytes(32) if kept is None else bytes.fromhex(kept["key"])
+        dataset = cls(
+            task=task.name,
+            dataset_id=secrets.token_hex(16) if kept is None else kept["dataset_id"],
+            commitment=_commit(key, task.name, split),
+            _key=key,
+            _train_size=len(split.train),
+            _source=source,
+        )
+        if kept is not None and (kept["task"], kept["commitment"]) != (dataset.task, dataset.commitment):
+            raise DataError(
+                f"the data differ from what {path} registered (task {kept['task']!r})",
+                "Its spent budget belongs to those rows under that task, split and seed. Restore them, or "
+                "register the new data in another folder.",
+            )
+        if path is not None and kept is None:
+            _save(path, dataset)
+        return dataset
+
+    def open(self) -> Split:
+        """The rows; read from the source the first time, then kept.
+
+        Raises:
+            DataError: they are not the rows that were registered, or the source cannot be read.
+        """
+        if self._opened is None:
+            split = self._source()
+            if not hmac.compare_digest(_commit(self._key, self.task, split), self.commitment):
+                raise DataError(
+                    f"the data of dataset {self.dataset_id} changed after registration",
+                    "Restore the registered rows, or register the new data as another dataset.",
+                )
+            self._opened = split
+        return self._opened
+
+    def size_within(self, declared: int, tolerance: float) -> bool:
+        """Whether the training rows number `declared`, give or take the fraction `tolerance` of it.
+
+        Reads no data. The answer is for the gate at this node; the size itself never leaves.
+        """
+        return abs(self._train_size - declared) <= tolerance * declared + 1e-9
+
+
+def _check(task: Task, what: str, rows: Rows) -> None:
+    shape, (low, high) = task.schema.shape, task.schema.value_range
+    hint = f"Task {task.name} takes float32 [n, {', '.join(map(str, shape))}] and int64 classes [n]."
+    if rows.x.dtype != torch.float32 or rows.y.dtype != torch.int64:
+        raise DataError(f"{what}: types are {rows.x.dtype} and {rows.y.dtype}", hint)
+    if tuple(rows.x.shape) != (len(rows), *shape) or rows.y.ndim != 1:
+        raise DataError(f"{what}: shapes are {list(rows.x.shape)} and {list(rows.y.shape)}", hint)
+    flat = rows.x.flatten(1)
+    for bad, problem in (
+        (~torch.isfinite(flat).all(1), "NaN or Inf"),
+        (((flat < low) | (flat > high)).any(1), f"values outside {low:g} to {high:g}"),
+        ((rows.y < 0) | (rows.y >= len(task.classes)), f"a class outside 0 to {len(task.classes) - 1}"),
+    ):
+        if bad.any():
+            places = bad.nonzero().flatten().tolist()
+            first = ", ".join(map(str, places[:10])) + (", ..." if len(places) > 10 else "")
+            raise DataError(f"{what}: {len(places)} of {len(rows)} rows hold {problem}; rows (from 0) {first}", hint)
+
+
+def _commit(key: bytes, task: str, split: Split) -> str:
+    content = b"hansa dataset 1\0" + task.encode() + b"\0" + fingerprint(split.train) + fingerprint(split.held_out)
+    return hmac.new(key, content, hashlib.sha256).hexdigest()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_bytes())
+        if len(bytes.fromhex(kept["key"])) != 32 or not all(kept[k] for k in ("task", "dataset_id", "commitment")):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path} is not a dataset registration that can be read",
+            "Restore it from a backup: the budget of its dataset is bound to the id in it.",
+        ) from None
+    return dict(kept)
+
+
+def _save(path: Path, dataset: RegisteredDataset) -> None:
+    content = {
+        "task": dataset.task,
+        "dataset_id": dataset.dataset_id,
+        "key": dataset._key.hex(),
+        "commitment": dataset.commitment,
+        "train_size": dataset._train_size,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".dataset-")  # mode 0600
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", "Make room or give a writable folder.") from error

@@ -1,0 +1,479 @@
+"""A round of local work: DP-SGD on one partner's records, and the update that leaves.
+
+Abadi et al. (1607.00133), adjacency add-or-remove-one record. Opacus gives per-record gradients and nothing
+else: its optimiser draws noise from torch's generator, sums in float32 and divides by the real size, each of
+which is replaced here. Rules of DESIGN section 5 that this file keeps:
+
+- a record whose gradient is not finite contributes exactly zero, in the same time as any other;
+- noise comes from `SecureNoise`, once per step, also when nobody was sampled;
+- the divisor is sampling rate times *declared* size; batches are Poisson or full;
+- the event that is accounted and the noise that is drawn come from one object, `LocalSettings`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..common.accounting import PrivacyEvent
+from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError
+from .datasets import Rows
+from .noise import SecureNoise
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+_Parameters = dict[str, nn.Parameter]
+
+_CHUNK_BYTES = 256 * 2**20
+_CHUNK_ROWS = 1024  # activations grow with rows, whatever the number of parameters
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What one round of local work is.
+
+    Args:
+        steps: optimiser steps, at least 1. Steps, not epochs.
+        sampling_rate: probability q that a record takes part in a step, in (0, 1]; 1 is the full batch.
+        optimizer: "sgd" or "adam". Its state starts empty every round.
+        lr: learning rate.
+        momentum: of SGD; starts at zero every round.
+        proximal_mu: μ of FedProx (Li et al. 1812.06127); 0 for FedAvg.
+        clip_norm: C, L2 bound of one record's gradient; None, as `noise_multiplier`, for unprotected
+            baselines.
+        noise_multiplier: σ; the noise on a step's sum of gradients has standard deviation σ·C.
+
+    Raises:
+        ConfigError: a value is out of range, or only one of clip_norm and noise_multiplier is given.
+    """
+
+    steps: int
+    sampling_rate: float
+    optimizer: str
+    lr: float
+    momentum: float = 0.0
+    proximal_mu: float = 0.0
+    clip_norm: float | None = None
+    noise_multiplier: float | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "steps": (self.steps >= 1, "1 or more"),
+            "sampling_rate": (0 < self.sampling_rate <= 1, "above 0, at most 1"),
+            "optimizer": (self.optimizer in ("sgd", "adam"), "sgd or adam"),
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "momentum": (
+                self.momentum == 0 or (self.optimizer == "sgd" and 0 < self.momentum < 1),
+                "0; with sgd also more, below 1",
+            ),
+            "proximal_mu": (0 <= self.proximal_mu < math.inf, "0 or more"),
+            "clip_norm": (self.clip_norm is None or 0 < self.clip_norm < math.inf, "above 0"),
+            "noise_multiplier": (
+                (self.noise_multiplier is None) == (self.clip_norm is None),
+                "a number together with clip_norm, or neither",
+            ),
+        }
+        for name, (fine, words) in allowed.items():
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", f"Allowed: {words}.")
+
+    @property
+    def event(self) -> PrivacyEvent | None:
+        """What this work costs each record, for the accountant; None when unprotected.
+
+        Raises:
+            Whatever `PrivacyEvent` raises for σ < 0.3.
+        """
+        if self.noise_multiplier is None:
+            return None
+        return PrivacyEvent(self.sampling_rate, self.noise_multiplier, self.steps)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose per-record gradients do not exist or whose training leaves something outside them.
+
+    Call it when a task is accepted, whether or not training will be protected. It looks at layers only;
+    protected training also tries the model on made-up records. It does not import Opacus, and refuses all
+    that Opacus refuses.
+
+    Raises:
+        TaskError: naming the layer and what to use instead.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TaskError("the model has no trainable parameters", "Set requires_grad on those that are to be trained.")
+    for name, layer in model.named_modules():
+        trainable = any(p.requires_grad for p in layer.parameters(recurse=False))
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            # Also without parameters of its own, or frozen: in train mode it mixes records all the same.
+            why, instead = "mixes the records of a batch", "nn.GroupNorm or nn.LayerNorm"
+        elif isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
+            why, instead = "keeps statistics of the records", "track_running_stats=False"
+        elif isinstance(layer, nn.RNNBase) and trainable:
+            why, instead = "has no per-record gradients", f"opacus.layers.DP{layer.mode.split('_')[0]}"
+        elif isinstance(layer, nn.MultiheadAttention) and trainable:
+            why, instead = "has no per-record gradients", "opacus.layers.DPMultiheadAttention"
+        elif getattr(layer, "inplace", False) is True:
+            why, instead = "overwrites what per-record gradients are computed from", "inplace=False"
+        elif trainable and next(layer.buffers(), None) is not None:
+            why, instead = (
+                "has buffers, which training may change unaccounted",
+                "a parameter, or a parent's buffer",
+            )
+        else:
+            continue
+        raise TaskError(f"layer '{name}' ({type(layer).__name__}) {why}", f"Use {instead} instead.")
+
+
+def train_locally(
+    model: nn.Module,
+    loss: Loss,
+    weights: Mapping[str, NDArray[np.float32]],
+    data: Rows,
+    settings: LocalSettings,
+    declared_records: int,
+    *,
+    seed: int | None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Train from `weights` on `data`; return w_after − w_before.
+
+    *Formal guarantees.* With σ and C given, the update is (as a random variable over the noise and the
+    batches) the result of `settings.event` on `data`, then post-processing: a step's sum over sampled records
+    of gradients of norm at most C, plus N(0, σ²C²) on each coordinate, divided by sampling_rate ·
+    declared_records. Optimiser, momentum and the proximal term μ(w − w_before) come after the noise. Nothing
+    else of `data` leaves, neither its size nor the loss.
+
+    Rounding: clipping, sum and noise are in float64, so that a record's share is at most C(1 + 1e-9) up to
+    10⁷ parameters. Not covered: that a batch of another size may round *other* records' float32 gradients
+    differently (about 1e-7 of each), and that float64 noise is not exactly normal (see `SecureNoise`).
+
+    | case                               | what happens                                              |
+    | ---------------------------------- | --------------------------------------------------------- |
+    | nobody is sampled, or no records   | no forward pass; the step is noise alone                  |
+    | a record's gradient is NaN or ±Inf | it contributes zero                                       |
+    | more rows than fit                 | chunks; their clipped sums add up; noise once             |
+    | the update is not finite           | refused: noise is finite, so only lr can do this, and     |
+    |                                    | what depends on noised values alone is post-processing    |
+
+    Args:
+        model: float32, on the CPU; passes `check_model`. Its trainable parameters are overwritten, it is left
+            in train mode, and keeps nothing else of the call, so that one model serves many clients.
+        loss: (model output, labels [n]) -> losses by record [n].
+        weights: exactly the parameters that require grad, by name, of the same shapes.
+        data: the records.
+        settings: see there. Optimiser state starts empty at each call.
+        declared_records: the charter's size of this dataset, not `len(data.y)`.
+        seed: unprotected work repeats bit by bit for a seed (batches and dropout) and needs one. Protected
+            work ignores it: its noise and batches cannot be repeated.
+        on_step: (step from 1, mean loss of the batch, NaN if empty) -> None, for the owner's own screen. The
+            loss is not accounted: it must not leave the node, in a message, log or file.
+
+    Returns:
+        float32 by parameter name, in the order of `model.named_parameters()`.
+
+    Raises:
+        ConfigError: declared_records below 1, or no seed for unprotected work.
+        MessageError: `weights` has other names or shapes than the model.
+        TaskError: the model or loss does not keep records apart (protected only), or loss is not [n].
+        Refused: the update is not finite.
+    """
+    event = settings.event  # refuses σ < 0.3 before a record is read
+    if declared_records < 1:
+        raise ConfigError(f"declared_records is {declared_records}", "It is the agreed size of the dataset: 1 or more.")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    arrays = _matching(parameters, weights)
+    divisor = settings.sampling_rate * declared_records
+    shown: list[Tensor] = []
+
+    def watched(output: Tensor, labels: Tensor) -> Tensor:
+        losses = loss(output, labels)
+        shown.append(losses.detach())
+        return losses
+
+    used_loss = loss if on_step is None else watched
+    if not all(layer.training for layer in model.modules()):
+        model.train()
+    try:
+        if event is not None:
+            check_model(model)
+            _check_records_apart(model, loss, tuple(parameters), data.x.shape[1:], data.x.dtype)
+        with (
+            _plain_gradients(model, used_loss, parameters, data, settings.sampling_rate, divisor, seed)
+            if event is None or settings.clip_norm is None
+            else _private_gradients(model, used_loss, parameters, data, event, settings.clip_norm, divisor)
+        ) as gradients:
+            for p, array in zip(parameters.values(), arrays, strict=True):
+                p.detach().numpy()[...] = array
+            optimizer_step = _optimizer(list(parameters.values()), settings)
+            for step in range(1, settings.steps + 1):
+                for p, gradient, array in zip(parameters.values(), gradients(), arrays, strict=True):
+                    p.grad = gradient
+                    if settings.proximal_mu:
+                        p.grad += settings.proximal_mu * torch.from_numpy(p.detach().numpy() - array)
+                optimizer_step()
+                if on_step is not None:
+                    on_step(step, float(torch.cat(shown).mean()) if shown else math.nan)
+                    shown.clear()
+    finally:
+        for p in parameters.values():
+            p.grad = None
+    update = {name: p.detach().numpy() - array for (name, p), array in zip(parameters.items(), arrays, strict=True)}
+    if not all(np.isfinite(array).all() for array in update.values()):
+        raise Refused(Refusal.NUMERIC, "the update is not finite", "Lower the learning rate or the number of steps.")
+    return update
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: LocalSettings) -> Callable[[], object]:
+    """One step on `p.grad`, from an empty state."""
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=settings.lr).step
+    if settings.momentum:
+        return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum).step
+
+    @torch.no_grad()
+    def descend() -> None:  # a third of the time of torch.optim.SGD: it counts for 1,000 small clients
+        for p in parameters:
+            assert p.grad is not None
+            p.add_(p.grad, alpha=-settings.lr)
+
+    return descend
+
+
+def _matching(parameters: _Parameters, weights: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """The arrays in the parameters' order. Raises MessageError unless names and shapes are the same."""
+    if not parameters:
+        raise TaskError("the model has no trainable parameters", "Set requires_grad on those that are to be trained.")
+    if odd := sorted(parameters.keys() ^ weights.keys()):
+        raise MessageError(
+            f"the message and the model differ in parameter '{odd[0]}' ({len(odd)} name(s) in all)",
+            "Both sides must run the task that the charter names.",
+        )
+    for name, p in parameters.items():
+        if weights[name].shape != p.shape:
+            raise MessageError(
+                f"parameter '{name}' has shape {weights[name].shape}; the model has {tuple(p.shape)}",
+                "Both sides must run the task that the charter names.",
+            )
+    # Copied only where the caller hands over the model's own memory: the arrays must outlive the training.
+    return [
+        np.array(
+            weights[name],
+            dtype=np.float32,
+            copy=np.may_share_memory(weights[name], p.detach().numpy()) or None,
+        )
+        for name, p in parameters.items()
+    ]
+
+
+def _losses(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
+    losses = loss(model(x), y)
+    if losses.shape != y.shape[:1]:
+        raise TaskError(
+            f"the loss has shape {tuple(losses.shape)} for {len(y)} records",
+            "Return one loss a record: reduction='none', and a mean over everything but the first dimension.",
+        )
+    return losses
+
+
+@contextmanager
+def _plain_gradients(
+    model: nn.Module,
+    loss: Loss,
+    parameters: _Parameters,
+    data: Rows,
+    sampling_rate: float,
+    divisor: float,
+    seed: int | None,
+) -> Iterator[Callable[[], list[Tensor]]]:
+    """Baselines only. A function that draws a batch and returns its gradient, in `parameters`' order."""
+    if seed is None:
+        raise ConfigError("unprotected training without a seed", "Give one: baselines must be repeatable.")
+    coins = np.random.default_rng(seed) if sampling_rate < 1 else None  # building one takes 10 µs
+    targets = list(parameters.values())
+
+    def gradients() -> list[Tensor]:
+        x, y = data.x, data.y
+        if coins is not None:
+            taken = torch.from_numpy(coins.random(len(y)) < sampling_rate)
+            x, y = x[taken], y[taken]
+        if not len(y):
+            return [torch.zeros_like(p) for p in targets]
+        each = torch.full((len(y),), 1 / divisor)
+        return list(torch.autograd.grad(_losses(model, loss, x, y), targets, each, materialize_grads=True))
+
+    with _torch_seed(seed):
+        yield gradients
+
+
+@contextmanager
+def _private_gradients(
+    model: nn.Module,
+    loss: Loss,
+    parameters: _Parameters,
+    data: Rows,
+    event: PrivacyEvent,
+    clip_norm: float,
+    divisor: float,
+) -> Iterator[Callable[[], list[Tensor]]]:
+    """A function that draws a Poisson batch and returns its noised gradient, in the order of `parameters`."""
+    noise = SecureNoise()
+    shapes = [p.shape for p in parameters.values()]
+    sizes = [p.numel() for p in parameters.values()]
+    # A row costs 4 bytes a parameter as Opacus gives it and 8 in float64.
+    rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (12 * sum(sizes))))
+
+    def gradients() -> list[Tensor]:
+        x, y = data.x, data.y
+        if event.sampling_rate < 1:
+            taken = torch.from_numpy(noise.bernoulli(len(y), event.sampling_rate))
+            x, y = x[taken], y[taken]
+        total = torch.zeros(sum(sizes), dtype=torch.float64)
+        if len(y):
+            for some_x, some_y in zip(torch.split(x, rows), torch.split(y, rows), strict=True):
+                total += _clipped_sum(_by_record(wrapped, loss, parameters, some_x, some_y), clip_norm)
+        total += torch.from_numpy(noise.gaussian(sum(sizes), event.noise_multiplier * clip_norm))
+        total /= divisor
+        return [part.view(shape).float() for part, shape in zip(torch.split(total, sizes), shapes, strict=True)]
+
+    with _opacus(model) as wrapped:
+        yield gradients
+
+
+def _clipped_sum(by_record: list[Tensor], clip_norm: float) -> Tensor:
+    """Sum over records of min(1, C/‖g‖)·g, zero for a record that is not finite.
+
+    Args:
+        by_record: float32 [n, ...] for each parameter.
+        clip_norm: C.
+
+    Returns:
+        float64 [number of parameters], flat. In float64 the norm of finite float32 values cannot overflow, so
+        it is finite exactly when all of them are. There is no branch on values: time does not tell of them.
+    """
+    wide = [g.flatten(1).double() for g in by_record]
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in wide]).norm(dim=0)
+    factors = torch.where(norms.isfinite(), (clip_norm / norms).clamp(max=1.0), 0.0)
+    return torch.cat([factors @ g.nan_to_num_(0.0, 0.0, 0.0) for g in wide])
+
+
+def _by_record(wrapped: nn.Module, loss: Loss, parameters: _Parameters, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Gradients by record, float32 [n, ...] for each parameter; `p.grad` is left with the batch's own."""
+    for p in parameters.values():
+        p.grad = None
+    _losses(wrapped, loss, x, y).sum().backward()  # type: ignore[no-untyped-call]
+    by_record = []
+    for name, p in parameters.items():
+        g = p.grad_sample  # type: ignore[attr-defined]
+        if not isinstance(g, Tensor) or len(g) != len(y):
+            rows = "no gradient" if g is None else "a gradient with another first dimension"
+            raise TaskError(
+                f"parameter '{name}' gets {rows} for a batch of records",
+                "Every layer must see [records, ...] first and be used; freeze parameters that are not.",
+            )
+        by_record.append(g)
+        p.grad_sample = None  # type: ignore[attr-defined]
+    return by_record
+
+
+@lru_cache(maxsize=1)  # one model serves many clients
+def _check_records_apart(
+    model: nn.Module, loss: Loss, trainable: tuple[str, ...], shape: torch.Size, dtype: torch.dtype
+) -> None:
+    """Try the model on made-up records: clipping bounds an influence only if gradients keep records apart.
+
+    What layers alone do not show: code that mixes a batch (x − x.mean(0)), a layer that sees another first
+    dimension than the records (an embedding of positions), a parameter used outside its own layer, a buffer
+    that training changes. Only the shape of real records is used, so a refusal says nothing of them.
+    Overwrites the parameters.
+
+    Args:
+        model: in train mode.
+        loss: by record.
+        trainable: names of the parameters that require grad.
+        shape: of one record.
+        dtype: of records.
+
+    Raises:
+        TaskError: naming the parameter.
+    """
+    parameters = {name: model.get_parameter(name) for name in trainable}
+    buffers = [b.clone() for b in model.buffers()]
+    with _torch_seed(0), _opacus(model) as wrapped:
+        for p in parameters.values():
+            nn.init.normal_(p, std=0.3)
+        record, other = torch.randint(0, 2, (2, *shape)).to(dtype)  # 0 and 1: also valid as tokens
+
+        def attempt(*records: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+            torch.default_generator.manual_seed(0)  # the same dropout for every attempt
+            y = torch.zeros(len(records), dtype=torch.int64)
+            try:
+                by_record = _by_record(wrapped, loss, parameters, torch.stack(records), y)
+            except HansaError:
+                raise
+            except Exception as error:
+                raise TaskError(
+                    f"model or loss fails on made-up records of shape {tuple(shape)}: {error}",
+                    "Likely causes: in-place operations, or layers that opacus.GradSampleModule does not support.",
+                ) from error
+            return [(g, p.grad) for g, p in zip(by_record, parameters.values(), strict=True)]
+
+        attempt(record, other, record)  # 3 rows, then 2: no other dimension agrees with both by chance
+        with_other, with_another = attempt(record, other), attempt(record, 1 - other)
+    for name, (a, total), (b, _) in zip(parameters, with_other, with_another, strict=True):
+        if not _close(a[0], b[0]):
+            raise TaskError(
+                f"the gradient of one record depends on the others of its batch (parameter '{name}')",
+                "The model or the loss mixes records; normalise within one (nn.LayerNorm, nn.GroupNorm).",
+            )
+        if total is None or not _close(a.sum(0), total):
+            raise TaskError(
+                f"the gradients by record of parameter '{name}' do not add up to its gradient",
+                "Use the parameter only through its own layer, and nn.Embedding without padding_idx.",
+            )
+    if any(not torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True)):
+        raise TaskError("training changes a buffer of the model", "What is learned from records must be a parameter.")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(torch.nan_to_num(a, 0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+
+
+@contextmanager
+def _opacus(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with Opacus' hooks, which are gone afterwards."""
+    # Imported here: it takes 1.5 s, which unprotected work need not wait for.
+    from opacus import GradSampleModule
+    from opacus.validators import ModuleValidator
+
+    if problems := [*ModuleValidator.validate(model), *GradSampleModule.validate(model)]:
+        raise TaskError(f"Opacus does not support the model: {problems[0]}", "Replace the layer.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the first layer's; it is meant to
+        wrapped = GradSampleModule(model, loss_reduction="sum")
+        try:
+            yield wrapped
+        finally:
+            wrapped.to_standard_module()
+            for layer in model.modules():
+                for left_over in ("activations", "max_batch_len"):
+                    layer.__dict__.pop(left_over, None)
+
+
+@contextmanager
+def _torch_seed(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator for a while (torch.random.fork_rng takes 150 µs for it; this, 5)."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

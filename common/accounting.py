@@ -1,0 +1,541 @@
+"""Privacy accounting: events -> the filter that decides, the odometer that reports, calibration.
+
+What is bounded, everywhere in this module: (ε, δ)-DP of one dataset's whole history under add-or-remove-one adjacency,
+at the unit (record or client) whose contribution to a step has L2 norm at most C. A *history* is any collection of
+`PrivacyEvent`; its order does not matter.
+
+* `Budget` is a privacy **filter**: it stays valid when every next event is chosen by someone who has seen all results
+  so far. It calibrates, plans and caps.
+* `odometer` is the tight numerical ε of a history taken as fixed. It is shown beside the cap and never decides:
+  a PLD over an adaptively chosen history is not a valid filter.
+
+| edge case | answer |
+| --- | --- |
+| no events | spent 0.0, odometer 0.0 |
+| q = 1 | exact Gaussian composition in both |
+| σ < 0.3 | Refused before anything is computed |
+| σ above 10⁹ | charged as σ = 10⁹ (dearer, never cheaper) |
+| δ below what a float FFT resolves | odometer falls back to Rényi DP: still an upper bound, no longer within 1 % |
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations, pairwise, permutations
+
+import numpy as np
+from scipy.special import gammaln, log_ndtr, logsumexp
+
+from .errors import ConfigError, LedgerError, Refusal, Refused
+
+__all__ = ["MIN_NOISE_MULTIPLIER", "Budget", "PrivacyEvent", "odometer"]
+
+MIN_NOISE_MULTIPLIER = 0.3
+"""Smaller noise multipliers are refused before accounting at all."""
+
+_MECHANISM = "poisson-gaussian/1"
+_MAX_STEPS = 10**9
+_MAX_SIGMA = 1e9  # more noise is charged as this much, so that 1/σ² cannot vanish in a float
+_MAX_ORDER = 4096
+# Every ε is raised by this much against float rounding (relative to the RDP sum, and absolute).
+_SLACK = 1e-10
+
+
+@dataclass(frozen=True, order=False)
+class PrivacyEvent:
+    """`steps` Poisson-subsampled Gaussian steps on one dataset.
+
+    In each step every record joins independently with probability q, and N(0, (σC)²) is added to every coordinate of
+    a sum whose L2 sensitivity to one record is C. C itself does not matter to the accounting.
+
+    Args:
+        sampling_rate: q in (0, 1]; 1 means that every record joins every step.
+        noise_multiplier: σ, standard deviation of the noise divided by C; finite, at least 0.3.
+        steps: number of such steps, 1 to 10⁹.
+
+    Raises:
+        Refused: `Refusal.NOISE`, σ below 0.3.
+        ConfigError: anything else out of range.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("sampling_rate", "noise_multiplier"):
+            object.__setattr__(self, name, _real(getattr(self, name), name))
+        if not 0.0 < self.sampling_rate <= 1.0:
+            raise ConfigError(
+                f"sampling rate {self.sampling_rate!r} is not in (0, 1]",
+                "It is the probability with which a record joins a step; 1 takes every record.",
+            )
+        if self.noise_multiplier < MIN_NOISE_MULTIPLIER:
+            raise Refused(
+                Refusal.NOISE,
+                f"σ = {self.noise_multiplier!r}",
+                "Take a noise multiplier of at least 0.3; less protects nobody, whatever ε says.",
+            )
+        if type(self.steps) is not int or not 1 <= self.steps <= _MAX_STEPS:
+            raise ConfigError(
+                f"steps {self.steps!r} is not a whole number from 1 to 10^9",
+                "Count optimiser steps (rounds x local steps), not epochs.",
+            )
+
+    def to_fields(self) -> dict[str, str | int]:
+        """The event as ledger fields; reals as decimal strings that read back to the same float."""
+        return {
+            "mechanism": _MECHANISM,
+            "q": repr(self.sampling_rate),
+            "sigma": repr(self.noise_multiplier),
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, object]) -> PrivacyEvent:
+        """Inverse of `to_fields`.
+
+        Raises:
+            LedgerError: unknown mechanism or version, missing or extra keys, non-canonical numbers, values out of
+                range.
+        """
+        _keys(fields, {"mechanism", "q", "sigma", "steps"}, "privacy event")
+        if fields["mechanism"] != _MECHANISM:
+            raise LedgerError(
+                f"privacy event of an unknown mechanism {fields['mechanism']!r}",
+                f"This version accounts for {_MECHANISM} only; a newer hansa may know it.",
+            )
+        steps = fields["steps"]
+        if type(steps) is not int:
+            raise LedgerError(f"privacy event: steps is {steps!r}, not a whole number", _EDITED)
+        try:
+            return cls(_decimal(fields["q"], "q"), _decimal(fields["sigma"], "sigma"), steps)
+        except (ConfigError, Refused) as error:
+            raise LedgerError(f"privacy event: {error.message}", _EDITED) from error
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A privacy filter, fixed when a dataset's budget is created.
+
+    A history is admitted while **any** of these branches holds for the whole of it (spent, held and asked):
+
+    * Rényi branch (α, δ_α):  Σ ρ(α) ≤ ε − ln(1 − 1/α) + ln(δ_α·α)/(α − 1),  with ρ(α) the Rényi divergence of one
+      step (Mironov, Talwar & Zhang 1908.10530, Sec. 3.3) and the conversion of Canonne, Kamath & Steinke 2004.00010,
+      Prop. 12.
+    * Gaussian branch: μ² = Σ steps/σ², admitted while δ(ε; μ) ≤ gaussian_delta, with δ(ε; μ) the exact curve of the
+      Gaussian mechanism (Balle & Wang 1805.06530, Thm 8). A subsampled step pays its unsampled price here; no
+      central-limit approximation is ever made.
+
+    Formal guarantee: everything that is released from one dataset, as long as every history extended by the next event
+    was admitted before that event's data was read, is (ε, δ)-DP under add-or-remove-one adjacency, also when the
+    events are chosen adaptively (sampling rate, noise and number of steps, and whether to go on, may depend on every
+    earlier result). It assumes real Poisson sampling, noise drawn as declared, and a sum whose sensitivity is C.
+
+    Why, branch by branch. *Rényi*: at a fixed order α, stopping before Σ ρ(α) would pass a fixed cap gives (α, cap)-RDP
+    (Feldman & Zrnic 2008.11193, Thm 3.1; Lécuyer 2103.01379, Thm 1). *Gaussian*: stopping before Σ μ_i² would pass μ²
+    gives μ-GDP, so no price is paid for adaptivity (Smith & Thakurta 2210.17520; Koskela, Tobaben & Honkela
+    2209.15596). A Poisson step belongs there too: with P = (1−p)·N(0, σ²) + p·N(1, σ²) against N(0, σ²), joint
+    convexity of hockey-stick divergences, in both directions, makes it no more distinguishable than N(1, σ²) (that is,
+    p·G_μ + (1−p)·Id ≥ G_μ), so it is 1/σ-GDP.
+
+    *Any of several branches*: let E_b be the transcripts at whose end b is the first branch (in a fixed order) not yet
+    overdrawn; an admitted history leaves at least one, so the E_b partition the transcripts. Prices are non-negative,
+    so on E_b branch b was never overdrawn, and there the process has the same density as the one that b alone would
+    have stopped. That one is (ε, δ_b)-DP, hence P(S) = Σ_b P_b(S ∩ E_b) ≤ Σ_b [e^ε Q_b(S ∩ E_b) + δ_b] ≤ e^ε Q(S) + δ.
+
+    *Direction*: ρ(α) is D_α(P‖N(0, σ²)), which is at least D_α(N(0, σ²)‖P) (1908.10530, Thm 5), so it bounds
+    both adding and removing.
+
+    Args:
+        epsilon: the cap, positive and finite.
+        delta: in (0, 1).
+        orders: 3 to 5 pairs (α, δ_α), α strictly increasing integers from 2 to 4096, δ_α > 0.
+        gaussian_delta: the Gaussian branch's share, > 0. All shares together are at most delta.
+
+    Raises:
+        ConfigError: any of them out of range.
+    """
+
+    epsilon: float
+    delta: float
+    orders: tuple[tuple[int, float], ...]
+    gaussian_delta: float
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "delta", "gaussian_delta"):
+            object.__setattr__(self, name, _real(getattr(self, name), name))
+        if not self.epsilon > 0.0:
+            raise ConfigError(f"epsilon {self.epsilon!r} is not positive", "Common caps are 0.5 to 8.")
+        _check_delta(self.delta)
+        alphas = [alpha for alpha, _ in self.orders]
+        shares = [*(_real(share, "share") for _, share in self.orders), self.gaussian_delta]
+        if (
+            not 3 <= len(alphas) <= 5
+            or any(type(alpha) is not int or not 2 <= alpha <= _MAX_ORDER for alpha in alphas)
+            or any(low >= high for low, high in pairwise(alphas))
+        ):
+            raise ConfigError(
+                f"orders {alphas} are not 3 to 5 increasing whole numbers from 2 to {_MAX_ORDER}",
+                "Let Budget.create choose them.",
+            )
+        # In exact arithmetic: a rounded sum may hide a share too many.
+        if min(shares) <= 0.0 or sum(map(Fraction, shares)) > Fraction(self.delta):
+            raise ConfigError(
+                f"the shares of delta {shares} are not positive or sum to more than {self.delta!r}",
+                "Let Budget.create choose them.",
+            )
+
+    @classmethod
+    def create(cls, epsilon: float, delta: float) -> Budget:
+        """The filter for a cap of (ε, δ): δ/2 to the exact Gaussian branch, the rest to Rényi orders that fit ε.
+
+        Raises:
+            ConfigError: ε not positive and finite, or δ not in (0, 1).
+        """
+        epsilon = _real(epsilon, "epsilon")
+        if not epsilon > 0.0:
+            raise ConfigError(f"epsilon {epsilon!r} is not positive", "Common caps are 0.5 to 8.")
+        delta = _check_delta(delta)
+        return cls(epsilon, delta, _choose_orders(epsilon, delta), delta / 2)
+
+    def to_fields(self) -> dict[str, object]:
+        """The filter as ledger fields; reals as decimal strings that read back to the same float."""
+        return {
+            "epsilon": repr(self.epsilon),
+            "delta": repr(self.delta),
+            "orders": [[alpha, repr(share)] for alpha, share in self.orders],
+            "gaussian_delta": repr(self.gaussian_delta),
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, object]) -> Budget:
+        """Inverse of `to_fields`.
+
+        Raises:
+            LedgerError: missing or extra keys, non-canonical numbers, values out of range, shares that sum to more
+                than delta.
+        """
+        _keys(fields, {"epsilon", "delta", "orders", "gaussian_delta"}, "budget")
+        orders = fields["orders"]
+        if not isinstance(orders, list) or not all(isinstance(o, list) and len(o) == 2 for o in orders):
+            raise LedgerError(f"budget: orders {orders!r} is not a list of pairs", _EDITED)
+        try:
+            return cls(
+                _decimal(fields["epsilon"], "epsilon"),
+                _decimal(fields["delta"], "delta"),
+                tuple((alpha, _decimal(share, "share of delta")) for alpha, share in orders),
+                _decimal(fields["gaussian_delta"], "gaussian_delta"),
+            )
+        except ConfigError as error:
+            raise LedgerError(f"budget: {error.message}", _EDITED) from error
+
+    def admits(self, events: Iterable[PrivacyEvent]) -> bool:
+        """Whether the whole history (spent + held + asked) stays within the cap; exactly `spent(events) <= epsilon`."""
+        return self.spent(events) <= self.epsilon
+
+    def spent(self, events: Iterable[PrivacyEvent]) -> float:
+        """The smallest ε' at which this filter, with the same orders and shares, would admit the history.
+
+        0.0 for no events. Never falls when events are added; depends on neither their order nor how steps are split
+        into events. Rounded up: float errors count against the history.
+        """
+        history = _merge(events)
+        if not history:
+            return 0.0
+        branches = [_renyi_epsilon(_total(history, alpha), alpha, share) for alpha, share in self.orders]
+        # Next point of a grid of 2⁻²⁰ in ln μ²: its neighbours' ε differ by far more than the root finder errs, so ε
+        # is monotone to the last bit.
+        mu_squared = math.exp(math.ceil(math.log(_mu_squared(history)) * 2**20) / 2**20)
+        return min(*branches, _gaussian_epsilon(mu_squared, self.gaussian_delta))
+
+    def calibrate(self, sampling_rate: float, steps: int, spent: Iterable[PrivacyEvent] = ()) -> float:
+        """The smallest noise multiplier at which `steps` more steps are admitted after `spent`.
+
+        Searched among the numbers of four significant digits from 0.3 to 10⁴; the one returned was itself admitted.
+
+        Raises:
+            Refused: `Refusal.BUDGET` when not even σ = 10⁴ is admitted.
+            ConfigError: sampling rate or steps out of range.
+        """
+        before = list(spent)
+
+        def admitted(index: int) -> bool:
+            return self.admits([*before, PrivacyEvent(sampling_rate, _four_digits(index), steps)])
+
+        low, high = _FOUR_DIGITS_LOW - 1, _FOUR_DIGITS_HIGH  # low is refused (or too little), high admitted
+        if not admitted(high):
+            raise Refused(
+                Refusal.BUDGET,
+                f"{steps} steps at sampling rate {sampling_rate:g} do not fit into ε = {self.epsilon:g} "
+                f"(δ = {self.delta:g}, {self.spent(before):.4g} already spent), whatever the noise",
+                "Plan fewer steps or a smaller sampling rate, or agree on a larger ε.",
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if admitted(middle) else (middle, high)
+        return _four_digits(high)
+
+    def most_steps(self, sampling_rate: float, noise_multiplier: float, spent: Iterable[PrivacyEvent] = ()) -> int:
+        """How many such steps still fit after `spent`; 0 if none, at most 10⁹.
+
+        Raises:
+            Refused, ConfigError: as `PrivacyEvent`.
+        """
+        before = list(spent)
+
+        def admitted(steps: int) -> bool:
+            return self.admits([*before, PrivacyEvent(sampling_rate, noise_multiplier, steps)])
+
+        low, high = 0, 1  # low fits, high is to be tried
+        while high <= _MAX_STEPS and admitted(high):
+            low, high = high, 2 * high
+        high = min(high, _MAX_STEPS + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if admitted(middle) else (low, middle)
+        return low
+
+
+def odometer(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """The tight ε of a history, for reports: never below the truth, at most max(1 %, 10⁻³) above it.
+
+    q = 1 throughout: the exact curve of the Gaussian mechanism (Balle & Wang 1805.06530, Thm 8). Otherwise the privacy
+    loss distribution, discretised pessimistically (Connect the Dots: Doroshenko et al. 2207.04380) and composed by
+    FFT, the larger of adding and removing a record; the interval is halved until ε moves by less than half the
+    tolerance.
+
+    Formal guarantee: the mechanisms of the history, run non-adaptively, are (ε, δ)-DP under add-or-remove-one
+    adjacency for the returned ε. For a history whose events were chosen adaptively it is a report, not a bound.
+
+    The tolerance is kept for up to 10⁶ steps and δ ≥ 10⁻⁹; beyond that, and where the composition has no finite
+    answer, the best Rényi bound is returned (still never below the truth).
+
+    Args:
+        events: the history, in any order.
+        delta: in (0, 1).
+
+    Returns:
+        ε ≥ 0, never NaN; 0.0 for no events.
+
+    Raises:
+        ConfigError: delta out of range.
+    """
+    return _odometer(events, delta)[0]
+
+
+def _odometer(events: Iterable[PrivacyEvent], delta: float) -> tuple[float, float]:
+    """ε and the discretisation interval it was found at (0.0 where none was needed)."""
+    delta = _check_delta(delta)
+    history = _merge(events)
+    if not history:
+        return 0.0, 0.0
+    full = {kind: steps for kind, steps in history.items() if kind[0] == 1.0}
+    if len(full) == len(history):
+        return _gaussian_epsilon(_mu_squared(history), delta), 0.0
+    # Unsampled steps compose to one Gaussian exactly: one mechanism less to discretise.
+    mechanisms = {kind: steps for kind, steps in history.items() if kind[0] < 1.0}
+    if full:
+        mechanisms[1.0, _mu_squared(full) ** -0.5] = 1
+
+    # Two cheap upper bounds: ε = 0 if a joining record is noticed with probability at most δ; and every Rényi order.
+    if math.fsum(n * q * math.erf(1 / (math.sqrt(8) * sigma)) for (q, sigma), n in history.items()) < delta:
+        return 0.0, 0.0
+    bound = min(
+        _gaussian_epsilon(_mu_squared(history), delta),
+        *(_renyi_epsilon(_total(history, a), a, delta) for a in _ODOMETER_ORDERS),
+    )
+    if bound <= 1e-3:
+        return bound, 0.0
+    count = sum(mechanisms.values())
+    # Noise this improbable is charged as certain loss: 10⁻⁴ of δ in all.
+    log_tail = math.log(1e-4 * delta / count)
+    span = sum(_loss_span(q, sigma, log_tail) for q, sigma in mechanisms)
+    smallest = span / _MAX_CELLS
+    # Half the standard deviation of one step's loss, whose variance D₂ approximates.
+    interval = max(0.5 * math.sqrt(_total(mechanisms, 2) / count), smallest)
+    epsilon = _pld_epsilon(mechanisms, delta, interval, log_tail)
+    while interval / 2 >= smallest:
+        interval /= 2
+        coarse, epsilon = epsilon, _pld_epsilon(mechanisms, delta, interval, log_tail)
+        if coarse - epsilon <= 0.5 * max(0.01 * epsilon, 1e-3):
+            break
+    return min(epsilon, bound), interval
+
+
+_MAX_CELLS = 2**18  # per direction, over all mechanisms: about two seconds of work
+_ODOMETER_ORDERS = (*range(2, 64), *(round(2 ** (k / 4)) for k in range(24, 41)))
+
+
+def _pld_epsilon(
+    mechanisms: Mapping[tuple[float, float], int], delta: float, interval: float, log_tail: float
+) -> float:
+    from dp_accounting.pld import privacy_loss_distribution as pld  # a second to import; only this needs it
+
+    # The FFT of a pmf carries an error of about 1e-16 a composition; it is taken off δ.
+    delta -= 2e-16 * (1000 + sum(mechanisms.values()))
+    if delta <= 0.0:
+        return math.inf
+    total = pld.identity(interval)
+    for (q, sigma), steps in mechanisms.items():
+        step = pld.from_gaussian_mechanism(
+            sigma, sampling_prob=q, value_discretization_interval=interval, log_mass_truncation_bound=log_tail
+        )
+        total = total.compose(step.self_compose(steps))
+    try:
+        return float(total.get_epsilon_for_delta(delta)) + _SLACK
+    except (OverflowError, ValueError):  # losses beyond what exp() holds
+        return math.inf
+
+
+def _loss_span(q: float, sigma: float, log_tail: float) -> float:
+    """Width of the losses of one step that are discretised, for noise beyond which there is e^log_tail."""
+    top = (0.5 + math.sqrt(-2 * log_tail) * sigma) / sigma**2
+    if q == 1.0:
+        return 2 * top
+    return float(np.logaddexp(math.log1p(-q), math.log(q) + top)) - math.log1p(-q)
+
+
+def _merge(events: Iterable[PrivacyEvent]) -> Counter[tuple[float, float]]:
+    """(q, σ) -> steps, in a fixed order."""
+    history: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        history[event.sampling_rate, min(event.noise_multiplier, _MAX_SIGMA)] += event.steps
+    return Counter(dict(sorted(history.items())))
+
+
+def _mu_squared(history: Mapping[tuple[float, float], int]) -> float:
+    return math.fsum(steps / sigma**2 for (_, sigma), steps in history.items())
+
+
+def _total(history: Mapping[tuple[float, float], int], alpha: int) -> float:
+    """Σ ρ(α); fsum rounds once, so the sum depends on no order and never falls."""
+    return math.fsum(steps * _renyi_step(q, sigma, alpha) for (q, sigma), steps in history.items())
+
+
+@lru_cache(maxsize=65536)
+def _renyi_step(q: float, sigma: float, alpha: int) -> float:
+    """ρ(α) of one subsampled Gaussian step, exact for integer α (1908.10530, Sec. 3.3).
+
+    (α−1)·ρ = ln Σ_k C(α,k) (1−q)^(α−k) q^k e^(k(k−1)/2σ²). The terms' weights sum to 1, so this is
+    ln(1 + Σ_{k≥2} weight·(e^x − 1)): all terms positive, hence no cancellation however small q is. dp_accounting's
+    own sum is private and loses those digits.
+    """
+    if q == 1.0:
+        return alpha / (2 * sigma**2)
+    k = np.arange(2, alpha + 1, dtype=np.float64)
+    x = k * (k - 1) / (2 * sigma**2)
+    weights = gammaln(alpha + 1) - gammaln(k + 1) - gammaln(alpha - k + 1)
+    weights += (alpha - k) * math.log1p(-q) + k * math.log(q)
+    excess = logsumexp(weights + x + np.log(-np.expm1(-x)))
+    return float(np.logaddexp(0.0, excess)) / (alpha - 1)
+
+
+def _renyi_epsilon(rho: float, alpha: int, delta: float) -> float:
+    """ε of (α, ρ)-RDP at δ (2004.00010, Prop. 12), rounded up."""
+    return max(0.0, rho * (1 + _SLACK) + _SLACK - _renyi_offset(alpha, delta))
+
+
+def _renyi_offset(alpha: int, delta: float) -> float:
+    """−ln(1 − 1/α) + ln(δα)/(α − 1): what Σ ρ(α) may reach beyond ε (below zero, as a rule)."""
+    return -math.log1p(-1 / alpha) + (math.log(delta) + math.log(alpha)) / (alpha - 1)
+
+
+@lru_cache(maxsize=65536)
+def _gaussian_epsilon(mu_squared: float, delta: float) -> float:
+    """Smallest ε with δ(ε; μ) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ) ≤ δ, by bisection, rounded up."""
+    mu = max(math.sqrt(mu_squared), 1e-6)  # below, the difference of the two terms has no digits left
+
+    def too_much(epsilon: float) -> bool:
+        upper = float(log_ndtr(mu / 2 - epsilon / mu))
+        lower = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+        return lower < upper and upper + math.log(-math.expm1(lower - upper)) > math.log(delta)
+
+    if not too_much(0.0):
+        return 0.0
+    low, high = 0.0, mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))  # Gaussian tail: δ(high) <= δ
+    while low < (middle := (low + high) / 2) < high and high - low > 1e-14 * high:
+        low, high = (middle, high) if too_much(middle) else (low, middle)
+    return high * (1 + _SLACK) + _SLACK
+
+
+def _choose_orders(epsilon: float, delta: float) -> tuple[tuple[int, float], ...]:
+    """Three orders that share δ/2, chosen for subsampled steps (q = 1 has the Gaussian branch).
+
+    Maximises the steps admitted, relative to a single best order with all of δ, over a few common (q, σ); more than
+    `enough` of that at one place does not make up for less at another.
+    What it costs: tests/bench/test_accounting.py prints the table.
+    """
+    enough = 0.82
+
+    def room(alpha: int, share: float) -> float:  # what Σ ρ(α) may reach
+        return max(0.0, epsilon + _renyi_offset(alpha, delta * share))
+
+    # Best order where a step costs ρ(α) ∝ α, that is, for much noise; less noise wants smaller ones.
+    many = {*range(2, 64), *(int(a) for a in np.geomspace(64, _MAX_ORDER, 200))}
+    widest = max(many, key=lambda alpha: room(alpha, 1 / 4) / alpha)
+    near = {min(max(2, round(widest * f)), _MAX_ORDER - 5) for f in np.linspace(0.4, 1.2, 13)}
+    candidates = sorted(near | {max(near) + extra for extra in (1, 2, 3) if len(near) < 4})
+    prices = np.array(
+        [[_renyi_step(q, sigma, a) for q in (0.1, 0.01) for sigma in (0.8, 1.0, 1.5, 2.0, 4.0)] for a in candidates]
+    )
+    best = np.max(np.array([[room(a, 1.0)] for a in candidates]) / prices, axis=0) + 1e-300
+
+    def score(choice: tuple[tuple[int, float], ...]) -> float:
+        steps = np.max([room(candidates[i], share) / prices[i] for i, share in choice], axis=0)
+        # The power: coming close to `enough` counts, being a little less hopeless does not.
+        return float((np.minimum(steps / best / enough, 1.0) ** 8).sum())
+
+    choices = (
+        tuple(zip(chosen, shares, strict=True))
+        for chosen in combinations(range(len(candidates)), 3)
+        for shares in permutations((5 / 16, 1 / 8, 1 / 16))
+    )
+    # Rounded down, so that the shares cannot sum to more than δ.
+    return tuple((candidates[i], math.nextafter(delta * share, 0.0)) for i, share in max(choices, key=score))
+
+
+_FOUR_DIGITS_LOW = 2000  # 0.3000
+_FOUR_DIGITS_HIGH = 9000 * 5  # 10000
+
+
+def _four_digits(index: int) -> float:
+    """The index-th number of four significant digits, counted from 0.1000."""
+    exponent, mantissa = divmod(index, 9000)
+    return float(f"{1000 + mantissa}e{exponent - 4}")
+
+
+_EDITED = "The ledger was edited, or written by something else; do not rely on it."
+
+
+def _real(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} {value!r} is not a finite number", "Give a plain decimal number.")
+    return float(value)
+
+
+def _check_delta(delta: float) -> float:
+    delta = _real(delta, "delta")
+    if not 0.0 < delta < 1.0:
+        raise ConfigError(f"delta {delta!r} is not between 0 and 1", "It must be well below 1/n, for example 1e-5.")
+    return delta
+
+
+def _decimal(value: object, name: str) -> float:
+    """A real as `repr` writes it: one spelling for one value."""
+    try:
+        if isinstance(value, str) and repr(number := float(value)) == value:
+            return number
+    except ValueError:
+        pass
+    raise LedgerError(f"{name} is {value!r}, not a canonical decimal string", _EDITED)
+
+
+def _keys(fields: Mapping[str, object], wanted: set[str], what: str) -> None:
+    if set(fields) != wanted:
+        raise LedgerError(f"{what} has the keys {sorted(fields)}, not {sorted(wanted)}", _EDITED)

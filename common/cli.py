@@ -1,0 +1,602 @@
+"""The `hansa` command and the commands of this floor: charter, ledger, audit, plan, task.
+
+Each floor registers its own through the entry points `hansa.commands`. Exit codes: 0 fine, 1 the answer is no, 2 bad usage
+or input. Only members of the error tree are shown; anything else is a fault of ours and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import verifier
+from .accounting import Budget, PrivacyEvent, odometer
+from .charter import SignedCharter, draft, in_words
+from .config import Federation, load_config
+from .errors import CharterError, ConfigError, HansaError, LedgerError, RunFailed
+from .identity import Identity, fingerprint, key_from_pem, output_error
+from .ledger import owner_line, read_ledger
+from .plan import budget_of, calibrated, event_from, events_of, plan_of
+
+
+class Format(StrEnum):
+    """How a command reports."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for programs")]
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the `hansa` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; the exit code."""
+    app = typer.Typer(
+        name="hansa",
+        help="Train one model together without pooling data, and prove what privacy it cost.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+    for entry in sorted(entry_points(group="hansa.commands"), key=lambda e: e.name):
+        entry.load()(app)
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="hansa")
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as err:
+        err.show()
+        return 2
+    except click.ClickException as err:
+        err.show()
+        return 2
+    except click.Abort:
+        return _say("stopped", "", 1)
+    except HansaError as err:
+        return _say(err.message, err.hint, err.exit_code)
+    except KeyboardInterrupt:
+        return _say("stopped by the keyboard", "A run goes on with --resume.", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as err:
+        if err.name is not None and err.name.split(".")[0] in _TRAINING_PACKAGES:
+            return _say(f"{err.name} is not installed", "This command trains: pip install 'hansa[train]'", 2)
+        return _fault()
+    except OSError as err:
+        wrapped = output_error(Path(str(err.filename or "output")), err)
+        return _say(wrapped.message, wrapped.hint, wrapped.exit_code)
+    except Exception:
+        return _fault()
+
+
+_TRAINING_PACKAGES = {"torch", "flwr", "opacus", "numpy", "safetensors", "sklearn", "jinja2", "matplotlib"}
+
+
+def _say(message: str, hint: str, code: int) -> int:
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    err.print(f"[bold red]hansa:[/] {_plain(message)}")
+    if hint:
+        err.print(f"  {_plain(hint)}")
+    return code
+
+
+def _fault() -> int:
+    """A bug: say so, and where the details are, without a wall of text that may hold record values."""
+    path = Path.cwd() / "hansa-fault.log"
+    try:
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        os.chmod(path, 0o600)
+        where = f"The traceback is in {path} (it may hold data: look before you share it)."
+    except OSError:
+        where = "The traceback could not be written."
+    return _say("this is a fault in Hansa, not in what you did", where, 2)
+
+
+def _plain(text: str) -> str:
+    """Text that rich prints as it is."""
+    return text.replace("[", r"\[")
+
+
+def show_json(value: Any) -> None:
+    """Print a value for programs."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def commands(app: typer.Typer) -> None:
+    """Register this floor's commands."""
+    charter = typer.Typer(help="Draft, read, sign and check the agreement.", no_args_is_help=True)
+    charter.command("new")(charter_new)
+    charter.command("show")(charter_show)
+    charter.command("sign")(charter_sign)
+    charter.command("verify")(charter_verify)
+    ledger = typer.Typer(help="Read and check a ledger.", no_args_is_help=True)
+    ledger.command("show")(ledger_show)
+    ledger.command("verify")(ledger_verify)
+    task = typer.Typer(help="Your own data and model.", no_args_is_help=True)
+    task.command("new")(task_new)
+    task.command("check")(task_check)
+    task.command("list")(task_list)
+    app.add_typer(charter, name="charter")
+    app.add_typer(ledger, name="ledger")
+    app.add_typer(task, name="task")
+    app.command("plan")(plan)
+    app.command("audit")(audit)
+
+
+# -- charter -------------------------------------------------------------------------------------------------------------
+
+
+def charter_new(
+    config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
+    keys: Annotated[Path, typer.Option(help="folder with NAME.pem, the public key of each partner, and coordinator.pem")],
+    to: Annotated[Path, typer.Option("--out", help="the file to write")] = Path("charter.json"),
+) -> None:
+    """Draft a charter from a configuration and everyone's public keys.
+
+    A key pair: openssl genpkey -algorithm ed25519 -out NAME.key; openssl pkey -in NAME.key -pubout -out NAME.pem
+
+    Example: hansa charter new federation.yaml --keys keys/ --out charter.json
+    """
+    from .tasks import code_sha256
+
+    federation = load_config(config)
+    if federation.partners is None:
+        raise ConfigError(
+            f"{config}: a population has no keys", "Only `hansa simulate` makes its charter; or name your partners."
+        )
+    found = {}
+    for name in [*federation.partners, "coordinator"]:
+        path = keys / f"{name}.pem"
+        try:
+            found[name] = key_from_pem(path.read_bytes())
+        except OSError as err:
+            raise ConfigError(f"{path}: {err.strerror}", f"Put the public key of {name} there.") from err
+        except HansaError as err:
+            raise ConfigError(f"{path}: {err.message}", err.hint) from err
+    coordinator = found.pop("coordinator")
+    drafted = draft(
+        federation,
+        task_sha256=code_sha256(federation.task),
+        coordinator_key=coordinator,
+        partner_keys=found,
+        noise_multiplier=calibrated(federation.algorithm, federation.privacy, federation.evaluation),
+        simulated=False,
+    )
+    signed = SignedCharter.unsigned(drafted)
+    if to.exists():
+        raise ConfigError(f"{to}: exists", "Give another --out; a charter is never overwritten.")
+    signed.save(to)
+    out.print(_plain(in_words(signed)))
+    out.print(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --key NAME.key")
+
+
+def charter_show(
+    file: Annotated[Path, typer.Argument(help="a charter file")], form: FormatOption = Format.TEXT
+) -> None:
+    """Show in words what a charter agrees to.
+
+    Example: hansa charter show out/demo/charter.json
+    """
+    signed = SignedCharter.load(file)
+    if form is Format.JSON:
+        show_json(
+            {
+                "sha256": signed.sha256,
+                "charter": json.loads(signed.payload),
+                "signed": [n for n in signed.charter.keys() if n not in signed.missing()],
+                "missing": signed.missing(),
+            }
+        )
+        return
+    out.print(_plain(in_words(signed)))
+
+
+def charter_sign(
+    file: Annotated[Path, typer.Argument(help="a charter file; your signature is added to it")],
+    key: Annotated[Path, typer.Option(help="your private identity key (PEM, mode 0600)")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Read a charter in words, compare fingerprints, and sign it.
+
+    Example: hansa charter sign charter.json --key cleveland.key
+    """
+    signed = SignedCharter.load(file)
+    identity = Identity.load(key.stem, key)
+    out.print(_plain(in_words(signed)))
+    out.print("\nCompare every fingerprint above with its owner by phone before you sign.")
+    out.print(f"You sign with {fingerprint(identity.key)}")
+    made = signed.sign(identity)
+    if not yes:
+        typer.confirm("Sign?", abort=True)
+    made.save(file)
+    missing = made.missing()
+    out.print("Signed. " + (f"Still to sign: {', '.join(missing)}" if missing else "Signed by everyone now."))
+
+
+def charter_verify(
+    file: Annotated[Path, typer.Argument(help="a charter file")], form: FormatOption = Format.TEXT
+) -> int:
+    """Check that everyone signed exactly this, and that it has not expired. Exit 1 when not.
+
+    Example: hansa charter verify out/demo/charter.json
+    """
+    signed = SignedCharter.load(file)
+    problem = None
+    try:
+        signed.verify(now=datetime.now(UTC))
+    except CharterError as err:
+        problem = err
+    if form is Format.JSON:
+        show_json({"sha256": signed.sha256, "valid": problem is None, "problem": problem.message if problem else None})
+    elif problem is not None:
+        _say(f"{file}: {problem.message}", problem.hint, 1)
+    else:
+        out.print(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}")
+    return 0 if problem is None else 1
+
+
+# -- ledger --------------------------------------------------------------------------------------------------------------
+
+
+def ledger_show(
+    file: Annotated[Path, typer.Argument(help="a ledger.jsonl")],
+    kind: Annotated[str | None, typer.Option("--type", help="only entries of this type")] = None,
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Show a ledger's entries, after checking that they chain and are signed.
+
+    Example: hansa ledger show out/demo/partners/cleveland/ledger.jsonl --type debit
+    """
+    entries, torn = read_ledger(file)
+    chosen = [e for e in entries if kind is None or e.type == kind]
+    if form is Format.JSON:
+        show_json(
+            {
+                "entries": [{"seq": e.seq, "time": e.time, "type": e.type, "body": e.body} for e in chosen],
+                "torn_bytes": len(torn),
+            }
+        )
+        return
+    if entries:
+        out.print(_plain(owner_line(entries[0])))
+    table = Table("line", "time", "type", "what", box=None, pad_edge=False)
+    for entry in chosen:
+        table.add_row(str(entry.seq + 1), entry.time, entry.type, _plain(_gist(entry.type, dict(entry.body))))
+    out.print(table)
+    if torn:
+        out.print(f"[yellow]torn last line: {len(torn)} bytes that a crash left; never acknowledged[/]")
+
+
+def ledger_verify(
+    file: Annotated[Path, typer.Argument(help="a ledger.jsonl")],
+    key: Annotated[Path | None, typer.Option(help="whose ledger it must be: a public key (PEM)")] = None,
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """Check a ledger's signatures and chain. Exit 1 when it does not hold.
+
+    Without --key the ledger is checked against the key that it names itself: that shows edits, not whose it is.
+
+    Example: hansa ledger verify out/demo/partners/cleveland/ledger.jsonl --key out/demo/keys/cleveland.pem
+    """
+    try:
+        public = key_from_pem(key.read_bytes()) if key is not None else None
+    except OSError as err:
+        raise LedgerError(f"{key}: {err.strerror}", "Give a public key in PEM form.") from err
+    if not file.is_file():
+        raise LedgerError(f"{file}: no such file", "Give the path of a ledger.jsonl.")
+    problem = None
+    length, head, torn = 0, None, b""
+    try:
+        entries, torn = read_ledger(file, public)
+        length, head = len(entries), entries[-1].sha256 if entries else None
+        if torn:
+            problem = f"{file}:{length + 1}: torn last line ({len(torn)} bytes): a crash while writing; never acknowledged"
+        elif not entries:
+            problem = f"{file}: empty"
+    except LedgerError as err:
+        problem = err.message
+    if form is Format.JSON:
+        show_json({"valid": problem is None, "problem": problem, "length": length, "head": head})
+    elif problem is not None:
+        _say(problem, "", 1)
+    else:
+        who = "" if public is not None else " (by the key that it names itself; give --key to check whose it is)"
+        out.print(f"{file}: {length} entries, signed and chained{who}; head {head}")
+    return 0 if problem is None else 1
+
+
+def _gist(kind: str, body: dict[str, Any]) -> str:
+    match kind:
+        case "genesis":
+            return f"{body.get('owner')}, {body.get('role')}" + (", simulated" if body.get("simulated") else "")
+        case "budget":
+            b = body["budget"]
+            return f"cap epsilon {b['epsilon']} at delta {b['delta']}, {body['unit']} level, {body['adjacency']}"
+        case "hold":
+            return f"run {body['run_id']}: " + "; ".join(f"{i['count']} x {i['purpose']} {_cost(i['event'])}" for i in body["plan"])
+        case "debit" | "cohort-debit":
+            return f"round {body['round']} {body['purpose']}: {_cost(body['event'])}"
+        case "commit" | "public" | "cohort-commit" | "round":
+            return f"round {body['round']}"
+        case "refuse":
+            return f"{body['reason']}: {body['detail']}"
+        case "release":
+            return f"run {body['run_id']} {body['why']}"
+        case "ask" | "answers":
+            names = body.get("requests") or body.get("replies") or {}
+            told = ", ".join(n + ("" if kind == "ask" else f" {names[n]['outcome']}") for n in names)
+            return f"round {body['round']} {body['purpose']}: {told}"
+        case _:
+            return ", ".join(f"{k} {v}" for k, v in body.items() if isinstance(v, str | int))[:100]
+
+
+def _cost(event: dict[str, Any]) -> str:
+    if event.get("mechanism") == "none/1":
+        return "UNPROTECTED"
+    return f"{event['steps']} steps, q {event['q']}, sigma {event['sigma']}"
+
+
+# -- audit ---------------------------------------------------------------------------------------------------------------
+
+
+def audit(
+    folder: Annotated[Path, typer.Argument(help="a bundle: the folder that a run wrote")],
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """Recompute the privacy bill from ledgers, charter and keys alone. Exit 0 verified, 1 a violation, 2 unreadable.
+
+    Example: hansa audit out/demo
+    """
+    try:
+        verdict = verifier.verify_bundle(folder)
+    except verifier.Unreadable as err:
+        raise HansaError(str(err), "Give the folder that a run wrote (with charter.json in it).") from err
+    if form is Format.JSON:
+        show_json(verdict)
+    else:
+        print_verdict(verdict)
+    return 0 if verdict["verified"] else 1
+
+
+def print_verdict(verdict: dict[str, Any]) -> None:
+    """A verdict for a terminal, with its limits."""
+    if verdict["verified"]:
+        out.print("[bold green]VERIFIED[/] " + ("(simulated: all keys and data on one machine)" if verdict["simulated"] else ""))
+    else:
+        out.print("[bold red]NOT VERIFIED[/]")
+    for item in verdict["violations"][:30]:
+        out.print(f"  [red]violation[/] {_plain(_place(item))}: {_plain(item['what'])}")
+    if len(verdict["violations"]) > 30:
+        out.print(f"  ... and {len(verdict['violations']) - 30} more: --format json shows all")
+    for item in verdict["warnings"][:30]:
+        out.print(f"  [yellow]warning[/] {_plain(_place(item))}: {_plain(item['what'])}")
+    out.print(_plain(verdict["claim"]))
+    partners = verdict["partners"]
+    table = Table(box=None, pad_edge=False)
+    for title in ("partner", "epsilon (odometer)", "epsilon (filter)", "cap", "delta", "rounds", "refusals"):
+        table.add_column(title, justify="left" if title == "partner" else "right")
+    for name, p in list(partners.items())[:20]:
+        table.add_row(
+            _plain(name), _number(p["epsilon"]), _number(p["epsilon_filter"]), _number(p["epsilon_cap"], "-"),
+            "-" if p["delta"] is None else f"{p['delta']:g}", str(p["rounds"]), str(p["refusals"]),
+        )
+    out.print(table)
+    if len(partners) > 20:
+        worst = max((p["epsilon"] for p in partners.values() if p["epsilon"] is not None), default=None)
+        out.print(f"... and {len(partners) - 20} more; the largest epsilon of all is {_number(worst)}")
+    c = verdict["checked"]
+    out.print(f"checked {c['ledgers']} ledgers, {c['entries']} entries, {c['signatures']} signatures")
+    out.print("Limits of this verdict:")
+    for limit in verdict["limits"]:
+        out.print(f"  - {_plain(limit)}")
+
+
+def _place(item: dict[str, Any]) -> str:
+    return item["file"] if item["line"] is None else f"{item['file']}:{item['line']}"
+
+
+def _number(value: float | None, absent: str = "unbounded") -> str:
+    return absent if value is None else f"{value:.4f}"
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
+    ledger: Annotated[Path | None, typer.Option(help="a partner's ledger: count what is already spent")] = None,
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """Before any training: epsilon by rounds and noise, what the charter would allow, what would be left.
+
+    Exit 1 when the plan does not fit the budget.
+
+    Example: hansa plan federation.yaml
+    """
+    federation = load_config(config)
+    report = planned(federation, ledger)
+    if form is Format.JSON:
+        show_json(report)
+    else:
+        _print_plan(federation, report)
+    return 0 if report["fits"] else 1
+
+
+def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any]:
+    """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one, local noise.
+
+    Raises:
+        Refused: no noise is enough.
+    """
+    a, p = federation.algorithm, federation.privacy
+    if p.kind == "none":
+        return {"privacy": "none", "fits": True}
+    assert p.delta is not None
+    budget, spent = _spent_before(ledger, budget_of(p))
+    sigma = calibrated(a, p, federation.evaluation, spent)
+    assert sigma is not None
+    agreed = p.model_copy(update={"noise_multiplier": sigma})
+    cost = events_of(plan_of(a, agreed, federation.evaluation))
+    other = events_of(i for i in plan_of(a, agreed, federation.evaluation) if i.purpose != "train")
+    steps, q = a.local.steps, a.local.sampling_rate
+
+    def after(rounds: int, noise: float) -> dict[str, Any]:
+        history = [*spent, *other, PrivacyEvent(q, noise, steps * rounds)]
+        return {"rounds": rounds, "noise_multiplier": noise, "epsilon_filter": budget.spent(history),
+                "epsilon": odometer(history, budget.delta), "fits": budget.admits(history)}
+
+    by_rounds = [after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})]
+    by_noise = [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3]
+    whole = [*spent, *cost]
+    needed = []
+    for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
+        try:
+            needed.append({"epsilon": epsilon, "noise_multiplier": Budget.create(epsilon, p.delta).calibrate(q, steps * a.rounds)})
+        except HansaError:
+            needed.append({"epsilon": epsilon, "noise_multiplier": None})
+    return {
+        "privacy": "local", "unit": "record", "adjacency": "add-or-remove-one", "noise": "local",
+        "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
+        "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
+        "epsilon_spent_before": budget.spent(spent),
+        "epsilon_filter": budget.spent(whole), "epsilon": odometer(whole, budget.delta),
+        "fits": budget.admits(whole),
+        "rounds_that_fit": budget.most_steps(q, sigma, [*spent, *other]) // steps,
+        "rounds_left_after": max(0, budget.most_steps(q, sigma, whole) // steps) if budget.admits(whole) else 0,
+        "by_rounds": by_rounds, "by_noise": by_noise, "noise_for_other_caps": needed,
+    }  # fmt: skip
+
+
+def _spent_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[PrivacyEvent]]:
+    """The budget that will enforce the plan, and what its dataset spent already."""
+    if ledger is None:
+        return fresh, []
+    entries, _ = read_ledger(ledger)
+    budgets = [Budget.from_fields(e.body["budget"]) for e in entries if e.type == "budget"]
+    events = [event_from(e.body["event"]) for e in entries if e.type == "debit"]
+    if any(event is None for event in events):
+        raise RunFailed(f"{ledger}: an unprotected run made this budget unbounded", "No finite epsilon holds for it.")
+    return (budgets[0] if budgets else fresh), [event for event in events if event is not None]
+
+
+def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
+    if report["privacy"] == "none":
+        out.print("privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on.")
+        return
+    out.print(
+        f"Each partner, record level, add-or-remove-one, local noise, delta {report['delta']:g}:\n"
+        f"  {report['rounds']} rounds x {report['steps_per_round']} steps, sampling rate {report['sampling_rate']:g}, "
+        f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
+        f"  epsilon {report['epsilon_filter']:.4f} by the filter that enforces the cap, {report['epsilon']:.4f} by the odometer (tight); "
+        f"cap {report['epsilon_cap']:g}"
+    )
+    if report["epsilon_spent_before"]:
+        out.print(f"  of which {report['epsilon_spent_before']:.4f} was spent before this run")
+    if report["fits"]:
+        out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
+    else:
+        out.print(f"  [red]does not fit[/]: {report['rounds_that_fit']} such round(s) fit. Fewer rounds, more noise, or a larger cap.")
+    for title, rows in (("epsilon by rounds", report["by_rounds"]), ("epsilon by noise", report["by_noise"])):
+        table = Table("rounds", "noise multiplier", "epsilon (filter)", "epsilon (odometer)", "", title=title, box=None,
+                      title_justify="left", pad_edge=False)  # fmt: skip
+        for row in rows:
+            fits = "fits" if row["fits"] else "[red]refused[/]"
+            table.add_row(str(row["rounds"]), f"{row['noise_multiplier']:g}", f"{row['epsilon_filter']:.4f}", f"{row['epsilon']:.4f}", fits)
+        out.print(table)
+    table = Table("cap", "noise multiplier needed", title="the same rounds under other caps", box=None, title_justify="left",
+                  pad_edge=False)  # fmt: skip
+    for row in report["noise_for_other_caps"]:
+        table.add_row(f"{row['epsilon']:g}", "no noise is enough" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:g}")
+    out.print(table)
+
+
+# -- task ----------------------------------------------------------------------------------------------------------------
+
+
+def task_new(
+    name: Annotated[str, typer.Argument(help="lowercase letters, digits, hyphens")],
+    folder: Annotated[Path, typer.Option("--out", help="where to put the package")] = Path(),
+) -> None:
+    """Write a small package for your own data and model.
+
+    Example: hansa task new stroke-risk
+    """
+    from .tasks.scaffold import scaffold
+
+    made = scaffold(name, folder)
+    out.print(f"Written to {made}. Next: edit its schema.yaml and model, then: pip install -e {made}")
+    out.print("The steps are in docs/your-own-task.md.")
+
+
+def task_check(
+    name: Annotated[str, typer.Argument(help="an installed task")],
+    file: Annotated[Path, typer.Argument(help="a CSV file")],
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Check a data file against a task's schema and its model, on your own screen.
+
+    Example: hansa task check heart-disease cleveland.csv
+    """
+    from .tasks import check_model, code_sha256, load_task
+    from .tasks.schema import TableSchema, parse_table
+
+    task = load_task(name)
+    if not isinstance(task.schema, TableSchema):
+        raise ConfigError(f"task {name} takes arrays, not a table", "Only tasks with a table schema read CSV files.")
+    check_model(task)
+    table = parse_table(file, task.schema)
+    classes = {label: int((table.y == index).sum()) for index, label in enumerate(task.classes)}
+    found = {
+        "task": name,
+        "code_sha256": code_sha256(name),
+        "rows": len(table.y),
+        "features": int(table.x.shape[1]),
+        "classes": classes,
+        "missing": table.missing,
+        "ignored_columns": list(table.ignored),
+    }
+    if form is Format.JSON:
+        show_json(found)
+        return
+    out.print(f"{file}: {found['rows']} rows fit the schema of {name}; {found['features']} features")
+    out.print("  classes: " + ", ".join(f"{label} {count}" for label, count in classes.items()))
+    if missing := {column: count for column, count in table.missing.items() if count}:
+        out.print("  missing cells: " + ", ".join(f"{column} {count}" for column, count in missing.items()))
+    if table.ignored:
+        out.print(f"  [yellow]columns that the schema does not name, not used:[/] {_plain(', '.join(table.ignored))}")
+    out.print(f"  task code {found['code_sha256']}")
+
+
+def task_list(form: FormatOption = Format.TEXT) -> None:
+    """List installed tasks.
+
+    Example: hansa task list
+    """
+    from .tasks import code_sha256, load_task, task_names
+
+    rows = [(name, load_task(name).title, code_sha256(name)) for name in task_names()]
+    if form is Format.JSON:
+        show_json([{"name": n, "title": t, "code_sha256": c} for n, t, c in rows])
+        return
+    for name, title, code in rows:
+        out.print(f"{name:<20} {_plain(title)}  [dim]{code[:16]}[/]")

@@ -1,0 +1,257 @@
+"""The commands of this floor: demo and simulate. Torch and Flower are imported only when one of them runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..common import verifier
+from ..common.charter import in_words
+from ..common.cli import Format, FormatOption, print_verdict, show_json
+from ..common.config import Federation, load_config
+from ..common.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from .federation import Simulation
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def commands(app: typer.Typer) -> None:
+    """Register this floor's commands."""
+    app.command("demo")(demo)
+    app.command("simulate")(simulate)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="where to write the bundle")] = Path("out/demo"),
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """The main job: four hospitals sign a charter, train one model privately, and the bill verifies.
+
+    An earlier demo in the same folder is replaced.
+
+    Example: hansa demo --out out/demo
+    """
+    from .federation import Simulation, private_folder
+
+    console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
+    began = time.perf_counter()
+    _clear_demo(folder, private_folder(folder))
+    with as_file(files("hansa.configs") / "heart.yaml") as path:
+        config = load_config(path)
+    console.rule("1. Identities and charter", align="left")
+    display = _display(console)
+    console.print("making keys for four hospitals and a coordinator; drafting the charter; all five sign it")
+    simulation = Simulation(config, Path(), folder, notify=display.notify)
+    try:
+        (simulation.private / "demo").touch()
+        console.print(in_words(simulation.signed), markup=False)
+        console.rule("2. Training", align="left")
+        outcome, timings = _train(simulation, display)
+        console.rule("3. A second run that the remaining budget cannot pay", align="left")
+        asked = next(iter(simulation.nodes))
+        second = simulation.run(simulation.another_run(), only=[asked])
+        if second.why == "refused":
+            console.print(f"{asked} read no data for it; the refusal is in its ledger.")
+        console.rule("4. Baselines (only a simulation can have them)", align="left")
+        result = _finish(simulation, outcome, [*outcome.refusals, *second.refusals], timings, True, console)
+    finally:
+        simulation.close()
+    console.rule("5. Audit, from bytes and public keys alone", align="left")
+    verdict = verifier.verify_bundle(folder)
+    if form is Format.TEXT:
+        print_verdict(verdict)
+    from .report import write_report
+
+    result["timings"]["total_s"] = time.perf_counter() - began
+    _save(folder, result)
+    write_report(folder / "report.html", result, verdict, in_words(simulation.signed))
+    if form is Format.JSON:
+        show_json({"result": result, "verdict": verdict})
+    console.rule("6. Written", align="left")
+    console.print(f"{folder}/report.html   a page for people; {folder}/ is the bundle that an auditor gets")
+    console.print(f"{simulation.private}/   private keys and node state; never part of the bundle")
+    console.print(f"Check it again: hansa audit {folder}     {time.perf_counter() - began:.1f} s")
+    return 0 if verdict["verified"] else 1
+
+
+def simulate(
+    config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
+    folder: Annotated[Path | None, typer.Option("--out", help="where to write; default out/CONFIG")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,
+    with_baselines: Annotated[bool, typer.Option("--baselines", help="also pooled, each alone, and without privacy")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="repeat with this many seeds")] = 1,
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """Run a federation on this machine, with real keys, charter, gates and ledgers, and audit it.
+
+    Example: hansa simulate configs/heart.yaml --baselines --seeds 10 --out out/heart
+    """
+    loaded = load_config(config)
+    target = folder or Path("out") / config.stem
+    console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
+    if seeds == 1:
+        result, verdict = _one(loaded, config.parent, target, resume, with_baselines, console)
+        if form is Format.JSON:
+            show_json({"result": result, "verdict": verdict})
+        else:
+            print_verdict(verdict)
+            console.print(f"written to {target}; a page for people: {target}/report.html")
+        return 0 if verdict["verified"] else 1
+    return _many(loaded, config.parent, target, resume, with_baselines, seeds, console, form)
+
+
+def _one(
+    config: Federation, base: Path, folder: Path, resume: bool, with_baselines: bool, console: Console, quiet: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from .federation import Simulation
+    from .report import write_report
+
+    display = _display(console, quiet)
+    simulation = Simulation(config, base, folder, resume=resume, notify=display.notify)
+    try:
+        outcome, timings = _train(simulation, display)
+        result = _finish(simulation, outcome, outcome.refusals, timings, with_baselines, console)
+    finally:
+        simulation.close()
+    verdict = verifier.verify_bundle(folder)
+    write_report(folder / "report.html", result, verdict, in_words(simulation.signed))
+    return result, verdict
+
+
+def _train(simulation: Simulation, display: Any) -> tuple[Any, dict[str, float]]:
+    began = time.perf_counter()
+    with display:
+        display.show(simulation)
+        outcome = simulation.run()
+    if outcome.model is not None:
+        simulation.save_model(outcome.model)
+    return outcome, {"training_s": time.perf_counter() - began}
+
+
+def _finish(
+    simulation: Simulation, outcome: Any, refusals: list[Any], timings: dict[str, float], with_baselines: bool, console: Console
+) -> dict[str, Any]:
+    from .baselines import baselines
+    from .result import make_result
+
+    result = make_result(simulation, outcome, refusals, timings)
+    if with_baselines:
+        began = time.perf_counter()
+        with console.status("training the baselines"):
+            result["baselines"] = baselines(simulation.config, simulation.base, simulation.task)
+        timings["baselines_s"] = result["timings"]["baselines_s"] = time.perf_counter() - began
+    _save(simulation.out, result)
+    rows = _score_rows(result)
+    if rows:
+        table = Table(box=None, pad_edge=False, title=_rows_title(result), title_justify="left")
+        keys = list(next(iter(rows.values())))
+        for title in ("", *keys):
+            table.add_column(title, justify="right" if title else "left")
+        for name, metrics in rows.items():
+            table.add_row(name, *(f"{metrics[k]:.4f}" if k in metrics else "-" for k in keys))
+        console.print(table)
+    return result
+
+
+def _many(
+    config: Federation, base: Path, folder: Path, resume: bool, with_baselines: bool, seeds: int, console: Console, form: Format
+) -> int:
+    """The same federation with seeds config.seed, config.seed + 1, ...: other splits, initial models and noise."""
+    gathered: dict[str, list[dict[str, float]]] = {}
+    verified = 0
+    title = ""
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise OutputError(f"{folder}: holds another run", "Give another --out, or go on with it: --resume.")
+    for number in range(seeds):
+        seeded = config.model_copy(update={"seed": config.seed + number})
+        began = time.perf_counter()
+        own = folder / f"seed-{seeded.seed}"
+        result, verdict = _one(seeded, base, own, resume, with_baselines, Console(quiet=True), quiet=True)
+        verified += bool(verdict["verified"])
+        title = _rows_title(result)
+        for name, metrics in _score_rows(result).items():
+            gathered.setdefault(name, []).append(metrics)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
+        console.print(f"seed {seeded.seed:>3}  {shown}  {'verified' if verdict['verified'] else 'NOT VERIFIED'}  {time.perf_counter() - began:.1f} s")
+    keys = list(dict.fromkeys(k for rows in gathered.values() for m in rows for k in m))
+    summary = {
+        name: {k: _spread([m[k] for m in rows if k in m]) for k in keys if any(k in m for m in rows)}
+        for name, rows in gathered.items()
+    }
+    report = {"seeds": seeds, "verified": verified, "evaluation": title, "table": summary}
+    _save(folder, report)
+    if form is Format.JSON:
+        show_json(report)
+    else:
+        table = Table(box=None, pad_edge=False, title=f"{title}; mean and standard deviation over {seeds} seeds", title_justify="left")
+        for column in ("", *keys):
+            table.add_column(column, justify="right" if column else "left")
+        for name, metrics in summary.items():
+            cells = (f"{metrics[k]['mean']:.4f} ± {metrics[k]['sd']:.4f}" if k in metrics else "-" for k in keys)
+            table.add_row(name, *cells)
+        console.print(table)
+        console.print(f"{verified} of {seeds} audits verified; every run is in {folder}/seed-N")
+    return 0 if verified == seeds else 1
+
+
+def _score_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What is compared, by row of the table."""
+    found = result.get("baselines") or {}
+    rows: dict[str, dict[str, float]] = {}
+    if found.get("pooled"):
+        rows["all data pooled, no privacy"] = found["pooled"]
+    if found.get("federated_without_privacy"):
+        rows["federated, no privacy"] = found["federated_without_privacy"]
+    if result["final"]:
+        p = result["privacy"]
+        how = "no privacy" if p["kind"] == "none" else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, record level, local noise"
+        rows[f"federated, {how}"] = result["final"]
+    for name, metrics in (found.get("local") or {}).items():
+        rows[f"{name} alone, no privacy"] = metrics
+    return rows
+
+
+def _rows_title(result: dict[str, Any]) -> str:
+    e = result["evaluation"]
+    if e["kind"] == "public":
+        return "measured on all partners' public test rows"
+    return "measured by noisy private histograms" if e["kind"] == "private" else "not measured"
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _save(folder: Path, result: dict[str, Any]) -> None:
+    from .result import save_result
+
+    save_result(folder, result)
+
+
+def _display(console: Console, quiet: bool = False) -> Any:
+    from .display import Display
+
+    return Display(console, quiet or console.quiet)
+
+
+def _clear_demo(folder: Path, private: Path) -> None:
+    """Remove an earlier demo, and nothing else."""
+    import shutil
+
+    if not folder.exists() and not private.exists():
+        return
+    if not (private / "run.json").exists() and any(p.exists() and any(p.iterdir()) for p in (folder, private)):
+        raise OutputError(f"{folder}: not empty, and not an earlier demo", "Give another --out.")
+    if (private / "run.json").exists() and not (private / "demo").exists():
+        raise ConfigError(f"{folder}: holds a run that is not a demo", "Give another --out.")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(private, ignore_errors=True)

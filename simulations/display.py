@@ -1,0 +1,122 @@
+"""What a run shows while it goes: each partner's round and ε spent, and the evaluation. Plain lines where there is no screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .federation import Simulation
+
+_SHOWN = 24
+
+
+class Display:
+    """A run's events as a live table, or as one line a round.
+
+    Use as a context manager around a run; pass `notify` to the simulation.
+    """
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._simulation: Simulation | None = None
+        self._status: dict[str, str] = {}
+        self._rounds: dict[str, int] = {}
+        self._epsilon: dict[str, float] = {}
+        self._round = 0
+        self._metrics: dict[str, float] = {}
+
+    def show(self, simulation: Simulation) -> None:
+        """Whose run it is."""
+        self._simulation = simulation
+        for name in list(simulation.nodes)[:_SHOWN]:
+            self._measure(name)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal and not self._quiet:
+            self._live = Live(self._table(), console=self._console, refresh_per_second=8)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.update(self._table())
+            self._live.stop()
+
+    def notify(self, event: str, **facts: Any) -> None:
+        """One event of the run."""
+        match event:
+            case "round":
+                self._round = facts["round"]
+            case "answer":
+                self._answer(facts)
+            case "done":
+                self._metrics = facts["metrics"] or self._metrics
+                if self._live is None and not self._quiet:
+                    self._line(facts)
+            case "refused":
+                refusal = facts["refusal"]
+                self._say(f"{refusal.partner} refused: {refusal.reason}: {refusal.detail}", "yellow")
+            case "recovered":
+                self._say(f"{facts['ledger']}: cut off a torn last line ({facts['torn_bytes']} bytes) left by a crash", "yellow")
+        if self._live is not None:
+            self._live.update(self._table())
+
+    def _answer(self, facts: dict[str, Any]) -> None:
+        name, answer = facts["partner"], facts["answer"]
+        if len(self._status) < _SHOWN or name in self._status:
+            self._status[name] = {"ok": "answered"}.get(answer.outcome, answer.outcome)
+            if facts["kind"] == "train" and answer.outcome == "ok":
+                self._rounds[name] = facts["round"]
+            if facts["kind"] in ("train", "evaluate", "open"):
+                self._measure(name)
+        if answer.outcome in ("invalid", "timeout"):
+            self._say(f"{name}: {answer.outcome}: {answer.detail}", "yellow")
+
+    def _measure(self, name: str) -> None:
+        """ε spent so far by the filter that enforces the cap, from the partner's own ledger."""
+        gate = self._simulation.gates.get(name) if self._simulation is not None else None
+        if gate is not None and (spent := gate.spent_epsilon()) is not None:
+            self._epsilon[name] = spent
+
+    def _line(self, facts: dict[str, Any]) -> None:
+        told = "  ".join(f"{k} {v:.4f}" for k, v in facts["metrics"].items())
+        spent = max(self._epsilon.values(), default=None)
+        cost = "" if spent is None else f"  epsilon spent {spent:.3f} (filter, the most of any partner)"
+        self._console.print(f"round {facts['round']:>4}  {told}{cost}  {facts['seconds']:.2f} s")
+
+    def _say(self, text: str, style: str) -> None:
+        self._console.print(Text(text, style=style))
+
+    def _table(self) -> Group:
+        simulation = self._simulation
+        if simulation is None:
+            return Group(Text("setting up ..."))
+        charter = simulation.signed.charter
+        cap = charter.privacy.epsilon
+        table = Table(box=None, pad_edge=False)
+        for title in ("partner", "round", "epsilon spent (filter)", "cap", ""):
+            table.add_column(title, justify="left" if title in ("partner", "") else "right")
+        for name in list(simulation.nodes)[:_SHOWN]:
+            done = f"{self._rounds.get(name, 0)}/{charter.algorithm.rounds}"
+            spent = self._epsilon.get(name)
+            table.add_row(
+                name,
+                done,
+                "-" if spent is None else f"{spent:.3f}",
+                "none" if cap is None else f"{cap:g}",
+                self._status.get(name, ""),
+            )
+        parts: list[Any] = [table]
+        if len(simulation.nodes) > _SHOWN:
+            parts.append(Text(f"... and {len(simulation.nodes) - _SHOWN} more clients; round {self._round}"))
+        if self._metrics:
+            rows = "public test rows" if charter.evaluation.kind == "public" else "noisy private histograms"
+            told = "  ".join(f"{k} {v:.4f}" for k, v in self._metrics.items())
+            parts.append(Text(f"evaluation on {rows}: {told}", style="bold"))
+        return Group(*parts)
