@@ -23,7 +23,7 @@ from ..common.closing import sign_closing
 from ..common.errors import DataError, MessageError, Refusal, Refused
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.identity import Identity, sha256
-from ..common.messages import Manifest, Tensors, Wire
+from ..common.messages import Manifest, Tensors, Wire, is_finite
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
 from .datasets import RegisteredDataset, Rows
@@ -122,11 +122,7 @@ class Node:
         self._check_model(tensors)
         evaluation = self._agreed(request).evaluation
         public = evaluation.kind == "public"
-        before = (
-            self._gate.admit_public(request, digest)
-            if public
-            else self._gate.debit(request, digest, "evaluate")
-        )
+        before = self._gate.admit_public(request, digest) if public else self._gate.debit(request, digest, "evaluate")
         if before:
             return self._again(request)
         rows = self._rows().held_out
@@ -134,7 +130,9 @@ class Node:
         labels = rows.y.numpy()
         if public:
             return self._answer(request, digest, "scores", {"scores": scores, "labels": labels}, public=True)
-        counts = score_histogram(scores, labels, evaluation.bins, binary=len(self._task.classes) == 2).astype(np.float64)
+        counts = score_histogram(scores, labels, evaluation.bins, binary=len(self._task.classes) == 2).astype(
+            np.float64
+        )
         assert evaluation.noise_multiplier is not None
         # One record is one count: sensitivity 1 under add-or-remove-one, so the multiplier is the standard deviation.
         noisy = counts + SecureNoise().gaussian(counts.shape, evaluation.noise_multiplier)
@@ -150,24 +148,35 @@ class Node:
     def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
         """Sign a closing checkpoint that states this ledger as it is."""
         assert self._identity is not None
-        payload = base64.b64decode(str(request.fields.get("closing", "")), validate=True)
+        try:
+            payload = base64.b64decode(str(request.fields.get("closing", "")), validate=True)
+        except ValueError as err:
+            raise MessageError("a closing checkpoint that is not base64") from err
         head = self._gate.close_run(request.run_id)
-        signature = sign_closing(
-            self._identity, payload, request.run_id, request.charter_sha256, self._gate.name, head
-        )
+        signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, self._gate.name, head)
         encoded = base64.b64encode(signature).decode()
         return self._wire.encode(request.reply("signature", digest, signature=encoded), self._wire.pack({}))[0]
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def handle(self, work: Callable[[Manifest, str, Tensors], RecordDict], message: Message) -> Message:
+    def handle(self, kind: str, message: Message) -> Message:
         """Verify, work, reply; a refusal becomes a signed reply.
 
         Raises:
-            MessageError: the request is not the coordinator's; nothing is answered in the node's name.
+            MessageError: the request is not the coordinator's, or of another kind than it was delivered as; nothing is
+                answered in the node's name.
             OutputError, LedgerError: the node cannot record what it does, so it does nothing.
         """
         request, tensors, digest = self._wire.decode(message.content, self._coordinator)
+        if request.kind != kind:
+            raise MessageError(f"a request to {request.kind}, delivered as one to {kind}")
+        work = {
+            "open": self.open,
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "close": self.close,
+            "sign": self.sign,
+        }[kind]
         try:
             reply = work(request, digest, tensors)
         except Refused as refused:
@@ -176,9 +185,7 @@ class Node:
             reply = self._wire.encode(request.reply("refused", digest, **fields), self._wire.pack({}))[0]
         return Message(reply, reply_to=message)
 
-    def _answer(
-        self, request: Manifest, digest: str, kind: str, tensors: Tensors, *, public: bool
-    ) -> RecordDict:
+    def _answer(self, request: Manifest, digest: str, kind: str, tensors: Tensors, *, public: bool) -> RecordDict:
         reply, reply_sha256 = self._wire.encode(request.reply(kind, digest), self._wire.pack(tensors))
         if self._outbox is not None:
             self._outbox.put(request.run_id, request.request_id, reply)
@@ -199,9 +206,7 @@ class Node:
     def _check_model(self, tensors: Tensors) -> None:
         """Refuse a model of another shape before anything is spent on it. Looks at the request only."""
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        good = shapes == self._shapes and all(
-            t.dtype == np.float32 and np.isfinite(t).all() for t in tensors.values()
-        )
+        good = shapes == self._shapes and all(t.dtype == np.float32 for t in tensors.values()) and is_finite(tensors)
         if not good:
             raise Refused(Refusal.NUMERIC, "the model's tensors are not those of the task, or not finite")
 
@@ -211,9 +216,7 @@ class Node:
         except DataError as err:
             # The words hold record values: they stay here.
             _log.error("%s: %s", self._gate.name, err)
-            raise Refused(
-                Refusal.DATA, "the registered dataset cannot be read; see the node's own log"
-            ) from err
+            raise Refused(Refusal.DATA, "the registered dataset cannot be read; see the node's own log") from err
 
     def _scores(self, tensors: Tensors, rows: Rows) -> npt.NDArray[np.float32]:
         """Scores [n, classes] in batches, so that memory does not grow with the held-out rows."""
@@ -223,7 +226,7 @@ class Node:
                 if parameter.requires_grad:
                     parameter.copy_(torch.from_numpy(np.array(tensors[name])))
             model.eval()
-            parts = [scores_of(model(x)) for x in rows.x.split(1024) if len(x)]
+            parts = [scores_of(model(x)) for x in torch.split(rows.x, 1024) if len(x)]
             model.train()
         return np.concatenate(parts) if parts else np.zeros((0, len(self._task.classes)), np.float32)
 
@@ -234,28 +237,23 @@ def make_client_app(find: Callable[[Context], Node]) -> ClientApp:
 
     @app.query("open")
     def _open(message: Message, context: Context) -> Message:
-        node = find(context)
-        return node.handle(node.open, message)
+        return find(context).handle("open", message)
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        node = find(context)
-        return node.handle(node.train, message)
+        return find(context).handle("train", message)
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        node = find(context)
-        return node.handle(node.evaluate, message)
+        return find(context).handle("evaluate", message)
 
     @app.query("close")
     def _close(message: Message, context: Context) -> Message:
-        node = find(context)
-        return node.handle(node.close, message)
+        return find(context).handle("close", message)
 
     @app.query("sign")
     def _sign(message: Message, context: Context) -> Message:
-        node = find(context)
-        return node.handle(node.sign, message)
+        return find(context).handle("sign", message)
 
     return app
 

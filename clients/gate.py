@@ -19,7 +19,7 @@ from typing import Any
 from ..common.accounting import Budget, PrivacyEvent
 from ..common.charter import Charter, SignedCharter
 from ..common.config import check_delta
-from ..common.errors import Refusal, Refused
+from ..common.errors import LedgerError, Refusal, Refused
 from ..common.identity import canonical, real, strict_json
 from ..common.ledger import Entry, Ledger
 from ..common.messages import Manifest
@@ -50,6 +50,9 @@ class Gate:
         name: the partner.
         key: the public half of the partner's identity key.
         allow_unprotected: the site allows `privacy: none`, by name.
+
+    Raises:
+        LedgerError: the ledger is of another dataset, or one is simulated and the other is not.
     """
 
     def __init__(
@@ -74,6 +77,12 @@ class Gate:
         self._budget: Budget | None = None
         self._holds: dict[str, _Hold] = {}
         self._exchanges: dict[str, _Exchange] = {}
+        begun = ledger.entries[0].body
+        if (begun["simulated"], (begun["dataset"] or {}).get("id")) != (simulated, dataset.dataset_id):
+            raise LedgerError(
+                f"{name}'s ledger is of dataset {begun['dataset']}, simulated {begun['simulated']}",
+                f"Give the ledger of dataset {dataset.dataset_id}, simulated {simulated}: what was spent stands in it.",
+            )
         for entry in ledger.entries:
             self._apply(entry)
 
@@ -170,15 +179,11 @@ class Gate:
         if known is not None and known.done:
             return True
         charter = self._charter(request)
+        hold = self._open_hold(request)
         if known is not None:
             return False  # debited, then a crash: nothing was released, so the same debit pays for it
-        hold = self._open_hold(request)
         item = next(
-            (
-                i
-                for i in plan_of(charter.algorithm, charter.privacy, charter.evaluation)
-                if i.purpose == purpose
-            ),
+            (i for i in plan_of(charter.algorithm, charter.privacy, charter.evaluation) if i.purpose == purpose),
             None,
         )
         member = charter.member(self.name)
@@ -299,9 +304,7 @@ class Gate:
         assert self._budget is not None
         if self.unbounded():
             return False
-        return self._budget.admits(
-            [*self.spent(), *self._held(), *(e for i in plan for e in _times(i.event, i.count))]
-        )
+        return self._budget.admits([*self.spent(), *self._held(), *(e for i in plan for e in _times(i.event, i.count))])
 
     def _held(self) -> list[PrivacyEvent]:
         """What open holds may still spend."""

@@ -16,6 +16,7 @@ from .config import (
     Algorithm,
     Evaluation,
     Federation,
+    Line,
     Name,
     NonNegative,
     Positive,
@@ -39,9 +40,7 @@ from .identity import (
 )
 
 CHARTER_TYPE = "application/vnd.hansa.charter+json"
-ADVERSARY = (
-    "everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
-)
+ADVERSARY = "everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -80,7 +79,7 @@ class Charter(Section):
 
     format: Literal["hansa-charter/1"] = "hansa-charter/1"
     name: Name
-    purpose: str
+    purpose: Line
     task: TaskPin
     coordinator: Coordinator
     partners: tuple[Member, ...]
@@ -91,7 +90,7 @@ class Charter(Section):
     quorum: Annotated[int, Field(ge=1)]
     round_deadline_s: Positive
     declared_tolerance: NonNegative
-    benefit: str
+    benefit: Line
     model_seed: int
     created: datetime
     expires: datetime
@@ -188,6 +187,8 @@ class SignedCharter:
             raise CharterError(f"the charter is {err.message}") from err
         except ValidationError as err:
             raise CharterError(f"the charter is malformed: {_first(err)}") from err
+        if _payload(self.charter) != payload:  # one reading for every reader: no "10" for 10, nothing left out
+            raise CharterError("the charter is not in the layout that Hansa writes", "Draft it with Hansa.")
         self.payload = payload
         self.signatures = signatures
         self.sha256 = sha256(payload)
@@ -195,7 +196,7 @@ class SignedCharter:
     @classmethod
     def unsigned(cls, charter: Charter) -> SignedCharter:
         """A charter that nobody has signed yet."""
-        return cls(canonical(_decimal(charter.model_dump(mode="json"))))
+        return cls(_payload(charter))
 
     @classmethod
     def load(cls, path: Path) -> SignedCharter:
@@ -223,9 +224,7 @@ class SignedCharter:
         try:
             envelope = read_envelope(data.removesuffix(b"\n"), CHARTER_TYPE)
         except MessageError as err:
-            raise CharterError(
-                f"not a charter: {err.message}", "Ask the coordinator for the file again."
-            ) from err
+            raise CharterError(f"not a charter: {err.message}", "Ask the coordinator for the file again.") from err
         return cls(envelope.payload, envelope.signatures)
 
     def to_bytes(self) -> bytes:
@@ -289,9 +288,7 @@ class SignedCharter:
         if len(self.signatures) != len(keys):
             raise CharterError("a signature stands in it twice")
         if now is not None and now >= self.charter.expires:
-            raise CharterError(
-                f"expired on {self.charter.expires:%Y-%m-%d %H:%M} UTC", "Draft and sign a new charter."
-            )
+            raise CharterError(f"expired on {self.charter.expires:%Y-%m-%d %H:%M} UTC", "Draft and sign a new charter.")
         return self.charter
 
 
@@ -303,9 +300,7 @@ def in_words(signed: SignedCharter) -> str:
     if c.purpose:
         lines.append(f"  purpose  {c.purpose}")
     if c.simulated:
-        lines.append(
-            "  SIMULATED: all keys and data are on one machine; this charter can never debit a real dataset"
-        )
+        lines.append("  SIMULATED: all keys and data are on one machine; this charter can never debit a real dataset")
     lines += ["", "Who"]
     if c.population:
         lines.append(
@@ -313,33 +308,23 @@ def in_words(signed: SignedCharter) -> str:
         )
     for m in c.partners:
         lines.append(f"  {m.name:<20} about {m.declared_records} records   key {fingerprint(m.key)}")
-    lines.append(
-        f"  {c.coordinator.name:<20} coordinates, holds no records   key {fingerprint(c.coordinator.key)}"
-    )
+    lines.append(f"  {c.coordinator.name:<20} coordinates, holds no records   key {fingerprint(c.coordinator.key)}")
     lines += ["", "What"]
-    lines.append(
-        f"  task {c.task.name}, code {c.task.code_sha256[:16]}...; a node runs only the code it installed"
-    )
+    lines.append(f"  task {c.task.name}, code {c.task.code_sha256[:16]}...; a node runs only the code it installed")
     lines.append(
         f"  {a.rounds} round(s) of {a.strategy.name}, {a.local.steps} local step(s) of {a.local.optimizer.name} "
         f"(lr {a.local.optimizer.lr:g}), each over "
-        + (
-            "all records"
-            if a.local.sampling_rate == 1
-            else f"a Poisson sample of rate {a.local.sampling_rate:g}"
-        )
+        + ("all records" if a.local.sampling_rate == 1 else f"a Poisson sample of rate {a.local.sampling_rate:g}")
     )
     lines.append(f"  a round counts when at least {c.quorum} answer within {c.round_deadline_s:g} s")
     lines += ["", "Privacy"]
     if p.kind == "none":
-        lines.append(
-            "  NONE. Updates leave unprotected and can reveal records. Each budget becomes unbounded."
-        )
+        lines.append("  NONE. Updates leave unprotected and can reveal records. Each budget becomes unbounded.")
     else:
         lines.append(
             f"  each partner spends at most epsilon = {p.epsilon:g} at delta = {p.delta:g} of its dataset's budget"
         )
-        lines.append(f"  unit: one record of one partner; adjacency: add or remove one record")
+        lines.append("  unit: one record of one partner; adjacency: add or remove one record")
         lines.append(
             f"  noise: local, Gaussian, {p.noise_multiplier:g} x the clipping norm {p.clip_norm:g}, added to every step before anything leaves"
         )
@@ -352,9 +337,7 @@ def in_words(signed: SignedCharter) -> str:
             lines.append(
                 f"  every {e.every} round(s) on the {e.test_fraction:.0%} of rows that each owner registered as PUBLIC before"
             )
-            lines.append(
-                "  training: their scores and labels leave the node and are outside the privacy budget"
-            )
+            lines.append("  training: their scores and labels leave the node and are outside the privacy budget")
         case "private":
             lines.append(
                 f"  every {e.every} round(s), per-class score histograms with Gaussian noise {e.noise_multiplier:g} x sensitivity 1,"
@@ -365,6 +348,10 @@ def in_words(signed: SignedCharter) -> str:
     missing = signed.missing()
     lines.append("  signed by everyone" if not missing else f"  not yet signed by: {', '.join(missing)}")
     return "\n".join(lines)
+
+
+def _payload(charter: Charter) -> bytes:
+    return canonical(_decimal(charter.model_dump(mode="json")))
 
 
 def _decimal(value: Any) -> Any:

@@ -148,7 +148,9 @@ def commands(app: typer.Typer) -> None:
 
 def charter_new(
     config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
-    keys: Annotated[Path, typer.Option(help="folder with NAME.pem, the public key of each partner, and coordinator.pem")],
+    keys: Annotated[
+        Path, typer.Option(help="folder with NAME.pem, the public key of each partner, and coordinator.pem")
+    ],
     to: Annotated[Path, typer.Option("--out", help="the file to write")] = Path("charter.json"),
 ) -> None:
     """Draft a charter from a configuration and everyone's public keys.
@@ -310,7 +312,9 @@ def ledger_verify(
         entries, torn = read_ledger(file, public)
         length, head = len(entries), entries[-1].sha256 if entries else None
         if torn:
-            problem = f"{file}:{length + 1}: torn last line ({len(torn)} bytes): a crash while writing; never acknowledged"
+            problem = (
+                f"{file}:{length + 1}: torn last line ({len(torn)} bytes): a crash while writing; never acknowledged"
+            )
         elif not entries:
             problem = f"{file}: empty"
     except LedgerError as err:
@@ -333,7 +337,9 @@ def _gist(kind: str, body: dict[str, Any]) -> str:
             b = body["budget"]
             return f"cap epsilon {b['epsilon']} at delta {b['delta']}, {body['unit']} level, {body['adjacency']}"
         case "hold":
-            return f"run {body['run_id']}: " + "; ".join(f"{i['count']} x {i['purpose']} {_cost(i['event'])}" for i in body["plan"])
+            return f"run {body['run_id']}: " + "; ".join(
+                f"{i['count']} x {i['purpose']} {_cost(i['event'])}" for i in body["plan"]
+            )
         case "debit" | "cohort-debit":
             return f"round {body['round']} {body['purpose']}: {_cost(body['event'])}"
         case "commit" | "public" | "cohort-commit" | "round":
@@ -381,7 +387,10 @@ def audit(
 def print_verdict(verdict: dict[str, Any]) -> None:
     """A verdict for a terminal, with its limits."""
     if verdict["verified"]:
-        out.print("[bold green]VERIFIED[/] " + ("(simulated: all keys and data on one machine)" if verdict["simulated"] else ""))
+        out.print(
+            "[bold green]VERIFIED[/] "
+            + ("(simulated: all keys and data on one machine)" if verdict["simulated"] else "")
+        )
     else:
         out.print("[bold red]NOT VERIFIED[/]")
     for item in verdict["violations"][:30]:
@@ -397,8 +406,13 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         table.add_column(title, justify="left" if title == "partner" else "right")
     for name, p in list(partners.items())[:20]:
         table.add_row(
-            _plain(name), _number(p["epsilon"]), _number(p["epsilon_filter"]), _number(p["epsilon_cap"], "-"),
-            "-" if p["delta"] is None else f"{p['delta']:g}", str(p["rounds"]), str(p["refusals"]),
+            _plain(name),
+            _number(p["epsilon"]),
+            _number(p["epsilon_filter"]),
+            _number(p["epsilon_cap"], "-"),
+            "-" if p["delta"] is None else f"{p['delta']:g}",
+            str(p["rounds"]),
+            str(p["refusals"]),
         )
     out.print(table)
     if len(partners) > 20:
@@ -462,16 +476,25 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
 
     def after(rounds: int, noise: float) -> dict[str, Any]:
         history = [*spent, *other, PrivacyEvent(q, noise, steps * rounds)]
-        return {"rounds": rounds, "noise_multiplier": noise, "epsilon_filter": budget.spent(history),
-                "epsilon": odometer(history, budget.delta), "fits": budget.admits(history)}
+        return {
+            "rounds": rounds,
+            "noise_multiplier": noise,
+            "epsilon_filter": budget.spent(history),
+            "epsilon": odometer(history, budget.delta),
+            "fits": budget.admits(history),
+        }
 
-    by_rounds = [after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})]
+    by_rounds = [
+        after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
+    ]
     by_noise = [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3]
     whole = [*spent, *cost]
-    needed = []
+    needed: list[dict[str, float | None]] = []
     for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
         try:
-            needed.append({"epsilon": epsilon, "noise_multiplier": Budget.create(epsilon, p.delta).calibrate(q, steps * a.rounds)})
+            needed.append(
+                {"epsilon": epsilon, "noise_multiplier": Budget.create(epsilon, p.delta).calibrate(q, steps * a.rounds)}
+            )
         except HansaError:
             needed.append({"epsilon": epsilon, "noise_multiplier": None})
     return {
@@ -501,7 +524,9 @@ def _spent_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[Priv
 
 def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
     if report["privacy"] == "none":
-        out.print("privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on.")
+        out.print(
+            "privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on."
+        )
         return
     out.print(
         f"Each partner, record level, add-or-remove-one, local noise, delta {report['delta']:g}:\n"
@@ -515,18 +540,29 @@ def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
     if report["fits"]:
         out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
     else:
-        out.print(f"  [red]does not fit[/]: {report['rounds_that_fit']} such round(s) fit. Fewer rounds, more noise, or a larger cap.")
+        out.print(
+            f"  [red]does not fit[/]: {report['rounds_that_fit']} such round(s) fit. Fewer rounds, more noise, or a larger cap."
+        )
     for title, rows in (("epsilon by rounds", report["by_rounds"]), ("epsilon by noise", report["by_noise"])):
         table = Table("rounds", "noise multiplier", "epsilon (filter)", "epsilon (odometer)", "", title=title, box=None,
                       title_justify="left", pad_edge=False)  # fmt: skip
         for row in rows:
             fits = "fits" if row["fits"] else "[red]refused[/]"
-            table.add_row(str(row["rounds"]), f"{row['noise_multiplier']:g}", f"{row['epsilon_filter']:.4f}", f"{row['epsilon']:.4f}", fits)
+            table.add_row(
+                str(row["rounds"]),
+                f"{row['noise_multiplier']:g}",
+                f"{row['epsilon_filter']:.4f}",
+                f"{row['epsilon']:.4f}",
+                fits,
+            )
         out.print(table)
     table = Table("cap", "noise multiplier needed", title="the same rounds under other caps", box=None, title_justify="left",
                   pad_edge=False)  # fmt: skip
     for row in report["noise_for_other_caps"]:
-        table.add_row(f"{row['epsilon']:g}", "no noise is enough" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:g}")
+        table.add_row(
+            f"{row['epsilon']:g}",
+            "no noise is enough" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:g}",
+        )
     out.print(table)
 
 

@@ -6,6 +6,7 @@ configuration and a charter cannot mean different things by the same word.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from .errors import ConfigError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+# Text that people sign is shown to them on one line: no line breaks, terminal codes or text-direction marks.
+Line = Annotated[str, StringConstraints(strip_whitespace=True, max_length=500, pattern=r"^\P{C}*$")]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -175,7 +178,7 @@ class Federation(Section):
     """One federation: who takes part, what is trained, at which privacy, for how long."""
 
     name: Name
-    purpose: str = ""
+    purpose: Line = ""
     task: Name
     partners: dict[Name, PartnerEntry] | None = None
     population: Population | None = None
@@ -186,16 +189,14 @@ class Federation(Section):
     round_deadline_s: Positive = 600.0
     declared_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     expires_days: Annotated[int, Field(ge=1, le=3650)] = 365
-    benefit: str = "Every partner receives the final model."
+    benefit: Line = "Every partner receives the final model."
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
         if (self.partners is None) == (self.population is None):
-            raise ValueError(
-                "give either partners (organisations with a file each) or population (simulated clients)"
-            )
-        size = len(self.partners) if self.partners is not None else self.population.clients  # type: ignore[union-attr]
+            raise ValueError("give either partners (organisations with a file each) or population (simulated clients)")
+        size = self.population.clients if self.population is not None else len(self.partners or {})
         if self.partners is not None and not 2 <= size <= SIGNED_PARTNERS_MAX:
             raise ValueError(f"partners: {size} given, 2 to {SIGNED_PARTNERS_MAX} allowed")
         if self.partners is not None and "coordinator" in self.partners:
@@ -229,10 +230,7 @@ def load_config(path: Path) -> Federation:
     """
     root = _compose(path)
     try:
-        raw = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
-        return Federation.model_validate(raw)
-    except yaml.YAMLError as err:  # constructor errors: duplicate keys, odd tags
-        raise _yaml_error(path, err) from err
+        return Federation.model_validate(_construct(path))
     except ValidationError as err:
         raise ConfigError(
             "\n".join(_explain(path, root, dict(item)) for item in err.errors()),
@@ -246,15 +244,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not text", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -274,11 +268,29 @@ def _compose(path: Path) -> yaml.Node | None:
         raise ConfigError(f"{path}: nested too deeply", "A configuration has four levels at most.") from err
 
 
+def _construct(path: Path) -> Any:
+    try:
+        return _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except yaml.YAMLError as err:  # constructor errors: duplicate keys, odd tags
+        raise _yaml_error(path, err) from err
+    except RecursionError as err:
+        raise ConfigError(f"{path}: nested too deeply", "A configuration has four levels at most.") from err
+    except Exception as err:  # PyYAML's constructors raise whatever they meet, for a date of 2001-99-99 a ValueError
+        raise ConfigError(f"{path}: not valid YAML: {err}", "Look for a value that is no date, number or text.") from err
+
+
 def _yaml_error(path: Path, err: yaml.YAMLError) -> ConfigError:
     mark = getattr(err, "problem_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     problem = getattr(err, "problem", None) or str(err)
     return ConfigError(f"{where}: not valid YAML: {problem}", "Check indentation and quotes at this place.")
+
+
+def _short(found: object) -> str:
+    try:
+        return reprlib.repr(found)  # bounded: a few aliases in YAML can stand for gigabytes
+    except ValueError:  # an integer of more digits than Python prints
+        return "a very long number"
 
 
 def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
@@ -304,5 +316,5 @@ def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
         case _:
             what = str(item["msg"]).removeprefix("Value error, ")
     found = item.get("input")
-    shown = "" if item["type"] == "missing" or isinstance(found, dict | BaseModel) else f" (found {found!r})"
+    shown = "" if item["type"] == "missing" or isinstance(found, dict | BaseModel) else f" (found {_short(found)})"
     return f"{path}:{line}: {key}: {what}{shown}"

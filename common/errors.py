@@ -61,9 +61,7 @@ class SchemaViolation(DataError):
 
     def __init__(self, source: str, rows: Sequence[tuple[int, str, str, str]]) -> None:
         shown = list(rows[:20])
-        widths = [
-            max(len(str(row[i])) for row in [*shown, ("line", "column", "value", "")]) for i in range(3)
-        ]
+        widths = [max(len(str(row[i])) for row in [*shown, ("line", "column", "value", "")]) for i in range(3)]
         lines = [f"{'line':>{widths[0]}}  {'column':{widths[1]}}  {'value':{widths[2]}}  allowed"]
         for line, column, value, allowed in shown:
             lines.append(f"{line:>{widths[0]}}  {column:{widths[1]}}  {value:{widths[2]}}  {allowed}")

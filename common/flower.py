@@ -12,7 +12,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from flwr.app import (  # noqa: E402  after the switches above
+from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
@@ -22,12 +22,12 @@ from flwr.app import (  # noqa: E402  after the switches above
     MetricRecord,
     RecordDict,
 )
-from flwr.app import Metadata as _Metadata  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
-from flwr.serverapp import strategy as strategies  # noqa: E402
-from flwr.supercore.run import Run  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity as _TaskIdentity  # noqa: E402
+from flwr.app import Metadata as _Metadata
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import strategy as strategies
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity as _TaskIdentity
 
 # Flower logs every strategy call at INFO; our own display says it once.
 logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -61,7 +61,8 @@ def addressed(
         ttl=ttl,
         message_type=message_type,
     )
-    return Message(content=content, metadata=metadata)  # type: ignore[call-overload]  # for Grids; not in the public overloads
+    made: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]  # a Grid's constructor
+    return made
 
 
 __all__ = [

@@ -25,6 +25,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from .errors import IdentityError, MessageError, OutputError
 
+MAX_DEPTH = 16
+"""How deep JSON from a peer may nest; ours stays below 8."""
+
 
 def canonical(value: object) -> bytes:
     """JSON bytes with sorted keys, no spaces, UTF-8.
@@ -33,9 +36,7 @@ def canonical(value: object) -> bytes:
         TypeError: for a float (reals travel as decimal strings, see `real`) or anything that JSON has no word for.
     """
     _refuse_floats(value)
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def real(value: float) -> str:
@@ -49,7 +50,9 @@ def sha256(data: bytes) -> str:
 
 
 def strict_json(data: bytes) -> Any:
-    """Parse JSON from an untrusted peer: no duplicate keys, no floats, no NaN.
+    """Parse JSON from an untrusted peer: no duplicate keys, no floats, no NaN, no deep nesting, only Unicode text.
+
+    So whatever comes back has canonical bytes.
 
     Raises:
         MessageError: whatever is wrong with it.
@@ -64,11 +67,11 @@ def strict_json(data: bytes) -> Any:
         raise ValueError(f"the number {text} is not an integer; reals travel as strings")
 
     try:
-        return json.loads(
-            data.decode(), object_pairs_hook=pairs, parse_float=no_float, parse_constant=no_float
-        )
+        value = json.loads(data.decode(), object_pairs_hook=pairs, parse_float=no_float, parse_constant=no_float)
+        _plain_json(value, MAX_DEPTH)
     except (ValueError, RecursionError) as err:
         raise MessageError(f"not valid JSON: {err}") from err
+    return value
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,7 @@ class Identity:
     @property
     def key(self) -> str:
         """The public key: 32 raw bytes as 64 hex digits."""
-        raw = self._private.public_key().public_bytes(
-            serialization.Encoding.Raw, serialization.PublicFormat.Raw
-        )
+        raw = self._private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
         return raw.hex()
 
     def sign(self, payload_type: str, payload: bytes) -> bytes:
@@ -97,9 +98,7 @@ class Identity:
 
     def seal(self, payload_type: str, payload: bytes) -> bytes:
         """One envelope with this identity's signature."""
-        return write_envelope(
-            Envelope(payload_type, payload, ((self.key, self.sign(payload_type, payload)),))
-        )
+        return write_envelope(Envelope(payload_type, payload, ((self.key, self.sign(payload_type, payload)),)))
 
     def save(self, path: Path) -> None:
         """Write the private key as PKCS#8 PEM, mode 0600.
@@ -124,13 +123,9 @@ class Identity:
                 raise IdentityError(f"{path}: private key is readable by others", f"Run: chmod 600 {path}")
             key = serialization.load_pem_private_key(path.read_bytes(), password=None)
         except OSError as err:
-            raise IdentityError(
-                f"{path}: {err.strerror}", "Give the path of this identity's private key."
-            ) from err
+            raise IdentityError(f"{path}: {err.strerror}", "Give the path of this identity's private key.") from err
         except (ValueError, TypeError, UnsupportedAlgorithm) as err:
-            raise IdentityError(
-                f"{path}: not a private key in PEM form", "Restore it from a backup."
-            ) from err
+            raise IdentityError(f"{path}: not a private key in PEM form", "Restore it from a backup.") from err
         if not isinstance(key, Ed25519PrivateKey):
             raise IdentityError(f"{path}: not an Ed25519 key", "Identity keys are Ed25519.")
         return cls(name, key)
@@ -205,9 +200,7 @@ def write_envelope(envelope: Envelope) -> bytes:
         {
             "payload": base64.b64encode(envelope.payload).decode(),
             "payloadType": envelope.payload_type,
-            "signatures": [
-                {"keyid": key, "sig": base64.b64encode(sig).decode()} for key, sig in envelope.signatures
-            ],
+            "signatures": [{"keyid": key, "sig": base64.b64encode(sig).decode()} for key, sig in envelope.signatures],
         }
     )
 
@@ -221,12 +214,10 @@ def read_envelope(data: bytes, payload_type: str) -> Envelope:
     parsed = strict_json(data)
     try:
         signatures = tuple(
-            (str(item["keyid"]), base64.b64decode(item["sig"], validate=True))
+            (_raw_key(item["keyid"]).hex(), base64.b64decode(item["sig"], validate=True))
             for item in parsed["signatures"]
         )
-        envelope = Envelope(
-            str(parsed["payloadType"]), base64.b64decode(parsed["payload"], validate=True), signatures
-        )
+        envelope = Envelope(str(parsed["payloadType"]), base64.b64decode(parsed["payload"], validate=True), signatures)
         same = write_envelope(envelope) == data
     except (KeyError, TypeError, ValueError, binascii.Error) as err:
         raise MessageError("not a signed envelope") from err
@@ -287,11 +278,21 @@ def _pae(payload_type: str, payload: bytes) -> bytes:
 def _raw_key(key: str) -> bytes:
     try:
         raw = bytes.fromhex(key)
-    except ValueError as err:
+    except (TypeError, ValueError) as err:
         raise MessageError(f"not a public key: {key!r}") from err
     if len(raw) != 32 or raw.hex() != key:
         raise MessageError(f"not a public key: {key!r}")
     return raw
+
+
+def _plain_json(value: object, depth: int) -> None:
+    if isinstance(value, str):
+        value.encode()  # a lone surrogate is no text; the UnicodeEncodeError is a ValueError
+    elif isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("nested too deeply")
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            _plain_json(item, depth - 1)
 
 
 def _refuse_floats(value: object) -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import LedgerError, MessageError
+from .errors import LedgerError, MessageError, OutputError
 from .identity import (
     Identity,
     canonical,
@@ -143,13 +143,18 @@ class Ledger:
         seq = self.length
         payload = canonical({"v": 1, "seq": seq, "prev": self.head, "time": time, "type": kind, "body": body})
         line = self._identity.seal(ENTRY_TYPE, payload)
+        if self._file.closed:
+            raise LedgerError(f"{self._path}: is closed, or could not be written before", "Open it again.")
         try:
             view = memoryview(line + b"\n")
             while view:  # an unbuffered write may be short (a signal, a nearly full disk)
                 view = view[self._file.write(view) :]
             os.fsync(self._file.fileno())
         except OSError as err:
-            self._truncate()
+            try:
+                self._truncate()
+            except OutputError:
+                self.close()  # the file may end in half an entry: nothing may be written behind it
             raise output_error(self._path, err) from err
         self._size += len(line) + 1
         entry = Entry(seq, time, kind, strict_json(payload)["body"], sha256(line))
@@ -189,21 +194,19 @@ def _parse(line: bytes, seq: int, prev: str, key: str) -> Entry:
     payload = strict_json(envelope.payload)
     if not isinstance(payload, dict) or set(payload) != {"v", "seq", "prev", "time", "type", "body"}:
         raise MessageError("an entry with other fields than v, seq, prev, time, type, body")
-    if payload["v"] != 1 or not isinstance(payload["body"], dict) or not isinstance(payload["type"], str):
+    if type(payload["v"]) is not int or payload["v"] != 1:
         raise MessageError(f"an entry of an unknown version ({payload['v']!r})")
-    if payload["seq"] != seq:
-        raise MessageError(
-            f"sequence number {payload['seq']!r}, wanted {seq}: entries are missing or out of order"
-        )
+    if not (isinstance(payload["body"], dict) and all(isinstance(payload[k], str) for k in ("type", "time"))):
+        raise MessageError("an entry with fields of the wrong type")
+    if type(payload["seq"]) is not int or payload["seq"] != seq:
+        raise MessageError(f"sequence number {payload['seq']!r}, wanted {seq}: entries are missing or out of order")
     if payload["prev"] != prev:
         raise MessageError("does not follow the line above it: entries were edited, dropped or reordered")
     if canonical(payload) != envelope.payload:
         raise MessageError("a payload in an unusual layout")
-    return Entry(seq, str(payload["time"]), payload["type"], payload["body"], sha256(line))
+    return Entry(seq, payload["time"], payload["type"], payload["body"], sha256(line))
 
 
 def owner_line(entry: Entry) -> str:
     """Whose ledger this is, in words, from its genesis entry."""
-    return (
-        f"{entry.body.get('owner')} ({entry.body.get('role')}), key {fingerprint(str(entry.body.get('key')))}"
-    )
+    return f"{entry.body.get('owner')} ({entry.body.get('role')}), key {fingerprint(str(entry.body.get('key')))}"

@@ -380,8 +380,8 @@ class Odometer:
     """The tight epsilon of a history taken as fixed: privacy loss distributions, rounded against the history.
 
     q = 1 throughout is exact. Otherwise Connect the Dots (2207.04380), composed by FFT; the interval is halved until
-    epsilon moves by less than 0.5 %. Hostile histories are cheap: more than 16 different events or 10^6 steps, or more
-    than 10 s in all, and the answer is the filter's epsilon (larger, still a bound), with a warning.
+    epsilon moves by less than 0.5 %. Hostile histories are cheap: beyond 16 different events, 10^6 steps, epsilon 200
+    or 10 s in all, the answer is the filter's epsilon (larger, still a bound), with a warning.
     """
 
     seconds = 10.0
@@ -416,7 +416,7 @@ class Odometer:
         bound = min(_gaussian_epsilon(_mu(history), delta), *(_renyi_epsilon(history, a, delta) for a in orders))
         if bound <= 1e-3:
             return bound
-        if count > 10**6 or len(events) > 16:
+        if count > 10**6 or len(events) > 16 or bound > 200:
             return None
         tail = math.log(1e-4 * delta / count)  # noise this improbable is charged as certain loss
         least = sum(self._span(q, sigma, tail) for q, sigma in events) / self.cells
@@ -663,7 +663,7 @@ class Book:
                         self._apply(entry)
                     except Bad as bad:
                         self.wrong(line, f"{entry.type[:40]}: {bad}")
-                    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as err:
+                    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
                         self.wrong(line, f"{entry.type[:40]}: malformed ({_show(str(err))})")
             if not line:
                 raise Bad("is empty: its genesis entry is missing")
@@ -1005,8 +1005,14 @@ class Coordinator(Runs):
 
     role = "coordinator"
     events: ClassVar[dict[str, dict[str, Check]]] = Runs.running | {
-        "ask": COHORT | {"round": _whole, "purpose": _is("open", "train", "evaluate"), "requests": lambda v: bool(v)},
-        "answers": COHORT | {"round": _whole, "purpose": _is("open", "train", "evaluate"), "replies": lambda v: True},
+        "ask": COHORT
+        | {
+            "round": _whole,
+            "purpose": _is("open", "train", "evaluate"),
+            "requests": lambda v: isinstance(v, dict) and v,
+        },
+        "answers": COHORT
+        | {"round": _whole, "purpose": _is("open", "train", "evaluate"), "replies": lambda v: isinstance(v, dict)},
     }
 
     def _ask(self, _: Entry, b: dict[str, Any]) -> None:
@@ -1257,6 +1263,13 @@ def _check_closings(root: Path, report: Report, terms: Terms, books: dict[str, B
             lengths = {_fields(item, "ledger", heads)["owner"]: item for item in p["ledgers"]}
             if set(lengths) != set(books) or len(p["ledgers"]) != len(books):
                 raise Bad("does not name every ledger of this bundle, once")
+            for owner, item in lengths.items():
+                book, length = books[owner], item["length"]
+                newest[owner] = max(newest.get(owner, 0), length)
+                if length <= len(book.hashes) and book.hashes[length - 1] != item["head"]:
+                    book.wrong(length, f"not the entry that everyone countersigned in {file}")
+                elif length > len(book.hashes) and book.whole:
+                    book.wrong(len(book.hashes) + 1, f"entries are missing: {length} were countersigned in {file}")
             run = runs.get(p["run_id"])
             if run is None or run.close is None or run.closed_at > lengths[terms.coordinator]["length"]:
                 if books[terms.coordinator].whole:
@@ -1266,14 +1279,6 @@ def _check_closings(root: Path, report: Report, terms: Terms, books: dict[str, B
             closed.add(p["run_id"])
         except Bad as bad:
             report.wrong(file, 1, str(bad))
-            continue
-        for owner, item in lengths.items():
-            book, length = books[owner], item["length"]
-            newest[owner] = max(newest.get(owner, 0), length)
-            if length <= len(book.hashes) and book.hashes[length - 1] != item["head"]:
-                book.wrong(length, f"not the entry that everyone countersigned in {file}")
-            elif length > len(book.hashes) and book.whole:
-                book.wrong(len(book.hashes) + 1, f"entries are missing: {length} were countersigned in {file}")
     for run_id in runs:
         if run_id not in closed:
             report.wrong(f"closing/{run_id}.json", None, "the run was not closed (resume it)")

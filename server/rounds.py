@@ -23,7 +23,7 @@ from ..common.closing import CLOSING_TYPE, closing_payload
 from ..common.errors import MessageError, RunFailed
 from ..common.flower import Grid, Message
 from ..common.identity import Envelope, Identity, sha256, verify, write_envelope, write_whole
-from ..common.messages import Manifest, Tensors, Wire
+from ..common.messages import Manifest, Tensors, Wire, is_finite
 from ..common.plan import evaluated_rounds
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
@@ -111,12 +111,22 @@ class Coordinator:
         """
         self._refusals = []
         path = self._folder / f"{run_id}.checkpoint"
-        state = Checkpoint.load(path)
-        if state is None:
-            self._records.run(run_id, self._signed.sha256)
-            state = Checkpoint(run_id, 0, dict(self._initial))
+        state = Checkpoint.load(path) or Checkpoint(run_id, 0, dict(self._initial))
+        # A file keeps no order; tensors in another one would make other bytes of the same request.
+        state.model = {name: state.model[name] for name in self._initial}
+        why = self._records.run(run_id, self._signed.sha256)
+        if state.round:
+            self._record(state)
+        if why is not None:  # stopped between its last entry and the countersigned checkpoint, or asked for again
+            model = state.model if state.round else None
+            return self._close(grid, Outcome(run_id, why, model, state.history, self._refusals))
         accepted = self._open(grid, run_id, only or list(self._roster))
         if len(accepted) < self._charter.quorum:
+            if state.round:
+                raise RunFailed(
+                    f"{len(accepted)} partners take part again, the quorum is {self._charter.quorum}",
+                    "Rounds so far are kept; mend the cause and run again with --resume.",
+                )
             return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
         optimizer = ServerOptimizer(self._charter.algorithm.strategy)
         optimizer.restore(state.strategy)
@@ -129,12 +139,17 @@ class Coordinator:
             metrics: dict[str, float] = {}
             if self._charter.evaluation.kind != "none" and number in measured:
                 metrics = self._evaluate(grid, run_id, number, accepted, state.model)
-            self._records.round(run_id, number, model_sha256(state.model), folded, metrics)
-            state.round, state.strategy = number, optimizer.state()
+            state.round, state.strategy, state.folded = number, optimizer.state(), folded
             state.history.append({"round": number, "metrics": metrics, "partners": len(folded)})
+            # First the model, then the word that it exists: noise that was drawn again would make another one.
             state.save(path)
+            self._record(state)
             self._notify("done", round=number, metrics=metrics, seconds=time.perf_counter() - began)
         return self._close(grid, Outcome(run_id, "completed", state.model, state.history, self._refusals))
+
+    def _record(self, state: Checkpoint) -> None:
+        metrics = state.history[-1]["metrics"]
+        self._records.round(state.run_id, state.round, model_sha256(state.model), state.folded, metrics)
 
     # -- the phases of a run -----------------------------------------------------------------------------------------
 
@@ -148,22 +163,22 @@ class Coordinator:
         """The weighted mean of the cohort's updates (float64), and who is in it."""
         weights = self._weights()
         total = {name: np.zeros(value.shape, np.float64) for name, value in model.items()}
-        scratch = {name: np.empty(value.shape, np.float64) for name, value in model.items()}
+        expected = {name: value.shape for name, value in model.items()}
         folded: list[str] = []
         mass = 0.0
 
         def fold(partner: str, _: Manifest, update: Mapping[str, npt.NDArray[Any]]) -> None:
             nonlocal mass
-            if {k: (v.shape, v.dtype) for k, v in update.items()} != {
-                k: (v.shape, np.dtype("f4")) for k, v in model.items()
-            }:
+            if {n: v.shape for n, v in update.items()} != expected or any(
+                v.dtype != np.float32 for v in update.values()
+            ):
                 raise MessageError(f"{partner}'s update has other tensors than the model")
-            if not all(np.isfinite(value).all() for value in update.values()):
+            if not is_finite(update):
                 raise MessageError(f"{partner}'s update is not finite")
+            weight = weights[partner]
             for name, value in update.items():
-                np.multiply(value, weights[partner], out=scratch[name])
-                total[name] += scratch[name]
-            mass += weights[partner]
+                total[name] += value if weight == 1.0 else np.multiply(value, weight, dtype=np.float64)
+            mass += weight
             folded.append(partner)
 
         cohort = self._cohort(number, accepted)
@@ -172,30 +187,21 @@ class Coordinator:
             raise self._no_quorum(number, len(folded), answers)
         return {name: value / mass for name, value in total.items()}, folded
 
-    def _evaluate(
-        self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
-    ) -> dict[str, float]:
+    def _evaluate(self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays) -> dict[str, float]:
         """Metrics over all evaluated rows, pooled in the order of the roster; private ones from the summed histogram."""
         classes = len(self._task.classes)
         parts: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
 
         def take(partner: str, reply: Manifest, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-            if reply.kind == "scores":
+            if self._charter.evaluation.kind == "public":
                 s, y = tensors["scores"], tensors["labels"]
-                good = (
-                    s.dtype == np.float32
-                    and y.dtype == np.int64
-                    and s.shape == (len(y), classes)
-                    and y.ndim == 1
-                )
-                if (
-                    not good
-                    or not np.isfinite(s).all()
-                    or (len(y) and not (0 <= y.min() and y.max() < classes))
-                ):
+                good = s.dtype == np.float32 and y.dtype == np.int64 and y.ndim == 1 and s.shape == (len(y), classes)
+                if not good or not np.isfinite(s).all() or (len(y) and not (y.min() >= 0 and y.max() < classes)):
                     raise MessageError(f"{partner}'s scores are malformed")
-            elif tensors["histogram"].shape != (2, self._charter.evaluation.bins):
-                raise MessageError(f"{partner}'s histogram is malformed")
+            else:
+                h = tensors["histogram"]
+                if h.dtype != np.float64 or h.shape != (2, self._charter.evaluation.bins) or not np.isfinite(h).all():
+                    raise MessageError(f"{partner}'s histogram is malformed")
             parts[partner] = tensors
 
         self._exchange(grid, run_id, number, "evaluate", "evaluate", accepted, model, take)
@@ -224,9 +230,7 @@ class Coordinator:
                 heads[partner] = {"length": length, "head": digest}
 
             self._ask(grid, run_id, "close", "query.close", partners, {}, head)
-        heads[self._charter.coordinator.name] = self._records.close(
-            run_id, len(outcome.history), name, outcome.why
-        )
+        heads[self._charter.coordinator.name] = self._records.close(run_id, len(outcome.history), name, outcome.why)
         payload = closing_payload(run_id, self._signed.sha256, name, heads)
         keys = self._charter.keys()
         signatures = {self._identity.key: self._identity.sign(CLOSING_TYPE, payload)}
@@ -297,9 +301,7 @@ class Coordinator:
             encoded[name] = (manifest, *self._wire.encode(manifest, self._wire.pack({})))
         answers = self._deliver(grid, message_type, encoded, sink)
         if bad := {n: a for n, a in answers.items() if a.outcome != "ok"}:
-            told = "; ".join(
-                f"{name}: {answer.outcome} {answer.detail}".strip() for name, answer in bad.items()
-            )
+            told = "; ".join(f"{name}: {answer.outcome} {answer.detail}".strip() for name, answer in bad.items())
             raise RunFailed(
                 f"the run cannot be closed: {told}",
                 "All rounds are done and recorded. Run the same command with --resume to close it.",
@@ -326,17 +328,15 @@ class Coordinator:
         while pending and time.monotonic() < deadline:
             came = False
             for reply in grid.pull_messages(list(pending)):
+                if time.monotonic() >= deadline:
+                    break  # it came too late
                 came = True
                 pending.discard(reply.metadata.reply_to_message_id)
                 name = self._names.get(reply.metadata.src_node_id, "")
                 if name in encoded and name not in answers:
                     manifest, _, digest = encoded[name]
                     answers[name] = self._receive(name, manifest, digest, reply, sink)
-                    self._notify(
-                        "answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name]
-                    )
-                if time.monotonic() >= deadline:
-                    break
+                    self._notify("answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name])
             if not came:
                 time.sleep(0.01)
         for name, (manifest, _, _) in encoded.items():
@@ -363,9 +363,7 @@ class Coordinator:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _manifest(
-        self, kind: str, partner: str, run_id: str, number: int, fields: dict[str, Any]
-    ) -> Manifest:
+    def _manifest(self, kind: str, partner: str, run_id: str, number: int, fields: dict[str, Any]) -> Manifest:
         # Everything here repeats after a crash, so the bytes do: the same request has the same hash.
         return Manifest(
             kind=kind,

@@ -49,17 +49,16 @@ class ServerOptimizer:
             min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1, **chosen.parameters()
         )
 
-    def step(
-        self, round_number: int, arrays: Arrays, mean_update: Mapping[str, npt.NDArray[np.float64]]
-    ) -> Arrays:
+    def step(self, round_number: int, arrays: Arrays, mean_update: Mapping[str, npt.NDArray[np.float64]]) -> Arrays:
         """New global arrays, float32.
 
         Raises:
             RunFailed: the strategy gave no model, or one that is not finite.
         """
-        record = ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays.items()})
+        names = sorted(arrays)  # FedAvgM matches its momentum to arrays by place; a checkpoint keeps no order
+        record = ArrayRecord({name: Array(np.asarray(arrays[name])) for name in names})
         (request,) = self._strategy.configure_train(round_number, record, ConfigRecord(), _OneNode())
-        mean = {name: (value + mean_update[name]).astype(np.float32) for name, value in arrays.items()}
+        mean = {name: np.asarray(arrays[name] + mean_update[name], dtype=np.float32) for name in names}
         content = RecordDict(
             {
                 "arrays": ArrayRecord({name: Array(value) for name, value in mean.items()}),
@@ -86,9 +85,7 @@ class ServerOptimizer:
         for index, value in enumerate(getattr(self._strategy, "momentum_vector", None) or []):
             found[f"momentum_vector/{index}"] = value
         current = getattr(self._strategy, "current_arrays", None)
-        if isinstance(
-            current, ArrayRecord
-        ):  # FedAvgM keeps its own copy of the model; FedOpt gets it every round
+        if isinstance(current, ArrayRecord):  # FedAvgM keeps its own copy of the model; FedOpt gets it every round
             for name, array in current.items():
                 found[f"current_arrays/{name}"] = array.numpy()
         return found
@@ -104,7 +101,7 @@ class ServerOptimizer:
                 case "momentum_vector":
                     made: Any = [values[str(index)] for index in range(len(values))]
                 case "current_arrays":
-                    made = ArrayRecord({name: Array(value) for name, value in values.items()})
+                    made = ArrayRecord({name: Array(values[name]) for name in sorted(values)})
                 case _:
                     made = values
             setattr(self._strategy, attribute, made)
@@ -144,8 +141,6 @@ class _OneNode(Grid):
         """Never called by configure or aggregate."""
         raise RunFailed("a strategy that receives messages of its own is not supported")
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Never called by configure or aggregate."""
         raise RunFailed("a strategy that exchanges messages of its own is not supported")

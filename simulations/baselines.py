@@ -71,9 +71,7 @@ def _settings(config: Federation) -> LocalSettings:
     )
 
 
-def _train_and_measure(
-    task: Task, seed: int, rows: Rows, settings: LocalSettings, held_out: Rows
-) -> dict[str, float]:
+def _train_and_measure(task: Task, seed: int, rows: Rows, settings: LocalSettings, held_out: Rows) -> dict[str, float]:
     model = initial_model(task, seed)
     weights = {n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad}
     update = train_locally(model, task.loss, weights, rows, settings, len(rows), seed=seed)
@@ -82,10 +80,9 @@ def _train_and_measure(
             if parameter.requires_grad:
                 parameter.copy_(torch.from_numpy(weights[name] + update[name]))
         model.eval()
-        scores = np.concatenate([scores_of(model(x)) for x in held_out.x.split(1024)])
+        scores = np.concatenate([scores_of(model(x)) for x in torch.split(held_out.x, 1024)])
     return evaluate(task, scores, held_out.y.numpy())
 
 
 def _join(parts: list[Rows]) -> Rows:
     return Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))
-

@@ -87,7 +87,9 @@ def simulate(
     config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
     folder: Annotated[Path | None, typer.Option("--out", help="where to write; default out/CONFIG")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped or killed")] = False,
-    with_baselines: Annotated[bool, typer.Option("--baselines", help="also pooled, each alone, and without privacy")] = False,
+    with_baselines: Annotated[
+        bool, typer.Option("--baselines", help="also pooled, each alone, and without privacy")
+    ] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="repeat with this many seeds")] = 1,
     form: FormatOption = Format.TEXT,
 ) -> int:
@@ -110,7 +112,13 @@ def simulate(
 
 
 def _one(
-    config: Federation, base: Path, folder: Path, resume: bool, with_baselines: bool, console: Console, quiet: bool = False
+    config: Federation,
+    base: Path,
+    folder: Path,
+    resume: bool,
+    with_baselines: bool,
+    console: Console,
+    quiet: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     from .federation import Simulation
     from .report import write_report
@@ -138,7 +146,12 @@ def _train(simulation: Simulation, display: Any) -> tuple[Any, dict[str, float]]
 
 
 def _finish(
-    simulation: Simulation, outcome: Any, refusals: list[Any], timings: dict[str, float], with_baselines: bool, console: Console
+    simulation: Simulation,
+    outcome: Any,
+    refusals: list[Any],
+    timings: dict[str, float],
+    with_baselines: bool,
+    console: Console,
 ) -> dict[str, Any]:
     from .baselines import baselines
     from .result import make_result
@@ -163,7 +176,14 @@ def _finish(
 
 
 def _many(
-    config: Federation, base: Path, folder: Path, resume: bool, with_baselines: bool, seeds: int, console: Console, form: Format
+    config: Federation,
+    base: Path,
+    folder: Path,
+    resume: bool,
+    with_baselines: bool,
+    seeds: int,
+    console: Console,
+    form: Format,
 ) -> int:
     """The same federation with seeds config.seed, config.seed + 1, ...: other splits, initial models and noise."""
     gathered: dict[str, list[dict[str, float]]] = {}
@@ -181,7 +201,9 @@ def _many(
         for name, metrics in _score_rows(result).items():
             gathered.setdefault(name, []).append(metrics)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
-        console.print(f"seed {seeded.seed:>3}  {shown}  {'verified' if verdict['verified'] else 'NOT VERIFIED'}  {time.perf_counter() - began:.1f} s")
+        console.print(
+            f"seed {seeded.seed:>3}  {shown}  {'verified' if verdict['verified'] else 'NOT VERIFIED'}  {time.perf_counter() - began:.1f} s"
+        )
     keys = list(dict.fromkeys(k for rows in gathered.values() for m in rows for k in m))
     summary = {
         name: {k: _spread([m[k] for m in rows if k in m]) for k in keys if any(k in m for m in rows)}
@@ -192,11 +214,16 @@ def _many(
     if form is Format.JSON:
         show_json(report)
     else:
-        table = Table(box=None, pad_edge=False, title=f"{title}; mean and standard deviation over {seeds} seeds", title_justify="left")
+        table = Table(
+            box=None,
+            pad_edge=False,
+            title=f"{title}; mean and standard deviation over {seeds} seeds",
+            title_justify="left",
+        )
         for column in ("", *keys):
             table.add_column(column, justify="right" if column else "left")
-        for name, metrics in summary.items():
-            cells = (f"{metrics[k]['mean']:.4f} ± {metrics[k]['sd']:.4f}" if k in metrics else "-" for k in keys)
+        for name, spread in summary.items():
+            cells = (f"{spread[k]['mean']:.4f} ± {spread[k]['sd']:.4f}" if k in spread else "-" for k in keys)
             table.add_row(name, *cells)
         console.print(table)
         console.print(f"{verified} of {seeds} audits verified; every run is in {folder}/seed-N")
@@ -213,7 +240,11 @@ def _score_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         rows["federated, no privacy"] = found["federated_without_privacy"]
     if result["final"]:
         p = result["privacy"]
-        how = "no privacy" if p["kind"] == "none" else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, record level, local noise"
+        how = (
+            "no privacy"
+            if p["kind"] == "none"
+            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, record level, local noise"
+        )
         rows[f"federated, {how}"] = result["final"]
     for name, metrics in (found.get("local") or {}).items():
         rows[f"{name} alone, no privacy"] = metrics

@@ -63,7 +63,10 @@ class Display:
                 refusal = facts["refusal"]
                 self._say(f"{refusal.partner} refused: {refusal.reason}: {refusal.detail}", "yellow")
             case "recovered":
-                self._say(f"{facts['ledger']}: cut off a torn last line ({facts['torn_bytes']} bytes) left by a crash", "yellow")
+                self._say(
+                    f"{facts['ledger']}: cut off a torn last line ({facts['torn_bytes']} bytes) left by a crash",
+                    "yellow",
+                )
         if self._live is not None:
             self._live.update(self._table())
 

@@ -11,7 +11,19 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 
 from ..common.errors import LedgerError, OutputError
-from ..common.flower import ClientApp, Context, Error, Grid, Message, RecordDict, Run, addressed, empty_run
+from ..common.flower import (
+    Array,
+    ArrayRecord,
+    ClientApp,
+    Context,
+    Error,
+    Grid,
+    Message,
+    RecordDict,
+    Run,
+    addressed,
+    empty_run,
+)
 
 _log = logging.getLogger("hansa.node")
 CLIENT_FAILED = 3  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -79,9 +91,7 @@ class InProcessGrid(Grid):
         for identifier in [i for i in self._queue if i in wanted]:
             yield self._deliver(self._queue.pop(identifier))
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push, then pull everything."""
         return list(self.pull_messages(self.push_messages(messages)))
 
@@ -90,10 +100,24 @@ class InProcessGrid(Grid):
         if not 1 <= node <= self._nodes:
             return Message(Error(CLIENT_FAILED, f"no node {node}"), reply_to=message)
         try:
-            return self._app(message, self._context(node))
+            return self._app(_own(message), self._context(node))
         except (OutputError, LedgerError):
             raise  # this process cannot record what it does: stop everything
         except Exception as err:
             # The words may hold record values: they stay in the node's own log.
             _log.exception("node %s failed", node)
             return Message(Error(CLIENT_FAILED, f"the node failed ({type(err).__name__})"), reply_to=message)
+
+
+def _own(message: Message) -> Message:
+    """The same message in records of its own: clients may write into theirs. The bytes are immutable and shared."""
+    content = RecordDict()
+    for name, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            arrays = {key: Array(a.dtype, a.shape, a.stype, a.data) for key, a in record.items()}
+            content[name] = ArrayRecord(arrays)
+        else:  # deepcopy would take ten times as long, a thousand times a round
+            values = {key: list(value) if isinstance(value, list) else value for key, value in record.items()}
+            content[name] = type(record)(values)
+    meta = message.metadata
+    return addressed(content, meta.message_type, meta.dst_node_id, meta.group_id, meta.ttl, meta.message_id)

@@ -36,14 +36,16 @@ class PopulationRecords:
         self._items = {item.purpose: item for item in self._plan}
         self.debited = {(e.body["run_id"], e.body["round"], e.body["purpose"]) for e in ledger.of("cohort-debit")}
 
-    def run(self, run_id: str, charter_sha256: str) -> None:
+    def run(self, run_id: str, charter_sha256: str) -> str | None:
         """Begin: the budget of each client, and a hold for the whole plan, which the filter must admit.
+
+        Returns why the run was closed; None while it is open.
 
         Raises:
             Refused: the plan does not fit.
         """
-        self._own.run(run_id, charter_sha256)
-        if self._charter.privacy.kind == "local":
+        why = self._own.run(run_id, charter_sha256)
+        if self._charter.privacy.kind == "local" and not self._ledger.of("budget"):
             budget = budget_of(self._charter.privacy)
             # A population's budget begins with its run, so nothing was spent before.
             if not budget.admits(events_of(self._plan)):
@@ -63,7 +65,9 @@ class PopulationRecords:
                     "budget": budget.to_fields(),
                 },
             )
-        self._ledger.append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
+        if not any(e.body["run_id"] == run_id for e in self._ledger.of("cohort-hold")):
+            self._ledger.append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
+        return why
 
     def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
         """Debit the whole cohort before any of it reads data."""
@@ -93,7 +97,7 @@ class PopulationRecords:
             self._ledger.append("cohort-commit", body)
 
     def round(
-        self, run_id: str, round_number: int, model_sha256: str, partners: list[str], metrics: Mapping[str, float]
+        self, run_id: str, round_number: int, model_sha256: str, partners: list[str] | None, metrics: Mapping[str, float]
     ) -> None:
         """A round is complete; who took part stands in its cohort entries."""
         self._own.round(run_id, round_number, model_sha256, None, metrics)

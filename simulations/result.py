@@ -77,7 +77,9 @@ def _partners(simulation: Simulation) -> dict[str, Any]:
             gate = simulation.gates[member.name]
             trained = {d.body["request_id"] for d in gate.ledger.of("debit") if d.body["purpose"] == "train"}
             rounds = {e.body["request_id"] for e in gate.ledger.of("commit")} & trained
-            found[member.name] = _bill(charter.privacy, member.declared_records, gate.spent(), len(rounds), gate.unbounded())
+            found[member.name] = _bill(
+                charter.privacy, member.declared_records, gate.spent(), len(rounds), gate.unbounded()
+            )
         return found
     return _population(simulation)
 
@@ -117,16 +119,15 @@ def _population(simulation: Simulation) -> dict[str, Any]:
     found = {}
     for number in range(charter.population.clients):
         # What counts is how often each event was debited, not when.
-        history = tuple(sorted((str(events[i]) for i in debits[number])))
-        key = (history, rounds[number])
-        if key not in bills:
+        history = (*sorted(str(events[i]) for i in debits[number]), rounds[number])
+        if history not in bills:
             mine = [events[i] for i in debits[number]]
-            bills[key] = _bill(
+            bills[history] = _bill(
                 charter.privacy,
                 charter.population.declared_records,
                 [e for e in mine if e is not None],
                 rounds[number],
                 any(e is None for e in mine),
             )
-        found[client_name(number)] = bills[key]
+        found[client_name(number)] = bills[history]
     return found

@@ -1,7 +1,7 @@
 """Honest bundles, written from docs/ledger-format.md, and the means to make dishonest ones that are properly signed.
 
-A `Draft` holds every ledger as a list of (type, body). `write` seals, chains and countersigns whatever stands there, so a
-test changes a body first and gets a bundle in which everything fits but that.
+A `Draft` holds every ledger as a list of (type, body). `write` seals, chains and countersigns whatever stands there,
+so a test changes a body first and gets a bundle in which everything fits but that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from hansa.common.accounting import Budget
 from hansa.common.charter import SignedCharter, SimulatedClients, draft
 from hansa.common.config import Federation
@@ -384,7 +383,7 @@ def _population(made: Draft, shape: Shape) -> None:
         at = {"run_id": "run-1", "round": number, "purpose": "train"}
         clip = charter.privacy.clip_norm
         debit = at | {
-            "event": plan[0]["event"],
+            "event": dict(plan[0]["event"]),
             "clip_norm": None if clip is None else real(clip),
             "declared_records": 100,
             "clients": _ranges(cohort),

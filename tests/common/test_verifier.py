@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from hansa.common import verifier
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
 from hansa.common.identity import Envelope, canonical, sha256, write_envelope
 from hansa.common.ledger import read_ledger
 from hansa.common.verifier import Coordinator, Odometer, Partner, Report, Unreadable, verify_bundle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))  # `common.bundles` would be looked for in the package of that name
-from bundles import MODEL, Draft, Shape, digest, honest, identity, result_for  # noqa: E402
+from bundles import MODEL, Draft, Shape, digest, honest, identity, result_for
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "common" / "verifier.py"
@@ -77,7 +76,7 @@ def verdict_of(folder: Path) -> dict[str, Any]:
     return verdict
 
 
-# -- honest bundles ------------------------------------------------------------------------------------------------------
+# -- honest bundles ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [SMALL, FULL, PRIVATE, NONE, SAMPLED, CLIENTS], ids=lambda s: repr(s)[:60])
@@ -137,7 +136,7 @@ def test_summary_of_a_partner(tmp_path: Path) -> None:
 
 
 def test_population_of_100_000_is_cheap(tmp_path: Path) -> None:
-    made = honest(Shape(clients=100_000, rounds=10, participation=0.1, evaluation="none", sigma=8.0))
+    made = honest(Shape(clients=100_000, rounds=10, participation=0.1, evaluation="none", sigma=20.0))
     began = time.monotonic()
     verdict = verdict_of(made.write(tmp_path / "b"))
     assert verdict["violations"] == []
@@ -149,7 +148,7 @@ def test_population_of_100_000_is_cheap(tmp_path: Path) -> None:
     assert any("debit without a commit" in w["what"] for w in verdict["warnings"])
 
 
-# -- properly signed lies ------------------------------------------------------------------------------------------------
+# -- properly signed lies ------------------------------------------------------------------------------------
 
 Lie = Callable[[Draft], Any]
 
@@ -251,7 +250,7 @@ LIES: list[tuple[str, Shape, Lie, str, str]] = [
     ("sigma_infinite", SMALL, at(lambda d: d.entry(P0, "debit")["event"], sigma="1e999"), L0, "decimal"),
     ("sigma_too_small", SMALL, at(lambda d: d.entry(P0, "debit")["event"], sigma="0.29"), L0, "0.3"),
     ("q_above_1", SMALL, at(lambda d: d.entry(P0, "debit")["event"], q="1.1"), L0, "q"),
-    ("deep_body", SMALL, change(P0, "refuse" if False else "charter", name=json.loads("[" * 40 + "]" * 40)), L0, "deep"),
+    ("deep_body", SMALL, change(P0, "charter", name=json.loads("[" * 40 + "]" * 40)), L0, "deep"),
     # rule 6: budget
     ("budget_twice", SMALL, again(P0, "budget"), L0, "second budget"),
     ("budget_raised", SMALL, at(budget, epsilon="2.0"), L0, "charter's epsilon"),
@@ -267,9 +266,21 @@ LIES: list[tuple[str, Shape, Lie, str, str]] = [
     # hold
     ("hold_twice", SMALL, again(P0, "hold", request_id="other"), L0, "held before"),
     ("hold_without_charter", SMALL, without(P0, "charter"), L0, "did not record before"),
-    ("hold_other_event", SMALL, at(lambda d: d.entry(P0, "hold")["plan"][0]["event"], sigma="30.0"), L0, "not the charter's"),
+    (
+        "hold_other_event",
+        SMALL,
+        at(lambda d: d.entry(P0, "hold")["plan"][0]["event"], sigma="30.0"),
+        L0,
+        "not the charter's",
+    ),
     ("hold_other_count", SMALL, at(lambda d: d.entry(P0, "hold")["plan"][0], count=2), L0, "counts"),
-    ("hold_unprotected", SMALL, at(lambda d: d.entry(P0, "hold")["plan"][0], event={"mechanism": "none/1"}), L0, "charter"),
+    (
+        "hold_unprotected",
+        SMALL,
+        at(lambda d: d.entry(P0, "hold")["plan"][0], event={"mechanism": "none/1"}),
+        L0,
+        "charter",
+    ),
     ("hold_other_dataset", SMALL, change(P0, "hold", dataset="other"), L0, "another dataset"),
     ("hold_too_dear", Shape(partners=2, rounds=1, sigma=1.0), lambda d: None, L0, "does not admit"),
     ("hold_after_unprotected", SMALL, unprotected_then_protected, L0, "unprotected round came before"),
@@ -292,16 +303,37 @@ LIES: list[tuple[str, Shape, Lie, str, str]] = [
     ("debit_other_dataset", SMALL, change(P0, "debit", dataset="other"), L0, "dataset"),
     ("debit_after_release", FULL, late_debit, L0, "after its run was released"),
     ("debit_missing", SMALL, without(P0, "debit"), L0, "no debit"),
-    ("debit_not_asked", SMALL, lambda d: [change(P0, k, request_id="own")(d) for k in ("debit", "commit")], L0, "not ask for"),
+    (
+        "debit_not_asked",
+        SMALL,
+        lambda d: [change(P0, k, request_id="own")(d) for k in ("debit", "commit")],
+        L0,
+        "not ask for",
+    ),
     # commit, public, release
     ("commit_missing", SMALL, without(P0, "commit"), L0, "no commit for the ok answer"),
     ("commit_twice", SMALL, again(P0, "commit"), L0, "same request twice"),
     ("commit_other_request", SMALL, change(P0, "commit", request_sha256=digest("x")), L0, "no debit"),
     ("commit_other_reply", SMALL, change(P0, "commit", reply_sha256=digest("x")), L0, "another reply"),
     ("public_missing", SMALL, without(P0, "public"), L0, "no public for the ok answer"),
-    ("public_not_agreed", PRIVATE, lambda d: d.insert(P0, d.index(P0, "release"), "public", {
-        "request_id": "x", "request_sha256": digest("x"), "run_id": "run-1", "round": 1, "reply_sha256": digest("x")}),
-     L0, "no public evaluation"),
+    (
+        "public_not_agreed",
+        PRIVATE,
+        lambda d: d.insert(
+            P0,
+            d.index(P0, "release"),
+            "public",
+            {
+                "request_id": "x",
+                "request_sha256": digest("x"),
+                "run_id": "run-1",
+                "round": 1,
+                "reply_sha256": digest("x"),
+            },
+        ),
+        L0,
+        "no public evaluation",
+    ),
     ("public_other_reply", SMALL, change(P0, "public", reply_sha256=digest("x")), L0, "another reply"),
     ("release_twice", SMALL, again(P0, "release"), L0, "no open hold"),
     ("release_why", SMALL, change(P0, "release", why="bored"), L0, "why"),
@@ -309,46 +341,102 @@ LIES: list[tuple[str, Shape, Lie, str, str]] = [
     ("run_other_charter", SMALL, change(C, "run", charter_sha256=digest("x")), COORD, "did not record before"),
     ("run_twice", SMALL, again(C, "run"), COORD, "exists"),
     ("ask_again_differently", SMALL, again(C, "ask", 1, requests={}), COORD, "requests"),
-    ("ask_again_other_hash", SMALL, lambda d: [
-        again(C, "ask", 1)(d), d.entry(C, "ask", 2)["requests"][P0].update(request_sha256=digest("x"))], COORD, "asked again"),
-    ("ask_stranger", SMALL, lambda d: d.entry(C, "ask", 1)["requests"].update(x=d.entry(C, "ask", 1)["requests"][P0]),
-     COORD, "no partner"),
+    (
+        "ask_again_other_hash",
+        SMALL,
+        lambda d: [again(C, "ask", 1)(d), d.entry(C, "ask", 2)["requests"][P0].update(request_sha256=digest("x"))],
+        COORD,
+        "asked again",
+    ),
+    (
+        "ask_stranger",
+        SMALL,
+        lambda d: d.entry(C, "ask", 1)["requests"].update(x=d.entry(C, "ask", 1)["requests"][P0]),
+        COORD,
+        "no partner",
+    ),
     ("ask_round_beyond", SMALL, change(C, "ask", 1, round=2), COORD, "round 2"),
     ("ask_open_in_round_1", SMALL, change(C, "ask", 0, round=1), COORD, "opens the run"),
-    ("ask_evaluation_not_agreed", Shape(partners=2, rounds=1, sigma=20.0, evaluation="none"),
-     again(C, "ask", 1, purpose="evaluate"), COORD, "no evaluation"),
+    (
+        "ask_evaluation_not_agreed",
+        Shape(partners=2, rounds=1, sigma=20.0, evaluation="none"),
+        again(C, "ask", 1, purpose="evaluate"),
+        COORD,
+        "no evaluation",
+    ),
     ("ask_dropped", SMALL, without(C, "ask", 1), COORD, "not asked"),
-    ("answers_twice_differently", SMALL, lambda d: [
-        again(C, "answers", 1)(d), d.entry(C, "answers", 2)["replies"][P0].update(reply_sha256=digest("x"))],
-     COORD, "answered the same request twice"),
+    (
+        "answers_twice_differently",
+        SMALL,
+        lambda d: [again(C, "answers", 1)(d), d.entry(C, "answers", 2)["replies"][P0].update(reply_sha256=digest("x"))],
+        COORD,
+        "answered the same request twice",
+    ),
     ("answer_other_request", SMALL, at(lambda d: reply(d, "train"), request_id="x"), COORD, "another request"),
     ("answer_other_reply", SMALL, at(lambda d: reply(d, "train"), reply_sha256=digest("x")), L0, "another reply"),
     ("answer_unknown_outcome", SMALL, at(lambda d: reply(d, "train"), outcome="maybe"), COORD, "outcome"),
     ("answer_ok_without_reply", SMALL, at(lambda d: reply(d, "train"), reply_sha256=None), COORD, "outcome"),
-    ("answer_refused_that_was_not", SMALL, at(lambda d: reply(d, "evaluate"), outcome="refused: budget"), L0, "no refusal"),
+    (
+        "answer_refused_that_was_not",
+        SMALL,
+        at(lambda d: reply(d, "evaluate"), outcome="refused: budget"),
+        L0,
+        "no refusal",
+    ),
     ("round_quorum", SMALL, change(C, "round", partners=[]), COORD, "different partners"),
     ("round_same_partner_twice", SMALL, change(C, "round", partners=[P0, P0]), COORD, "different partners"),
-    ("round_without_answer", SMALL, at(lambda d: reply(d, "train"), outcome="timeout", reply_sha256=None), COORD, "no ok answer"),
+    (
+        "round_without_answer",
+        SMALL,
+        at(lambda d: reply(d, "train"), outcome="timeout", reply_sha256=None),
+        COORD,
+        "no ok answer",
+    ),
     ("round_again_other_model", SMALL, again(C, "round", model_sha256=digest("x")), COORD, "not the next round"),
     ("round_again_other_metrics", SMALL, again(C, "round", metrics={"auc": "0.99"}), COORD, "not the next round"),
     ("round_out_of_order", FULL, swap_rounds, COORD, "not the next round"),
-    ("close_other_model", SMALL, lambda d: [change(C, "close", model_sha256=digest("x"))(d)], COORD, "model of the last one"),
+    (
+        "close_other_model",
+        SMALL,
+        lambda d: [change(C, "close", model_sha256=digest("x"))(d)],
+        COORD,
+        "model of the last one",
+    ),
     ("close_more_rounds", SMALL, change(C, "close", rounds=2), COORD, "number of rounds"),
-    ("close_completed_early", FULL, lambda d: [without(C, "round", 1)(d), change(C, "close", rounds=1, model_sha256=d.entry(
-        C, "round")["model_sha256"])(d)], COORD, "completed after 1"),
+    (
+        "close_completed_early",
+        FULL,
+        lambda d: [
+            without(C, "round", 1)(d),
+            change(C, "close", rounds=1, model_sha256=d.entry(C, "round")["model_sha256"])(d),
+        ],
+        COORD,
+        "completed after 1",
+    ),
     ("close_missing", SMALL, without(C, "close"), "closing/run-1.json", "does not close"),
     # rule 8: refusals
     ("refusal_missing", FULL, without(P0, "refuse"), L0, "no refusal"),
     ("refusal_other_reason", FULL, change(P0, "refuse", reason="noise"), L0, "no refusal"),
     ("refusal_not_asked", FULL, again(P0, "refuse", request_id="x"), L0, "did not ask for"),
-    ("hidden_run", FULL, lambda d: [d.drop(C, d.index(C, k, n)) for k, n in
-                                    (("close", 1), ("answers", 5), ("ask", 5), ("run", 1))], "closing/run-2.json", "does not close"),
+    (
+        "hidden_run",
+        FULL,
+        lambda d: [d.drop(C, d.index(C, k, n)) for k, n in (("close", 1), ("answers", 5), ("ask", 5), ("run", 1))],
+        "closing/run-2.json",
+        "does not close",
+    ),
     # populations
     ("clients_other_budget", CLIENTS, change(C, "budget", clients=999), COORD, "clients"),
     ("clients_hold_other_plan", CLIENTS, at(lambda d: d.entry(C, "cohort-hold")["plan"][0], count=9), COORD, "counts"),
     ("clients_no_hold", CLIENTS, without(C, "cohort-hold"), COORD, "not in the plan"),
     ("clients_held_twice", CLIENTS, again(C, "cohort-hold"), COORD, "held before"),
-    ("clients_other_event", CLIENTS, at(lambda d: d.entry(C, "cohort-debit")["event"], steps=1), COORD, "not in the plan"),
+    (
+        "clients_other_event",
+        CLIENTS,
+        at(lambda d: d.entry(C, "cohort-debit")["event"], steps=1),
+        COORD,
+        "not in the plan",
+    ),
     ("clients_clip_norm", CLIENTS, change(C, "cohort-debit", clip_norm="9.0"), COORD, "clip_norm"),
     ("clients_declared", CLIENTS, change(C, "cohort-debit", declared_records=1), COORD, "declared_records"),
     ("clients_beyond", CLIENTS, change(C, "cohort-debit", clients=[[0, 1000]]), COORD, "ranges"),
@@ -358,8 +446,14 @@ LIES: list[tuple[str, Shape, Lie, str, str]] = [
     ("clients_debit_again_differs", CLIENTS, again(C, "cohort-debit", clients=[[0, 0]]), COORD, "differs"),
     ("clients_round_beyond", CLIENTS, change(C, "cohort-debit", 2, round=4), COORD, "round 4"),
     ("clients_round_uncommitted", CLIENTS, without(C, "cohort-commit"), COORD, "committed clients"),
-    ("clients_too_dear", Shape(clients=200, rounds=3, evaluation="none", sigma=1.0), lambda d: None, COORD, "does not admit"),
-]  # fmt: skip
+    (
+        "clients_too_dear",
+        Shape(clients=200, rounds=3, evaluation="none", sigma=1.0),
+        lambda d: None,
+        COORD,
+        "does not admit",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "shape", "lie", "file", "what"), LIES, ids=[row[0] for row in LIES])
@@ -412,7 +506,7 @@ def test_run_under_another_charter_is_charged_and_said(tmp_path: Path) -> None:
     assert verdict["partners"][P0]["rounds"] == 1
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -553,6 +647,39 @@ def test_lines_reordered_dropped_or_another_partners(copied: Path) -> None:
         assert (L0, line) in {(v["file"], v["line"]) for v in verdict_of(copied)["violations"]}
 
 
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"seq": 3}, "sequence number"),
+        ({"seq": True}, "seq"),
+        ({"prev": digest("another line")}, "does not follow"),
+        ({"v": 2}, "v is 2"),
+        ({"v": True}, "v is True"),
+        ({"time": "yesterday"}, "time"),
+        ({"more": 1}, "exactly the fields"),
+        ({"body": []}, "body"),
+    ],
+)
+def test_signed_entry_that_does_not_fit_in_its_place(bundle: Path, fields: dict[str, Any], what: str) -> None:
+    """Each alone: a chain that is right in everything but one field."""
+    partner = Partner(Report(), verifier._load_charter(bundle, Report()), P0)
+    first, second = (bundle / L0).read_bytes().splitlines(keepends=True)[:2]
+    partner._entry(1, first)
+    kind = "application/vnd.hansa.entry+json"
+    payload = verifier._json(verifier._envelope(second[:-1], kind)[0])
+    with pytest.raises(verifier.Bad, match=what):
+        partner._entry(2, identity(P0).seal(kind, canonical(payload | fields)) + b"\n")
+    for sealed in (
+        identity(P0).seal(kind, json.dumps(payload, sort_keys=True).encode()),  # spaces
+        identity(P1).seal(kind, canonical(payload)),
+        identity(P0).seal("application/json", canonical(payload)),
+        identity(P0).seal(kind, canonical(payload)) + b" ",
+    ):
+        with pytest.raises(verifier.Bad):
+            partner._entry(2, sealed + b"\n")
+    partner._entry(2, identity(P0).seal(kind, canonical(payload)) + b"\n")
+
+
 def test_rewritten_history_differs_from_the_checkpoint(tmp_path: Path) -> None:
     """A partner who signs another history of the same length is caught by what everyone countersigned."""
     made = fresh(SMALL)
@@ -597,9 +724,14 @@ def test_charter_signers(tmp_path: Path) -> None:
     stranger = identity("stranger")
     foreign = (stranger.key, stranger.sign(kind, payload))
     for made_by in (
-        (), signatures[1:], signatures[::-1], (*signatures, foreign), (*signatures, signatures[0]),
-        (foreign, *signatures[1:]), ((signatures[0][0], signatures[1][1]), *signatures[1:]),
-    ):  # fmt: skip
+        (),
+        signatures[1:],
+        signatures[::-1],
+        (*signatures, foreign),
+        (*signatures, signatures[0]),
+        (foreign, *signatures[1:]),
+        ((signatures[0][0], signatures[1][1]), *signatures[1:]),
+    ):
         (folder / "charter.json").write_bytes(write_envelope(Envelope(kind, payload, made_by)) + b"\n")
         assert "charter.json" in files_of(verdict_of(folder))
 
@@ -643,9 +775,19 @@ def test_malformed_charter(tmp_path: Path, damage: Callable[[dict[str, Any]], An
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epsilon", 0.5), ("epsilon", None), ("epsilon", "0.1"), ("epsilon", True), ("epsilon", 10**400), ("epsilon_filter", 0.5),
-     ("epsilon_cap", 2.0), ("delta", 1e-5), ("rounds", 2), ("rounds", None)],
-)  # fmt: skip
+    [
+        ("epsilon", 0.5),
+        ("epsilon", None),
+        ("epsilon", "0.1"),
+        ("epsilon", True),
+        ("epsilon", 10**400),
+        ("epsilon_filter", 0.5),
+        ("epsilon_cap", 2.0),
+        ("delta", 1e-5),
+        ("rounds", 2),
+        ("rounds", None),
+    ],
+)
 def test_result_says_something_else(copied: Path, field: str, value: object) -> None:
     path = copied / "result.json"
     result = json.loads(path.read_bytes())
@@ -683,7 +825,7 @@ def test_result_is_not_json(copied: Path, text: bytes) -> None:
     assert files_of(verdict_of(copied)) == {"result.json"}
 
 
-# -- any byte ------------------------------------------------------------------------------------------------------------
+# -- any byte ------------------------------------------------------------------------------------------------
 
 
 def another(rng: random.Random, byte: int) -> int:
@@ -718,9 +860,8 @@ def test_every_byte_of_the_charter(copied: Path) -> None:
         try:
             verifier._load_charter(copied, report)
         except Unreadable as err:
-            assert err.file == "charter.json"
-        else:
-            assert {v["file"] for v in report.violations} == {"charter.json"}
+            report.wrong(err.file, err.line, err.what)
+        assert {v["file"] for v in report.violations} == {"charter.json"}
 
 
 def test_every_byte_of_the_checkpoint_and_the_keys(copied: Path) -> None:
@@ -768,7 +909,7 @@ def test_random_bytes_of_the_whole_bundle(copied: Path) -> None:
         (copied / file).write_bytes(data)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_mutated_bundles_are_never_verified_and_never_crash(copied: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from([*NEEDED, "result.json"]))
@@ -790,19 +931,40 @@ def test_mutated_bundles_are_never_verified_and_never_crash(copied: Path, data: 
 
 
 HOSTILE: list[object] = [
-    None, True, 0, -1, 10**400, "", "x" * 20_000, "\x00", "1e5", "nan", "-0", [], [[]], [None], {}, {"a": {}},
-    {"mechanism": "none/1"}, {"epsilon": "1"}, [[2, "1e-9"]], "\U0010ffff", [[0, 10**400]], [["a", "b"]], ["a"],
-]  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    10**400,
+    "",
+    "x" * 20_000,
+    "\x00",
+    "1e5",
+    "nan",
+    "-0",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": {}},
+    {"mechanism": "none/1"},
+    {"epsilon": "1"},
+    [[2, "1e-9"]],
+    "\U0010ffff",
+    [[0, 10**400]],
+    [["a", "b"]],
+    ["a"],
+]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_signed_nonsense_never_crashes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """An insider signs any value anywhere: the answer is a verdict."""
     made = fresh(data.draw(st.sampled_from([FULL, PRIVATE, CLIENTS, SAMPLED])))
     for _ in range(data.draw(st.integers(1, 3))):
         owner = data.draw(st.sampled_from(sorted(made.books)))
-        kind, body = data.draw(st.sampled_from(made.books[owner]))
+        _, body = data.draw(st.sampled_from(made.books[owner]))
         spot: Any = body
         while True:  # somewhere inside
             keys = list(spot) if isinstance(spot, dict) else list(range(len(spot)))
@@ -854,7 +1016,7 @@ def test_very_long_line(copied: Path) -> None:
     assert any(v["file"] == L0 and v["line"] == 1 and "longer" in v["what"] for v in verdict["violations"])
 
 
-# -- accounting ----------------------------------------------------------------------------------------------------------
+# -- accounting ----------------------------------------------------------------------------------------------
 
 
 def histories(count: int, seed: int) -> list[list[tuple[float, float, int]]]:
@@ -878,8 +1040,9 @@ def merged(history: list[tuple[float, float, int]]) -> verifier.History:
 
 
 def test_filter_agrees_with_accounting() -> None:
-    for history in histories(300, 5):
-        for budget in (Budget.create(1.0, 1e-4), Budget.create(8.0, 1e-6)):
+    budgets = (Budget.create(1.0, 1e-4), Budget.create(8.0, 1e-6))
+    for history in histories(100, 5):
+        for budget in budgets:
             mine = verifier.filter_epsilon(verifier.Budget.parse(budget.to_fields()), merged(history))
             theirs = budget.spent(PrivacyEvent(*event) for event in history)
             assert math.isclose(mine, theirs, rel_tol=1e-6, abs_tol=1e-9), history
@@ -919,7 +1082,7 @@ def test_odometer_always_ends() -> None:
         assert found is None or found >= 0
 
 
-# -- alone ---------------------------------------------------------------------------------------------------------------
+# -- alone ---------------------------------------------------------------------------------------------------
 
 
 def test_runs_alone_in_an_empty_folder(bundle: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / ".dev"), str(HERE.parent / "common")]
 
 from bundles import Shape, honest, result_for  # noqa: E402
-
 from hansa.common.verifier import verify_bundle  # noqa: E402
 
 

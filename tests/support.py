@@ -1,0 +1,225 @@
+"""What the tests of the core share: fixed identities, a tiny task, charters, gates and a federation in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from hansa.clients.app import Node
+from hansa.clients.datasets import RegisteredDataset, Rows, Split
+from hansa.clients.gate import Gate
+from hansa.clients.outbox import Outbox
+from hansa.common.charter import Charter, SignedCharter
+from hansa.common.config import Federation
+from hansa.common.identity import Identity
+from hansa.common.ledger import Ledger
+from hansa.common.messages import Manifest, SignedWire
+from hansa.common.tasks import Task
+from hansa.common.tasks.schema import ArraySchema
+
+CODE = "c" * 64
+SIGMA = 4.0
+
+
+def identity(name: str) -> Identity:
+    """The same key for the same name, always."""
+    return Identity(name, Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"test {name}".encode()).digest()))
+
+
+def terms(**changes: Any) -> dict[str, Any]:
+    """The JSON of a charter between three partners, as a dict to be changed (dotted keys go down)."""
+    made: dict[str, Any] = {
+        "format": "hansa-charter/1",
+        "name": "test",
+        "purpose": "",
+        "task": {"name": "tiny", "code_sha256": CODE},
+        "coordinator": {"name": "coordinator", "key": identity("coordinator").key},
+        "partners": [{"name": n, "key": identity(n).key, "declared_records": 40} for n in ("ada", "ben", "cy")],
+        "algorithm": {"rounds": 3, "local": {"steps": 1, "optimizer": {"lr": 0.5}}},
+        "privacy": {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": SIGMA},
+        "evaluation": {"kind": "none"},
+        "quorum": 2,
+        "round_deadline_s": 60.0,
+        "declared_tolerance": 0.1,
+        "benefit": "Every partner receives the model.",
+        "model_seed": 0,
+        "created": datetime(2026, 1, 1, tzinfo=UTC),
+        "expires": datetime.now(UTC).replace(microsecond=0) + timedelta(days=30),
+        "simulated": True,
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = made
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return made
+
+
+def charter(**changes: Any) -> SignedCharter:
+    """A charter that everyone has signed."""
+    signed = SignedCharter.unsigned(Charter.model_validate(terms(**changes)))
+    for name in signed.charter.keys():  # noqa: SIM118  a method of the charter, not of a dict
+        signed = signed.sign(identity(name))
+    return signed
+
+
+NO_PRIVACY = {"kind": "none"}
+
+
+def tiny_task(classes: int = 2) -> Task:
+    """Three features, one linear layer."""
+    return Task(
+        name="tiny",
+        title="tiny",
+        schema=ArraySchema(shape=(3,), value_range=(-1.0, 1.0)),
+        classes=tuple("abcdefgh"[:classes]),
+        build_model=lambda: torch.nn.Linear(3, classes),
+    )
+
+
+def rows(n: int, seed: int = 0) -> Rows:
+    """n random records of the tiny task, both classes in turn."""
+    x = np.random.default_rng(seed).uniform(-1, 1, (n, 3)).astype(np.float32)
+    return Rows(torch.from_numpy(x), torch.arange(n) % 2)
+
+
+class Source:
+    """Rows that can be counted, spoilt or forbidden."""
+
+    def __init__(self, n: int = 40, held_out: int = 8, seed: int = 0) -> None:
+        self.split = Split(rows(n, seed), rows(held_out, seed + 1000))
+        self.reads = 0
+        self.hook: Callable[[], None] = lambda: None
+
+    def __call__(self) -> Split:
+        self.reads += 1
+        self.hook()
+        return self.split
+
+
+def forbidden() -> None:
+    """A hook for `Source` where nothing may be read."""
+    raise AssertionError("data was read")
+
+
+@dataclass
+class Site:
+    """One partner: its folder outlives every restart of its gate."""
+
+    name: str
+    folder: Path
+    source: Source
+    simulated: bool = True
+    allow_unprotected: bool = False
+    ledger: Ledger | None = None
+
+    def gate(self, *charters: SignedCharter, code: str = CODE) -> Gate:
+        """(Re)start the node: everything but the files is forgotten."""
+        if self.ledger is not None:
+            self.ledger.close()
+        me = identity(self.name)
+        read = self.source.hook
+        self.source.hook = lambda: None  # registering reads; that is before anything is asked
+        self.dataset = RegisteredDataset.register(tiny_task(), self.source, self.folder / "data")
+        self.source.hook = read
+        about = {"id": self.dataset.dataset_id, "commitment": self.dataset.commitment}
+        genesis = {"owner": self.name, "role": "partner", "ledger_id": "0" * 32, "software": "test"}
+        self.ledger = Ledger(
+            self.folder / "ledger.jsonl", me, {**genesis, "simulated": self.simulated, "dataset": about}
+        )
+        made = Gate(
+            self.name,
+            me.key,
+            self.dataset,
+            self.ledger,
+            code,
+            simulated=self.simulated,
+            allow_unprotected=self.allow_unprotected,
+        )
+        for signed in charters:
+            made.accept(signed)
+        return made
+
+    def node(self, *charters: SignedCharter) -> Node:
+        """A node of the tiny task around a fresh gate."""
+        gate = self.gate(*charters)
+        return Node(
+            tiny_task(),
+            torch.nn.Linear(3, 2),
+            self.dataset,
+            gate,
+            SignedWire(identity(self.name), {"coordinator": identity("coordinator").key}),
+            outbox=Outbox(self.folder / "outbox"),
+            identity=identity(self.name),
+        )
+
+    def kinds(self) -> list[str]:
+        """The types of this ledger's entries, in order."""
+        assert self.ledger is not None
+        return [entry.type for entry in self.ledger.entries]
+
+
+def request(
+    signed: SignedCharter, kind: str, round_number: int, to: str = "ada", run: str = "run-1", **changes: Any
+) -> Manifest:
+    """What the coordinator asks, as `rounds.py` names it."""
+    made: dict[str, Any] = {
+        "kind": kind,
+        "sender": "coordinator",
+        "recipient": to,
+        "charter_sha256": signed.sha256,
+        "run_id": run,
+        "round": round_number,
+        "request_id": f"{run}.{round_number}.{kind}.{to}",
+        "in_reply_to": "",
+        "fields": {},
+    }
+    return Manifest(**{**made, **changes})
+
+
+def weights(value: float = 0.0) -> dict[str, np.ndarray]:
+    """A model of the tiny task."""
+    return {"weight": np.full((2, 3), value, np.float32), "bias": np.full((2,), value, np.float32)}
+
+
+HEART = {
+    name: {"data": f"package:heart-disease/{name}.csv", "declared_records": n}
+    for name, n in (("cleveland", 240), ("hungary", 235), ("switzerland", 100), ("va-long-beach", 160))
+}
+
+
+def config(**changes: Any) -> Federation:
+    """Four hospitals, two steps a round, without privacy; sections are replaced whole."""
+    made: dict[str, Any] = {
+        "name": "heart",
+        "task": "heart-disease",
+        "partners": HEART,
+        "algorithm": {"rounds": 3, "local": {"steps": 2, "optimizer": {"lr": 0.2}}},
+        "privacy": NO_PRIVACY,
+        "evaluation": {"kind": "public"},
+        "quorum": 3,
+    }
+    return Federation.model_validate({k: v for k, v in {**made, **changes}.items() if v is not None})
+
+
+def digest(value: object) -> str:
+    """64 hex digits that stand for something."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def same_arrays(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Equal to the last bit."""
+    assert sorted(a) == sorted(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert a[name].shape == b[name].shape, name
+        assert a[name].tobytes() == b[name].tobytes(), name
