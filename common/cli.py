@@ -25,7 +25,7 @@ from . import verifier
 from .accounting import Budget, PrivacyEvent, odometer
 from .charter import SignedCharter, draft, in_words
 from .config import Federation, load_config
-from .errors import CharterError, ConfigError, HansaError, LedgerError, RunFailed
+from .errors import CharterError, ConfigError, HansaError, IdentityError, LedgerError, RunFailed
 from .identity import Identity, fingerprint, key_from_pem, output_error
 from .ledger import owner_line, read_ledger
 from .plan import budget_of, calibrated, event_from, events_of, plan_of
@@ -168,13 +168,7 @@ def charter_new(
         )
     found = {}
     for name in [*federation.partners, "coordinator"]:
-        path = keys / f"{name}.pem"
-        try:
-            found[name] = key_from_pem(path.read_bytes())
-        except OSError as err:
-            raise ConfigError(f"{path}: {err.strerror}", f"Put the public key of {name} there.") from err
-        except HansaError as err:
-            raise ConfigError(f"{path}: {err.message}", err.hint) from err
+        found[name] = _public_key(keys / f"{name}.pem", f"Put the public key of {name} there, in PEM form.")
     coordinator = found.pop("coordinator")
     drafted = draft(
         federation,
@@ -190,6 +184,15 @@ def charter_new(
     signed.save(to)
     out.print(_plain(in_words(signed)))
     out.print(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --key NAME.key")
+
+
+def _public_key(path: Path, hint: str) -> str:
+    try:
+        return key_from_pem(path.read_bytes())
+    except OSError as err:
+        raise IdentityError(f"{path}: {err.strerror}", hint) from err
+    except IdentityError as err:
+        raise IdentityError(f"{path}: {err.message}", err.hint or hint) from err
 
 
 def charter_show(
@@ -300,10 +303,7 @@ def ledger_verify(
 
     Example: hansa ledger verify out/demo/partners/cleveland/ledger.jsonl --key out/demo/keys/cleveland.pem
     """
-    try:
-        public = key_from_pem(key.read_bytes()) if key is not None else None
-    except OSError as err:
-        raise LedgerError(f"{key}: {err.strerror}", "Give a public key in PEM form.") from err
+    public = _public_key(key, "Give a public key in PEM form.") if key is not None else None
     if not file.is_file():
         raise LedgerError(f"{file}: no such file", "Give the path of a ledger.jsonl.")
     problem = None
@@ -376,7 +376,8 @@ def audit(
     try:
         verdict = verifier.verify_bundle(folder)
     except verifier.Unreadable as err:
-        raise HansaError(str(err), "Give the folder that a run wrote (with charter.json in it).") from err
+        place = "" if err.file == str(folder) else f"{folder}: "
+        raise HansaError(f"{place}{err}", "Give the folder that a run wrote (with charter.json in it).") from err
     if form is Format.JSON:
         show_json(verdict)
     else:

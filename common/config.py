@@ -288,26 +288,15 @@ def _yaml_error(path: Path, err: yaml.YAMLError) -> ConfigError:
 
 def _short(found: object) -> str:
     try:
-        return reprlib.repr(found)  # bounded: a few aliases in YAML can stand for gigabytes
+        return reprlib.repr(found)[:200]  # bounded: a few aliases in YAML can stand for gigabytes
     except ValueError:  # an integer of more digits than Python prints
         return "a very long number"
 
 
 def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
     """One validation error as `file:line: key: what is wrong (value found)`."""
-    loc: Sequence[str | int] = [part for part in item["loc"] if part != "[key]"]
-    node, line = root, 1
-    for part in loc:
-        line = node.start_mark.line + 1 if node is not None else line
-        child = None
-        if isinstance(node, yaml.MappingNode):
-            for key_node, value_node in node.value:
-                if key_node.value == str(part):
-                    child, line = value_node, key_node.start_mark.line + 1
-        node = child
-        if node is None:
-            break
-    key = ".".join(str(part) for part in loc) or "(whole file)"
+    loc = [str(part) for part in item["loc"] if part != "[key]"]
+    node, line = _find(root, loc)
     match item["type"]:
         case "extra_forbidden":
             what = "unknown key"
@@ -315,6 +304,28 @@ def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
             what = "missing; it is required"
         case _:
             what = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":  # of a whole section; its words may begin with the key inside that it is about
+        inside = what.split()[0].rstrip(":").split(".")
+        found_node, found_line = _find(node, inside)
+        if found_node is not None:
+            loc, line = [*loc, *inside], found_line
+    key = ".".join(loc) or "(whole file)"
     found = item.get("input")
     shown = "" if item["type"] == "missing" or isinstance(found, dict | BaseModel) else f" (found {_short(found)})"
     return f"{path}:{line}: {key}: {what}{shown}"
+
+
+def _find(node: yaml.Node | None, loc: Sequence[str]) -> tuple[yaml.Node | None, int]:
+    """The node at `loc`, if it is there, and the line of the last part of `loc` that is."""
+    line = 1
+    for part in loc:
+        line = node.start_mark.line + 1 if node is not None else line
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == part:
+                    child, line = value_node, key_node.start_mark.line + 1
+        node = child
+        if node is None:
+            break
+    return node, line

@@ -16,7 +16,7 @@ from ..common import verifier
 from ..common.charter import in_words
 from ..common.cli import Format, FormatOption, print_verdict, show_json
 from ..common.config import Federation, load_config
-from ..common.errors import ConfigError, OutputError
+from ..common.errors import OutputError
 
 if TYPE_CHECKING:
     from .federation import Simulation
@@ -52,7 +52,6 @@ def demo(
     console.print("making keys for four hospitals and a coordinator; drafting the charter; all five sign it")
     simulation = Simulation(config, Path(), folder, notify=display.notify)
     try:
-        (simulation.private / "demo").touch()
         console.print(in_words(simulation.signed), markup=False)
         console.rule("2. Training", align="left")
         outcome, timings = _train(simulation, display)
@@ -275,14 +274,14 @@ def _display(console: Console, quiet: bool = False) -> Any:
 
 
 def _clear_demo(folder: Path, private: Path) -> None:
-    """Remove an earlier demo, and nothing else."""
+    """Remove an earlier demo, and nothing else; mark the private folder as a demo's before anything is in it."""
     import shutil
 
-    if not folder.exists() and not private.exists():
-        return
-    if not (private / "run.json").exists() and any(p.exists() and any(p.iterdir()) for p in (folder, private)):
+    from .federation import DEMO_MARK, holds_anything
+
+    if not (private / DEMO_MARK).exists() and (holds_anything(folder) or holds_anything(private)):
         raise OutputError(f"{folder}: not empty, and not an earlier demo", "Give another --out.")
-    if (private / "run.json").exists() and not (private / "demo").exists():
-        raise ConfigError(f"{folder}: holds a run that is not a demo", "Give another --out.")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(private, ignore_errors=True)
+    private.mkdir(parents=True)
+    (private / DEMO_MARK).touch()

@@ -44,6 +44,8 @@ from .population import PopulationGate, PopulationRecords, client_name
 
 SOFTWARE = "hansa 0.1.0"
 COORDINATOR = "coordinator"
+DEMO_MARK = ".demo"
+"""In the private folder: the next demo may replace this run."""
 Notify = Callable[..., None]
 # What `write_whole` and its like name the file that they then rename: only a killed process leaves one behind.
 _UNFINISHED = re.compile(r"\.(.+\.[a-z0-9_]{8}|.+\.[0-9]+\.tmp|dataset-[a-z0-9_]{8})")
@@ -58,8 +60,8 @@ def private_folder(out: Path) -> Path:
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether there is more in a folder than what a killed process had not finished writing."""
-    return folder.exists() and any(not _UNFINISHED.fullmatch(path.name) for path in folder.iterdir())
+    """Whether there is more in a folder than a demo's mark and what a killed process had not finished writing."""
+    return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != DEMO_MARK for p in folder.iterdir())
 
 
 @dataclass

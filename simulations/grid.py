@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from ..common.errors import LedgerError, OutputError
 from ..common.flower import (
@@ -118,6 +119,7 @@ def _own(message: Message) -> Message:
             content[name] = ArrayRecord(arrays)
         else:  # deepcopy would take ten times as long, a thousand times a round
             values = {key: list(value) if isinstance(value, list) else value for key, value in record.items()}
-            content[name] = type(record)(values)
+            kind: Any = type(record)
+            content[name] = kind(values)
     meta = message.metadata
     return addressed(content, meta.message_type, meta.dst_node_id, meta.group_id, meta.ttl, meta.message_id)

@@ -60,13 +60,17 @@ class Result:
         return self
 
 
-def call(*arguments: object) -> Result:
+def call(*arguments: object, stdin: str = "") -> Result:
     """One command line in this process."""
     from hansa.common.cli import run
 
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run([str(a) for a in arguments])
+    out, err, keyboard = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run([str(a) for a in arguments])
+    finally:
+        sys.stdin = keyboard
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -231,9 +235,8 @@ class Forked:
         return (folder / "syncs").read_text(encoding="utf-8").splitlines()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.kill()  # it is waiting for an order: a slow, polite goodbye of torch's threads is not needed
+        self._process.wait()
 
 
 def _serve() -> None:

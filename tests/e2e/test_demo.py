@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from e2e_support import HOSPITALS, Result, call, contents, of_type
+from e2e_support import HOSPITALS, Fault, Forked, Result, call, contents, of_type
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.gate import Gate
 from hansa.simulations.federation import Simulation
@@ -225,6 +225,12 @@ def test_it_replaces_nothing_but_a_demo(tmp_path: Path, demo_run: DemoRun) -> No
     assert precious.read_text() == "three years"
     run = tmp_path / "run.private"
     run.mkdir()
-    (run / "run.json").write_text("{}")
-    call("demo", "--out", tmp_path / "run").expect(2).says("not a demo", "Give another --out")
+    (run / "run.json").write_text("{}")  # of a run that `hansa simulate` made
+    call("demo", "--out", tmp_path / "run").expect(2).says("not an earlier demo", "Give another --out")
     assert (run / "run.json").exists()
+
+
+def test_a_demo_that_was_killed_anywhere_can_be_started_again(tmp_path: Path, forked: Forked) -> None:
+    """Also in the first moments, when little says yet whose folder it is."""
+    for number in (1, 3, 12, 60, 2, 40):
+        forked.run("demo", "--out", "demo", folder=tmp_path, fault=Fault("before", number)).expect(-9)

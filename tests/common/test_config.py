@@ -1,0 +1,232 @@
+"""Every bad value names file, line, key, the value found and what is allowed; nothing but ConfigError comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hansa.common.config import SIGNED_PARTNERS_MAX, Federation, check_delta, load_config
+from hansa.common.errors import ConfigError
+
+GOOD = """\
+name: test
+task: heart-disease
+partners:
+  ada: {data: a.csv, declared_records: 240}
+  ben: {data: b.csv, declared_records: 100}
+algorithm:
+  rounds: 10
+  participation: 1.0
+  strategy: {name: fedavg}
+  local:
+    steps: 6
+    sampling_rate: 1.0
+    optimizer: {name: sgd, lr: 0.2}
+privacy:
+  epsilon: 1.0
+  delta: 1.0e-4
+  clip_norm: 1.0
+evaluation: {kind: public}
+quorum: 2
+"""
+
+
+def load(folder: Path, text: str | bytes) -> Federation:
+    path = folder / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(path)
+
+
+def test_a_good_one(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert config.privacy.delta == 1e-4
+    assert config.partners is not None
+    assert list(config.partners) == ["ada", "ben"]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_shipped_ones(path: Path) -> None:
+    assert load_config(path).name
+
+
+# (what stands in GOOD, what is put there, the line, the key, what else the message says)
+BAD: list[tuple[str, str, int, str, tuple[str, ...]]] = [
+    ("quorum: 2", "quorum: 2\nqourum: 3", 20, "qourum", ("unknown key", "3")),
+    ("  rounds: 10", "  rounds: 10\n  epochs: 4", 8, "algorithm.epochs", ("unknown key", "4")),
+    ("  rounds: 10", "  rounds: 0", 7, "algorithm.rounds", ("0", "greater than or equal to 1")),
+    ("  rounds: 10", "  rounds: ten", 7, "algorithm.rounds", ("'ten'", "integer")),
+    ("  rounds: 10", "  rounds: 2.5", 7, "algorithm.rounds", ("2.5", "integer")),
+    ("  rounds: 10", "  rounds: [1]", 7, "algorithm.rounds", ("[1]", "integer")),
+    ("  rounds: 10\n", "", 7, "algorithm.rounds", ("missing",)),
+    ("    steps: 6", "    steps: 0", 11, "algorithm.local.steps", ("0", "greater than or equal to 1")),
+    ("sampling_rate: 1.0", "sampling_rate: 0", 12, "algorithm.local.sampling_rate", ("0", "greater than 0")),
+    ("sampling_rate: 1.0", "sampling_rate: 1.5", 12, "algorithm.local.sampling_rate", ("1.5", "less than or equal to 1")),
+    ("sampling_rate: 1.0", "sampling_rate: .nan", 12, "algorithm.local.sampling_rate", ("nan",)),
+    ("lr: 0.2", "lr: 0", 13, "algorithm.local.optimizer.lr", ("0", "greater than 0")),
+    ("lr: 0.2", "lr: .inf", 13, "algorithm.local.optimizer.lr", ("inf", "finite")),
+    ("name: sgd, ", "name: rmsprop, ", 13, "algorithm.local.optimizer.name", ("'rmsprop'", "'sgd' or 'adam'")),
+    ("name: sgd, ", "name: adam, momentum: 0.9, ", 13, "algorithm.local.optimizer.momentum", ("momentum goes with sgd",)),
+    ("epsilon: 1.0", "epsilon: 0", 15, "privacy.epsilon", ("0", "greater than 0")),
+    ("epsilon: 1.0", "epsilon: -1", 15, "privacy.epsilon", ("-1", "greater than 0")),
+    ("epsilon: 1.0", "epsilon: .nan", 15, "privacy.epsilon", ("nan",)),
+    ("epsilon: 1.0", "epsilon: .inf", 15, "privacy.epsilon", ("inf",)),
+    ("delta: 1.0e-4", "delta: 0", 16, "privacy.delta", ("0", "greater than 0")),
+    ("delta: 1.0e-4", "delta: 1", 16, "privacy.delta", ("1", "less than 1")),
+    ("delta: 1.0e-4", "delta: 0.0042", 16, "privacy.delta", ("0.0042", "not below 1/n", "0.0042 for 240 records")),
+    ("clip_norm: 1.0", "clip_norm: 0", 17, "privacy.clip_norm", ("0", "greater than 0")),
+    ("  clip_norm: 1.0\n", "", 14, "privacy", ("needs clip_norm",)),
+    ("clip_norm: 1.0", "clip_norm: 1.0\n  noise_multiplier: 0.29", 18, "privacy.noise_multiplier", ("0.29", "0.3")),
+    ("clip_norm: 1.0", "clip_norm: 1.0\n  kind: none", 14, "privacy", ("kind none takes no epsilon",)),
+    ("clip_norm: 1.0", "clip_norm: 1.0\n  unit: client", 18, "privacy.unit", ("'client'", "'record'")),
+    ("kind: public", "kind: secret", 18, "evaluation.kind", ("'secret'", "'none', 'public' or 'private'")),
+    ("kind: public", "kind: private", 18, "evaluation", ("noise_multiplier goes with",)),
+    ("kind: public", "kind: private, noise_multiplier: 0.1", 18, "evaluation.noise_multiplier", ("0.1", "0.3")),
+    ("kind: public", "kind: public, test_fraction: 1", 18, "evaluation.test_fraction", ("1", "less than 1")),
+    ("kind: public", "kind: public, bins: 7", 18, "evaluation.bins", ("7", "multiple of 2")),
+    ("quorum: 2", "quorum: 3", 19, "quorum", ("quorum 3 is more than the 2 partner(s)",)),
+    ("quorum: 2", "quorum: 0", 19, "quorum", ("0", "greater than or equal to 1")),
+    ("participation: 1.0", "participation: 0.5", 19, "quorum", ("quorum 2 is more than the 1 partner(s)",)),
+    ("name: fedavg", "name: fedavg, eta: 0.1", 9, "algorithm.strategy", ("fedavg does not take eta", "no parameters")),
+    ("name: fedavg", "name: fedprox", 9, "algorithm.strategy", ("needs proximal_mu above 0",)),
+    ("name: fedavg", "name: fedadam, server_momentum: 0.9", 9, "algorithm.strategy", ("beta_1, beta_2, eta, tau",)),
+    ("name: fedavg", "name: fedavgm, tau: 0.1", 9, "algorithm.strategy", ("does not take tau", "server_momentum")),
+    ("name: fedavg", "name: fedadagrad, beta_1: 0.1", 9, "algorithm.strategy", ("does not take beta_1", "eta, tau")),
+    ("name: fedavg", "name: fedsgd", 9, "algorithm.strategy.name", ("'fedsgd'", "'fedavg', 'fedprox'")),
+    ("name: test", "name: Test Run", 1, "name", ("'Test Run'", "pattern")),
+    ("name: test", "name: test\npurpose: \"a\\nPRIVACY none\"", 2, "purpose", ("pattern",)),
+    ("name: test", "name: test\nbenefit: \"a\\e[2Jb\"", 2, "benefit", ("pattern",)),
+    ("name: test", "name: test\nbenefit: \"a\\u202eb\"", 2, "benefit", ("pattern",)),
+    ("declared_records: 240", "declared_records: 0", 4, "partners.ada.declared_records", ("0", "or equal to 1")),
+    ("data: a.csv, ", "", 4, "partners.ada.data", ("missing",)),
+    ("  ada:", "  coordinator:", 3, "partners", ("name coordinator is taken",)),
+    ("  ada:", "  Ada_1:", 4, "partners.Ada_1", ("pattern",)),
+    ("  ben: {data: b.csv, declared_records: 100}\n", "", 3, "partners", ("1 given, 2 to 100 allowed",)),
+    ("quorum: 2", "quorum: 2\npopulation: {dataset: digits, clients: 3}", 1, "(whole file)", ("give either partners",)),
+    ("quorum: 2", "quorum: 2\nseed: -1", 20, "seed", ("-1", "greater than or equal to 0")),
+    ("quorum: 2", "quorum: 2\ndeclared_tolerance: 0.6", 20, "declared_tolerance", ("0.6", "less than or equal to 0.5")),
+    ("quorum: 2", "quorum: 2\nround_deadline_s: 0", 20, "round_deadline_s", ("0", "greater than 0")),
+    ("quorum: 2", "quorum: 2\nexpires_days: 0", 20, "expires_days", ("0", "greater than or equal to 1")),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "key", "words"), BAD, ids=[b[1].replace("\n", "|")[-40:] for b in BAD])
+def test_a_bad_value(tmp_path: Path, old: str, new: str, line: int, key: str, words: tuple[str, ...]) -> None:
+    assert GOOD.count(old) == 1
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD.replace(old, new))
+    message = caught.value.message
+    assert f"{tmp_path}/c.yaml:{line}: {key}: " in message, message
+    for word in words:
+        assert word in message, message
+    assert caught.value.hint
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD.replace("rounds: 10", "rounds: 0").replace("epsilon: 1.0", "epsilon: 0"))
+    assert "c.yaml:7: algorithm.rounds" in caught.value.message
+    assert "c.yaml:15: privacy.epsilon" in caught.value.message
+
+
+def test_too_many_partners(tmp_path: Path) -> None:
+    entries = "".join(f"  p{i}: {{data: a.csv, declared_records: 10}}\n" for i in range(SIGNED_PARTNERS_MAX + 1))
+    with pytest.raises(ConfigError, match="103 given, 2 to 100 allowed"):
+        load(tmp_path, GOOD.replace("partners:\n", "partners:\n" + entries))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: [a", "c.yaml:1:9: not valid YAML"),
+        ("name: a\n\tb: c", "c.yaml:2:1: not valid YAML"),
+        ("name: a\nname: b", "c.yaml:2:1: not valid YAML: key 'name' given twice"),
+        (GOOD.replace("  epsilon: 1.0", "  epsilon: 1.0\n  epsilon: 9.0"), "c.yaml:16:3: not valid YAML: key 'epsilon'"),
+        ("1: a", "key 1 is not text"),
+        ("? [a, b]\n: c", "is not text"),
+        ("a: 2001-99-99", "not valid YAML"),
+        ("a: !!int x", "not valid YAML"),
+        ("a: !!bool maybe", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: 0x" + "f" * 5000, "unknown key (found a very long number)"),
+        ("a: !!python/object:os.system x", "not valid YAML"),
+        ("a: &a [*a]", "a: unknown key"),
+        ("--- a\n--- b", "not valid YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: \x00", "not valid YAML"),
+        (b"a: \xff\xfe", "not UTF-8"),
+        ("", "c.yaml:1: (whole file)"),
+        ("just words", "c.yaml:1: (whole file)"),
+        ("- a\n- b", "c.yaml:1: (whole file)"),
+    ],
+)
+def test_what_is_no_configuration(tmp_path: Path, text: str | bytes, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert words in caught.value.message
+    assert caught.value.hint
+
+
+def test_aliases_that_stand_for_gigabytes(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "\n".join(lines))
+    assert len(caught.value.message) < 1_000_000
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)no such file.*configs/"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+@given(st.binary(max_size=120))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+def test_any_bytes(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(ConfigError):
+        load(tmp_path, data)
+
+
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4)
+_values = st.recursive(_scalars, lambda i: st.lists(i, max_size=3) | st.dictionaries(st.text(max_size=5), i, max_size=3))
+
+
+def _spoil(value: Any, path: list[int], new: Any) -> Any:
+    """`value` with `new` somewhere inside."""
+    if not path or not isinstance(value, dict) or not value:
+        return new
+    key = list(value)[path[0] % len(value)]
+    return {**value, key: _spoil(value[key], path[1:], new)}
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=4), _values)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_any_value_anywhere(tmp_path: Path, place: list[int], new: Any) -> None:
+    spoilt = yaml.safe_dump(_spoil(yaml.safe_load(GOOD), place, new))
+    try:
+        made = load(tmp_path, spoilt)
+    except ConfigError as err:
+        assert "c.yaml" in err.message
+    else:
+        assert 0 < (made.privacy.epsilon or 1) < 101
+
+
+@given(st.text(st.sampled_from("ab:-[]{}&*!?|>'\"%@`, \n\t#0.e~=<"), max_size=60))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_any_yaml_punctuation(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        load(tmp_path, GOOD + text.replace("\x00", "") + "\nzz: {}")
+
+
+def test_delta_must_be_below_one_over_n() -> None:
+    check_delta(0.00999, 100)
+    check_delta(None, 100)
+    for delta in (0.01, 0.5):
+        with pytest.raises(ValueError, match="not below 1/n"):
+            check_delta(delta, 100)
