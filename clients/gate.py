@@ -23,13 +23,14 @@ from ..common.errors import LedgerError, Refusal, Refused
 from ..common.identity import canonical, real, strict_json
 from ..common.ledger import Entry, Ledger
 from ..common.messages import Manifest
-from ..common.plan import PlanItem, budget_of, event_fields, event_from, plan_of
+from ..common.plan import SOFTWARE, PlanItem, budget_of, event_fields, event_from, plan_of, plan_sha256
 from .datasets import RegisteredDataset
 
 
 @dataclass
 class _Hold:
     charter_sha256: str
+    plan_sha256: str
     left: Counter[tuple[str, str]] = field(default_factory=Counter)  # (purpose, event) -> how many
     rounds: dict[tuple[str, int], str] = field(default_factory=dict)  # (purpose, round) -> request id
     open: bool = True
@@ -166,6 +167,8 @@ class Gate:
                 "charter_sha256": request.charter_sha256,
                 "dataset": self._dataset.dataset_id,
                 "plan": [item.to_fields() for item in plan],
+                "plan_sha256": plan_sha256(plan),
+                "software": SOFTWARE,
             },
         )
 
@@ -201,6 +204,7 @@ class Gate:
                 "round": request.round,
                 "purpose": purpose,
                 "charter_sha256": request.charter_sha256,
+                "plan_sha256": hold.plan_sha256,
                 "dataset": self._dataset.dataset_id,
                 "event": event_fields(item.event),
                 "clip_norm": real(charter.privacy.clip_norm or 0.0) if protected_training else None,
@@ -338,7 +342,7 @@ class Gate:
             case "budget":
                 self._budget = Budget.from_fields(body["budget"])
             case "hold":
-                hold = _Hold(body["charter_sha256"])
+                hold = _Hold(body["charter_sha256"], body["plan_sha256"])
                 for item in body["plan"]:
                     hold.left[_kind(item["purpose"], item["event"])] += item["count"]
                 self._holds[body["run_id"]] = hold

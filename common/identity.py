@@ -175,6 +175,7 @@ class Envelope:
         Raises:
             MessageError: it did not, or the signature is bad.
         """
+        _raw_key(key)
         for keyid, signature in self.signatures:
             if keyid == key:
                 verify(key, self.payload_type, self.payload, signature)

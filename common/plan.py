@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from .accounting import Budget, PrivacyEvent
 from .config import Algorithm, Evaluation, Privacy
 from .identity import canonical, sha256
 
+SOFTWARE = f"hansa {version('hansa')}"
 UNPROTECTED = {"mechanism": "none/1"}
 
 

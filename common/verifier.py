@@ -770,6 +770,7 @@ class Hold:
 
     own: bool  # under this bundle's charter
     charter_sha256: str
+    plan_sha256: str
     left: dict[str, tuple[int, Event]]  # purpose -> (count, event)
     open: bool = True
 
@@ -798,8 +799,10 @@ class Partner(Book):
     role = "partner"
     events: ClassVar[dict[str, dict[str, Check]]] = {
         "budget": BUDGET,
-        "hold": REQUEST | {"charter_sha256": _hex, "dataset": _text, "plan": lambda v: isinstance(v, list)},
-        "debit": REQUEST | COHORT | DEBIT | {"charter_sha256": _hex, "dataset": _text},
+        "hold": REQUEST
+        | {"charter_sha256": _hex, "dataset": _text, "plan": lambda v: isinstance(v, list), "plan_sha256": _hex}
+        | {"software": _text},
+        "debit": REQUEST | COHORT | DEBIT | {"charter_sha256": _hex, "dataset": _text, "plan_sha256": _hex},
         "commit": REQUEST | {"round": _whole, "reply_sha256": _hex},
         "public": REQUEST | {"round": _whole, "reply_sha256": _hex},
         "refuse": REQUEST | {"round": _or_null(lambda v: type(v) is int), "reason": _text, "detail": _text},
@@ -832,7 +835,7 @@ class Partner(Book):
         own = self._own(b["charter_sha256"])
         if b["run_id"] in self.holds:
             raise Bad("this run was held before")
-        self.holds[b["run_id"]] = Hold(own, b["charter_sha256"], plan)
+        self.holds[b["run_id"]] = Hold(own, b["charter_sha256"], b["plan_sha256"], plan)
         self._act(entry, own)
         if b["dataset"] != self.dataset:
             raise Bad("another dataset than this ledger's")
@@ -842,6 +845,8 @@ class Partner(Book):
         elif b["charter_sha256"] not in self.foreign:
             self.foreign.add(b["charter_sha256"])
             self.report.warn(self.file, entry.line, "a run under another charter: charged, its terms were not checked")
+        if b["plan_sha256"] != hashlib.sha256(_bytes(b["plan"])).hexdigest():
+            raise Bad("plan_sha256 is not that of its plan")
         if any(event is None for _, event in plan.values()):
             return  # no protection, by the charter's word: epsilon is unbounded and no filter admits or refuses it
         if self.budget is None or self.unbounded:
@@ -872,8 +877,8 @@ class Partner(Book):
         self._act(entry, hold.own)
         if not hold.open:
             raise Bad("after its run was released")
-        if (b["charter_sha256"], b["dataset"]) != (hold.charter_sha256, self.dataset):
-            raise Bad("another charter or dataset than its hold's")
+        if (b["charter_sha256"], b["plan_sha256"], b["dataset"]) != (hold.charter_sha256, hold.plan_sha256, self.dataset):
+            raise Bad("another charter, plan or dataset than its hold's")
         count, planned = hold.left.get(b["purpose"], (0, None))
         if count < 1 or planned != event:
             raise Bad("not in its hold: another event than planned, or more of them")

@@ -32,7 +32,7 @@ from ..common.flower import Context, RecordDict
 from ..common.identity import Identity, canonical, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire
-from ..common.plan import calibrated
+from ..common.plan import SOFTWARE, calibrated
 from ..common.tasks import Task, code_sha256, load_task
 from ..server.app import make_server_app
 from ..server.checkpoint import Arrays, model_bytes
@@ -42,7 +42,6 @@ from . import partitions, sources
 from .grid import InProcessGrid
 from .population import PopulationGate, PopulationRecords, client_name
 
-SOFTWARE = "hansa 0.1.0"
 COORDINATOR = "coordinator"
 DEMO_MARK = ".demo"
 """In the private folder: the next demo may replace this run."""

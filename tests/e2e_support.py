@@ -117,7 +117,9 @@ def federation(
     """A small heart-disease federation as YAML. `data`: partner -> (file, declared records)."""
     parts = data or {n: (f"package:heart-disease/{n}.csv", d) for n, d in zip(HOSPITALS, (240, 235, 100, 160))}
     if who is None:
-        rows = [f'  {name}: {{data: "{file}", declared_records: {declared}}}' for name, (file, declared) in parts.items()]
+        rows = [
+            f'  {name}: {{data: "{file}", declared_records: {declared}}}' for name, (file, declared) in parts.items()
+        ]
         who = "\n".join(["task: heart-disease", "partners:", *rows])
     return f"""\
 name: small
@@ -220,6 +222,7 @@ class Forked:
 
     def run(self, *arguments: object, folder: Path, fault: Fault | None = None) -> Result:
         """Run one command line in a child; a negative code is the signal that ended it."""
+        folder.mkdir(parents=True, exist_ok=True)
         order = {"argv": [str(a) for a in arguments], "folder": str(folder), "fault": asdict(fault) if fault else None}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -318,7 +321,9 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
     """A file system of that size, mounted at `folder`. Raises OSError where this user may not mount one."""
     folder.mkdir(parents=True, exist_ok=True)
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "hansa-test", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "hansa-test", str(folder)],
+        capture_output=True,
+        check=False,
     )
     if made.returncode:
         raise OSError(made.stderr.decode())

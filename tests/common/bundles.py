@@ -268,6 +268,8 @@ class _Honest:
             charter_sha256=signed.sha256,
             dataset=f"{name}/train",
             plan=plan_fields(self.shape, signed),
+            plan_sha256=plan_sha256(self.shape, signed),
+            software="hansa test",
         )
         return "ok", reply
 
@@ -290,6 +292,7 @@ class _Honest:
                 round=number,
                 purpose=purpose,
                 charter_sha256=self.made.signed.sha256,
+                plan_sha256=plan_sha256(self.shape, self.made.signed),
                 dataset=f"{name}/train",
                 event=event,
                 clip_norm=None if clip is None else real(clip),
@@ -349,6 +352,11 @@ def plan_fields(shape: Shape, signed: SignedCharter) -> list[dict[str, Any]]:
         noise = {"mechanism": "poisson-gaussian/1", "q": "1.0", "sigma": "50.0", "steps": 1}
         plan.append({"purpose": "evaluate", "count": 1, "event": noise})
     return plan
+
+
+def plan_sha256(shape: Shape, signed: SignedCharter) -> str:
+    """The hash that holds and debits carry."""
+    return hashlib.sha256(canonical(plan_fields(shape, signed))).hexdigest()
 
 
 def _ranges(numbers: list[int]) -> list[list[int]]:

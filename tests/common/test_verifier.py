@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hansa.common import verifier
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
@@ -1088,12 +1089,23 @@ def test_odometer_always_ends() -> None:
 def test_runs_alone_in_an_empty_folder(bundle: Path, tmp_path: Path) -> None:
     shutil.copy(SOURCE, tmp_path / "verifier.py")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-I", "verifier.py", *arguments]
+    # An environment with the same packages but ours: editable installs hang on .pth files, which -S leaves unread.
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(numpy.__file__).parents[1].iterdir():
+        if not entry.name.startswith(("hansa", "_")) or entry.name == "_cffi_backend":
+            (packages / entry.name).symlink_to(entry)
+    for entry in Path(numpy.__file__).parents[1].glob("_cffi_backend*"):
+        (packages / entry.name).symlink_to(entry)
+
+    def python(code: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(packages)!r}); {code}"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
 
-    probe = [sys.executable, "-I", "-c", "import hansa.common"]
-    assert subprocess.run(probe, cwd=tmp_path, capture_output=True, check=False).returncode == 1  # really alone
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return python(f"import runpy; sys.argv = {['verifier.py', *arguments]!r}; runpy.run_path('verifier.py', run_name='__main__')")
+
+    assert "No module named 'hansa'" in python("import hansa.common").stderr  # really alone
     done = run(str(bundle))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verified"] is True
@@ -1105,7 +1117,7 @@ def test_runs_alone_in_an_empty_folder(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_imports_nothing_of_ours() -> None:
-    found = re.findall(r"^(?:from|import) ([\w.]+)", SOURCE.read_text(), flags=re.M)
+    found = re.findall(r"^\s*(?:from|import) ([\w.]+)(?: import|$)", SOURCE.read_text(), flags=re.M)
     outside = {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"__future__"}
     assert outside == {"cryptography", "dp_accounting"}
 

@@ -85,11 +85,17 @@ def test_simulate_reports_json_and_nothing_else_on_the_screen(tmp_path: Path) ->
 
 def test_seeds_and_baselines_make_a_table(tmp_path: Path) -> None:
     config = write(tmp_path / "c.yaml", federation(rounds=1))
-    done = call("simulate", config, "--out", tmp_path / "out", "--seeds", "2", "--baselines", "--format", "json").expect(0)
+    done = call(
+        "simulate", config, "--out", tmp_path / "out", "--seeds", "2", "--baselines", "--format", "json"
+    ).expect(0)
     report = done.json()
     assert (report["seeds"], report["verified"]) == (2, 2)
     table = report["table"]
-    assert {"all data pooled, no privacy", "federated, no privacy", *(f"{n} alone, no privacy" for n in HOSPITALS)} < set(table)
+    assert {
+        "all data pooled, no privacy",
+        "federated, no privacy",
+        *(f"{n} alone, no privacy" for n in HOSPITALS),
+    } < set(table)
     assert all(row["auc"]["sd"] >= 0 for row in table.values())
     assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {
         "seed-3", "seed-3.private", "seed-4", "seed-4.private"
@@ -150,7 +156,9 @@ def test_a_missing_file_is_named(command: list[str], demo_run: DemoRun, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [["plan"], ["audit"], ["charter", "show"], ["ledger", "show"], ["ledger", "verify"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["plan"], ["audit"], ["charter", "show"], ["ledger", "show"], ["ledger", "verify"]], ids=" ".join
+)
 @pytest.mark.parametrize("kind", ["folder", "binary", "empty", "unreadable-json"])
 def test_a_file_of_another_kind_is_told_apart(command: list[str], kind: str, tmp_path: Path) -> None:
     path = tmp_path / "odd"
@@ -198,13 +206,20 @@ def test_plan_says_whether_it_fits(demo_run: DemoRun, tmp_path: Path) -> None:
     report = call("plan", fits, "--format", "json").expect(0).json()
     assert report["fits"]
     assert 0.9 < report["epsilon"] <= report["epsilon_filter"] <= 1
-    bold = federation(privacy="{kind: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0, noise_multiplier: 2.0}", rounds=10)
-    call("plan", write(tmp_path / "bold.yaml", bold)).expect(1).says("does not fit", "round(s) fit", "Fewer rounds, more noise")
+    bold = federation(
+        privacy="{kind: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0, noise_multiplier: 2.0}", rounds=10
+    )
+    call("plan", write(tmp_path / "bold.yaml", bold)).expect(1).says(
+        "does not fit", "round(s) fit", "Fewer rounds, more noise"
+    )
     assert not call("plan", tmp_path / "bold.yaml", "--format", "json").expect(1).json()["fits"]
     # On a dataset that spent its budget the same plan no longer fits; without a fixed multiplier the plan asks for more noise.
     spent = demo_run[0] / "partners" / "cleveland" / "ledger.jsonl"
     agreed = report["noise_multiplier"]
-    fixed = write(tmp_path / "fixed.yaml", fits.read_text().replace("clip_norm: 1.0", f"clip_norm: 1.0, noise_multiplier: {agreed}"))
+    fixed = write(
+        tmp_path / "fixed.yaml",
+        fits.read_text().replace("clip_norm: 1.0", f"clip_norm: 1.0, noise_multiplier: {agreed}"),
+    )
     call("plan", fixed).expect(0)
     call("plan", fixed, "--ledger", spent).expect(1).says("0.9998 was spent before this run", "does not fit")
     assert call("plan", fits, "--ledger", spent, "--format", "json").json()["noise_multiplier"] > 10 * agreed
@@ -217,7 +232,9 @@ def test_charter_verify_and_ledger_verify(demo_run: DemoRun, bundle: Path) -> No
     call("charter", "verify", folder / "charter.json").expect(0).says("signed by cleveland, hungary")
     call("ledger", "verify", book).expect(0).says("give --key to check whose it is")
     call("ledger", "verify", book, "--key", folder / "keys" / "hungary.pem").expect(0)
-    call("ledger", "verify", book, "--key", folder / "keys" / "cleveland.pem").expect(1).says("ledger.jsonl:1", "not signed by")
+    call("ledger", "verify", book, "--key", folder / "keys" / "cleveland.pem").expect(1).says(
+        "ledger.jsonl:1", "not signed by"
+    )
     call("ledger", "verify", book, "--key", folder / "charter.json").expect(2).says("charter.json", "PEM")
 
     book = bundle / "partners" / "hungary" / "ledger.jsonl"
@@ -251,11 +268,15 @@ def test_a_charter_is_drafted_signed_and_verified_with_keys_of_openssl(tmp_path:
     new = ["charter", "new", config, "--keys", tmp_path / "public", "--out", charter]
     call(*new).expect(0).says("not yet signed by: cleveland, hungary", "Written to")
     call(*new).expect(2).says("exists", "Give another --out")
-    call("charter", "verify", charter).expect(1).says("not signed by cleveland, hungary, switzerland, va-long-beach, coordinator")
+    call("charter", "verify", charter).expect(1).says(
+        "not signed by cleveland, hungary, switzerland, va-long-beach, coordinator"
+    )
 
     first = keys.pop("cleveland")
     for answer in ("", "n\n"):
-        call("charter", "sign", charter, "--key", first, stdin=answer).expect(1).says("Compare every fingerprint", "stopped")
+        call("charter", "sign", charter, "--key", first, stdin=answer).expect(1).says(
+            "Compare every fingerprint", "stopped"
+        )
     first.chmod(0o644)
     call("charter", "sign", charter, "--key", first, "--yes").expect(2).says("readable by others", "chmod 600")
     first.chmod(0o600)
@@ -266,7 +287,9 @@ def test_a_charter_is_drafted_signed_and_verified_with_keys_of_openssl(tmp_path:
     for key in reversed(keys.values()):
         call("charter", "verify", charter).expect(1).says("not signed by")
         call("charter", "sign", charter, "--key", key, "--yes").expect(0)
-    call("charter", "verify", charter).expect(0).says("signed by cleveland, hungary, switzerland, va-long-beach, coordinator")
+    call("charter", "verify", charter).expect(0).says(
+        "signed by cleveland, hungary, switzerland, va-long-beach, coordinator"
+    )
     shown = call("charter", "show", charter, "--format", "json").expect(0).json()
     assert shown["missing"] == []
     assert shown["charter"]["simulated"] is False
@@ -278,7 +301,9 @@ def test_a_charter_is_drafted_signed_and_verified_with_keys_of_openssl(tmp_path:
 def test_a_draft_needs_everyones_key(tmp_path: Path) -> None:
     config = write(tmp_path / "federation.yaml", federation())
     (tmp_path / "keys").mkdir()
-    call("charter", "new", config, "--keys", tmp_path / "keys").expect(2).says("keys/cleveland.pem", "Put the public key of cleveland there")
+    call("charter", "new", config, "--keys", tmp_path / "keys").expect(2).says(
+        "keys/cleveland.pem", "Put the public key of cleveland there"
+    )
     (tmp_path / "keys" / "cleveland.pem").write_text("-----BEGIN PUBLIC KEY-----\nnot one\n")
     call("charter", "new", config, "--keys", tmp_path / "keys").expect(2).says("cleveland.pem: not a public key")
     assert not (tmp_path / "charter.json").exists()

@@ -50,7 +50,10 @@ def test_the_result_has_what_the_page_promises(demo_run: DemoRun) -> None:
     folder, _ = demo_run
     result = json.loads((folder / "result.json").read_text())
     assert re.fullmatch(r"[0-9a-f]{16}", result["run_id"])
-    assert result["charter_sha256"] == call("charter", "show", folder / "charter.json", "--format", "json").json()["sha256"]
+    assert (
+        result["charter_sha256"]
+        == call("charter", "show", folder / "charter.json", "--format", "json").json()["sha256"]
+    )
     assert [r["round"] for r in result["rounds"]] == list(range(1, 11))
     assert all(0.5 < r["metrics"]["auc"] <= 1 for r in result["rounds"])
     assert result["final"] == result["rounds"][-1]["metrics"]
@@ -140,7 +143,9 @@ class References(HTMLParser):
             value = given.get(name)
             if value is not None and not value.startswith(("#", "data:")):
                 self.found.append(f"<{tag} {name}={value}>")
-        if tag in ("link", "iframe", "object", "embed", "base") or (tag == "meta" and given.get("http-equiv") == "refresh"):
+        if tag in ("link", "iframe", "object", "embed", "base") or (
+            tag == "meta" and given.get("http-equiv") == "refresh"
+        ):
             self.found.append(f"<{tag}>")
         self._style = tag == "style"
         self._css(given.get("style") or "")
@@ -150,7 +155,9 @@ class References(HTMLParser):
             self._css(data)
 
     def _css(self, text: str) -> None:
-        self.found += [m for m in re.findall(r"@import[^;]*|url\([^)]*\)", text) if not re.match(r"url\(['\"]?(#|data:)", m)]
+        self.found += [
+            m for m in re.findall(r"@import[^;]*|url\([^)]*\)", text) if not re.match(r"url\(['\"]?(#|data:)", m)
+        ]
 
 
 def references(html: str) -> list[str]:

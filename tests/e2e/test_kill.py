@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import random
+import secrets
 import shutil
+import signal
+import subprocess
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from e2e_support import (
@@ -14,6 +21,7 @@ from e2e_support import (
     Forked,
     Result,
     call,
+    environment,
     federation,
     ledgers,
     of_type,
@@ -30,8 +38,8 @@ POPULATION = federation(
     rounds=ROUNDS,
     who="task: digits\npopulation: {dataset: digits, clients: 110}",
     privacy="{kind: local, epsilon: 4.0, delta: 1.0e-3, clip_norm: 1.0}",
-    more="",
-)
+    steps=1,
+).replace("rounds: 2", "rounds: 2\n  participation: 0.05")
 
 
 def standing(bundle: Path) -> dict[str, list[bytes]]:
@@ -67,3 +75,237 @@ def resume(forked: Forked, config: Path, out: Path, folder: Path) -> Result:
     nothing_lost(before, out)
     call("audit", out).expect(0).says("VERIFIED")
     return done
+
+
+@pytest.fixture(scope="module")
+def syncs(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What an uninterrupted run writes, in order: the moments there are to die at."""
+    folder = tmp_path_factory.mktemp("syncs")
+    return forked.syncs("simulate", write(folder / "c.yaml", CONFIG), "--out", folder / "out", folder=folder)
+
+
+def moments(syncs: list[str]) -> dict[str, range]:
+    """Stage -> the numbers of its fsyncs."""
+
+    def first(word: str, after: int = 0) -> int:
+        return next(i for i, path in enumerate(syncs, start=1) if i > after and word in path)
+
+    ledger = first("ledger.jsonl")
+    outbox = first("outbox")
+    saved = first("checkpoint")
+    closing = first("/closing")
+    return {
+        "set-up": range(1, ledger),
+        "opening": range(ledger, outbox - 1),
+        "round": range(outbox - 1, saved - len(HOSPITALS) * 3),
+        "evaluation": range(saved - len(HOSPITALS) * 3, saved),
+        "checkpoint": range(saved, saved + 2),
+        "closing": range(closing - len(HOSPITALS) - 1, closing + 2),
+        "writing": range(closing + 2, len(syncs) + 1),
+    }
+
+
+def test_the_stages_of_a_run_are_where_we_think(syncs: list[str]) -> None:
+    stages = moments(syncs)
+    assert sorted(k for stage in stages.values() for k in stage)[:50] == list(range(1, 51))
+    assert {Path(syncs[k - 1]).suffix for k in stages["writing"]} >= {""}
+    at = {stage: [syncs[k - 1] for k in numbers] for stage, numbers in stages.items()}
+    assert any("identity.key" in path for path in at["set-up"])
+    assert any("charter.json" in path for path in at["set-up"])
+    assert all("ledger.jsonl" in path or path.split("/")[-2] in ("partners", "out") for path in at["opening"])
+    assert sum("outbox" in path for path in at["round"]) == sum("outbox" in path for path in at["evaluation"])
+    assert any("result.json" in path for path in at["writing"])
+    assert any("model.safetensors" in path for path in at["writing"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "stage"),
+    [("before", "set-up"), ("after", "round"), ("torn", "round"), ("before", "evaluation"), ("after", "closing")],
+)
+def test_killed_at_one_point(mode: str, stage: str, forked: Forked, syncs: list[str], tmp_path: Path) -> None:
+    """Five of the points of `make soak`; which, chance decides anew each time (and the name of the failure tells)."""
+    number = random.choice(list(moments(syncs)[stage]))
+    if mode == "torn":  # counts lines, not fsyncs
+        number = random.randrange(1, sum("ledger.jsonl" in path for path in syncs) + 1)
+    killed_and_resumed(forked, Fault(mode, number), tmp_path)
+
+
+def killed_and_resumed(forked: Forked, fault: Fault, folder: Path, text: str = CONFIG, evaluations: int = 0) -> None:
+    config, out = write(folder / "c.yaml", text), folder / "out"
+    ended = forked.run("simulate", config, "--out", out, folder=folder, fault=fault)
+    assert ended.code == -signal.SIGKILL, (fault, ended)
+    told = ""
+    if fault.mode == "torn":
+        assert [p for p in ledgers(out).values() if not p.read_bytes().endswith(b"\n")], fault
+        told = "cut off a torn last line"
+    try:
+        resume(forked, config, out, folder).says(told)
+        paid_exactly(out, evaluations=evaluations)
+    except AssertionError as err:
+        raise AssertionError(f"{fault}: {err}") from err
+
+
+def test_a_real_process_is_killed_and_goes_on(tmp_path: Path) -> None:
+    """The command itself, killed from outside at whatever it was doing when its first debits stood."""
+    config, out = write(tmp_path / "c.yaml", CONFIG), tmp_path / "out"
+    command = [*script(), "simulate", str(config), "--out", str(out)]
+    running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    book = out / "partners" / "hungary" / "ledger.jsonl"
+    until = time.monotonic() + 60
+    while not (book.exists() and of_type(book, "debit")):
+        assert running.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    before = standing(out)
+    process("simulate", config, "--out", out).expect(2).says("holds another run", "--resume")
+    assert standing(out) == before
+    process("simulate", config, "--out", out, "--resume").expect(0).says("VERIFIED")
+    nothing_lost(before, out)
+    paid_exactly(out)
+
+
+def test_killed_again_and_again(forked: Forked, tmp_path: Path) -> None:
+    """Also while it resumes; each attempt gets a little further."""
+    config, out = write(tmp_path / "c.yaml", CONFIG), tmp_path / "out"
+    kills = 0
+    while True:
+        before = standing(out)
+        fault = Fault(random.choice(["before", "after"]), random.randrange(35, 50))
+        ended = forked.run("simulate", config, "--out", out, "--resume", folder=tmp_path, fault=fault)
+        nothing_lost(before, out)
+        if ended.code == 0:
+            break
+        assert ended.code == -signal.SIGKILL, ended
+        kills += 1
+        assert kills < 20
+    assert kills >= 3
+    paid_exactly(out)
+    call("audit", out).expect(0)
+
+
+@pytest.mark.parametrize("stage", ["round", "evaluation", "closing"])
+def test_private_evaluation_is_paid_once(stage: str, forked: Forked, syncs: list[str], tmp_path: Path) -> None:
+    fault = Fault("before", random.choice(list(moments(syncs)[stage])))
+    killed_and_resumed(forked, fault, tmp_path, PRIVATE, evaluations=ROUNDS)
+
+
+@pytest.mark.parametrize("number", [9, 12, 14, 17])
+def test_a_population_goes_on(number: int, forked: Forked, tmp_path: Path) -> None:
+    """One ledger for 110 clients: each round is debited once for the whole cohort."""
+    config, out = write(tmp_path / "c.yaml", POPULATION), tmp_path / "out"
+    ended = forked.run("simulate", config, "--out", out, folder=tmp_path, fault=Fault("before", number))
+    assert ended.code == -signal.SIGKILL, ended
+    resume(forked, config, out, tmp_path)
+    book = ledgers(out)["coordinator"]
+    asked = [(d["round"], sum(last - first + 1 for first, last in d["clients"])) for d in of_type(book, "cohort-debit")]
+    assert asked == [(1, 6), (2, 6)]
+    assert len(of_type(book, "cohort-hold")) == len(of_type(book, "budget")) == len(of_type(book, "close")) == 1
+
+
+def test_going_on_when_all_is_done_changes_nothing(forked: Forked, tmp_path: Path) -> None:
+    config, out = write(tmp_path / "c.yaml", CONFIG), tmp_path / "out"
+    forked.run("simulate", config, "--out", out, folder=tmp_path).expect(0)
+    before, model = standing(out), (out / "model.safetensors").read_bytes()
+    resume(forked, config, out, tmp_path)
+    assert standing(out) == before
+    assert (out / "model.safetensors").read_bytes() == model
+
+
+def test_another_configuration_does_not_go_on(forked: Forked, tmp_path: Path) -> None:
+    config, out = write(tmp_path / "c.yaml", CONFIG), tmp_path / "out"
+    forked.run("simulate", config, "--out", out, folder=tmp_path, fault=Fault("before", 60)).expect(-signal.SIGKILL)
+    before = standing(out)
+    other = write(tmp_path / "other.yaml", federation(rounds=3))
+    call("simulate", other, "--out", out, "--resume").expect(2).says("holds a run of another configuration")
+    assert standing(out) == before
+
+
+# -- without noise, the same bits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("{name: fedavg}", {}),
+        ("{name: fedadam, eta: 0.05, beta_1: 0.9, beta_2: 0.99, tau: 0.001}", {"rate": 0.3}),
+        ("{name: fedadam, eta: 0.05}", {"who": "task: digits\npopulation: {dataset: digits, clients: 3}"}),
+    ],
+    ids=["fedavg, full batches", "fedadam, sampled batches", "fedadam, a network of digits"],
+)
+def test_without_noise_a_resumed_run_is_bit_identical(
+    strategy: str, more: dict[str, Any], forked: Forked, tmp_path: Path
+) -> None:
+    text = federation(rounds=3, privacy=None, strategy=strategy, evaluation="{kind: public, every: 3}", **more)
+    config = write(tmp_path / "c.yaml", text)
+    syncs = forked.syncs("simulate", config, "--out", tmp_path / "whole", folder=tmp_path)
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    saved = [i for i, path in enumerate(syncs, start=1) if path.endswith("private/coordinator") and i > 10]
+    assert len(saved) == 3, "one checkpoint a round"
+    for name, number in {"inside the second round": saved[0] + 4, "after the second checkpoint": saved[1]}.items():
+        out = tmp_path / name
+        ended = forked.run("simulate", config, "--out", out, folder=tmp_path, fault=Fault("before", number))
+        assert ended.code == -signal.SIGKILL, ended
+        resume(forked, config, out, tmp_path)
+        assert (out / "model.safetensors").read_bytes() == whole, name
+    other = write(tmp_path / "other.yaml", text.replace("seed: 3", "seed: 4"))
+    forked.run("simulate", other, "--out", tmp_path / "other", folder=tmp_path).expect(0)
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != whole, "bits that never differ prove nothing"
+
+
+# -- the checks can fail ---------------------------------------------------------------------------------------------
+
+
+def test_these_checks_can_fail(demo_run: tuple[Path, Result], bundle: Path) -> None:
+    before = standing(demo_run[0])
+    nothing_lost(before, bundle)
+    paid_exactly(bundle, rounds=10)
+    book = ledgers(bundle)["hungary"]
+    good = book.read_bytes()
+    lines = good.splitlines(keepends=True)
+    debit = next(i for i, line in enumerate(lines) if b'"debit"' in base64.b64decode(json.loads(line)["payload"]))
+    for broken in (lines[:debit] + lines[debit + 1 :], lines[:-1], lines[: debit + 1] + lines[debit:]):
+        book.write_bytes(b"".join(broken))
+        with pytest.raises(AssertionError):
+            nothing_lost(before, bundle)
+            paid_exactly(bundle, rounds=10)
+        call("audit", bundle).expect(1)
+    book.write_bytes(b"".join(lines[:debit] + lines[debit + 1 :]))
+    with pytest.raises(AssertionError, match="hungary"):
+        paid_exactly(bundle, rounds=10)
+
+
+# -- soak ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_fifty_points(forked: Forked, syncs: list[str], tmp_path: Path) -> None:
+    """`make soak`: fifty points that chance chooses, of every kind, each resumed and audited."""
+    lines = sum("ledger.jsonl" in path for path in syncs)
+    seen: Counter[str] = Counter()
+    stages = moments(syncs)
+    for turn in range(50):
+        mode = ("before", "after", "torn", "delay")[turn % 4]
+        match mode:
+            case "torn":
+                at: float = random.randrange(1, lines + 1)
+            case "delay":
+                at = random.uniform(0.05, 0.6)
+            case _:
+                at = random.randrange(1, len(syncs) + 1)
+        folder = tmp_path / str(turn)
+        killed_and_resumed(forked, Fault(mode, at), folder)
+        seen[mode] += 1
+        if mode in ("before", "after"):
+            seen.update(stage for stage, numbers in stages.items() if at in numbers)
+        shutil.rmtree(folder)
+    print(f"\n{sum(seen[m] for m in ('before', 'after', 'torn', 'delay'))} kills: {dict(seen)}")
+
+
+@pytest.mark.soak
+def test_many_kills_in_one_run(forked: Forked, tmp_path: Path) -> None:
+    for _ in range(5):
+        folder = tmp_path / secrets.token_hex(4)
+        folder.mkdir()
+        test_killed_again_and_again(forked, folder)
