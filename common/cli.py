@@ -204,14 +204,9 @@ def charter_show(
     """
     signed = SignedCharter.load(file)
     if form is Format.JSON:
-        show_json(
-            {
-                "sha256": signed.sha256,
-                "charter": json.loads(signed.payload),
-                "signed": [n for n in signed.charter.keys() if n not in signed.missing()],
-                "missing": signed.missing(),
-            }
-        )
+        missing = signed.missing()
+        done = sorted(set(signed.charter.keys()) - set(missing))
+        show_json({"sha256": signed.sha256, "charter": json.loads(signed.payload), "signed": done, "missing": missing})
         return
     out.print(_plain(in_words(signed)))
 
@@ -394,12 +389,8 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         )
     else:
         out.print("[bold red]NOT VERIFIED[/]")
-    for item in verdict["violations"][:30]:
-        out.print(f"  [red]violation[/] {_plain(_place(item))}: {_plain(item['what'])}")
-    if len(verdict["violations"]) > 30:
-        out.print(f"  ... and {len(verdict['violations']) - 30} more: --format json shows all")
-    for item in verdict["warnings"][:30]:
-        out.print(f"  [yellow]warning[/] {_plain(_place(item))}: {_plain(item['what'])}")
+    _print_found(verdict["violations"], "[red]violation[/]")
+    _print_found(verdict["warnings"], "[yellow]warning[/]")
     out.print(_plain(verdict["claim"]))
     partners = verdict["partners"]
     table = Table(box=None, pad_edge=False)
@@ -424,6 +415,20 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     out.print("Limits of this verdict:")
     for limit in verdict["limits"]:
         out.print(f"  - {_plain(limit)}")
+
+
+def _print_found(found: list[dict[str, Any]], label: str) -> None:
+    """Some of each file, so that a file with many does not hide the others."""
+    files: dict[str, list[dict[str, Any]]] = {}
+    for item in found:
+        files.setdefault(item["file"], []).append(item)
+    for file, items in list(files.items())[:50]:
+        for item in items[:8]:
+            out.print(f"  {label} {_plain(_place(item))}: {_plain(item['what'])}")
+        if len(items) > 8:
+            out.print(f"  {label} {_plain(file)}: ... and {len(items) - 8} more: --format json shows all")
+    if len(files) > 50:
+        out.print(f"  ... and {len(files) - 50} more files: --format json shows all")
 
 
 def _place(item: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ LIMITS = [
 ]
 
 
-class Unreadable(Exception):  # noqa: N818  a verdict, not a fault of the program
+class Unreadable(Exception):
     """Nothing can be judged: a required file is missing or is not what its name says."""
 
     def __init__(self, file: str, line: int | None, what: str) -> None:
@@ -73,7 +73,7 @@ class Unreadable(Exception):  # noqa: N818  a verdict, not a fault of the progra
         self.file, self.line, self.what = file, line, what
 
 
-class Bad(Exception):  # noqa: N818
+class Bad(Exception):
     """What is wrong at the place that is being read."""
 
 

@@ -16,7 +16,7 @@ from ..common import verifier
 from ..common.charter import in_words
 from ..common.cli import Format, FormatOption, print_verdict, show_json
 from ..common.config import Federation, load_config
-from ..common.errors import OutputError
+from ..common.errors import OutputError, RunFailed
 
 if TYPE_CHECKING:
     from .federation import Simulation
@@ -106,8 +106,17 @@ def simulate(
         else:
             print_verdict(verdict)
             console.print(f"written to {target}; a page for people: {target}/report.html")
+        if not result["rounds"]:
+            raise _refused(config, target)
         return 0 if verdict["verified"] else 1
-    return _many(loaded, config.parent, target, resume, with_baselines, seeds, console, form)
+    return _many(loaded, config, target, resume, with_baselines, seeds, console, form)
+
+
+def _refused(config: Path, folder: Path) -> RunFailed:
+    return RunFailed(
+        f"{folder}: nothing was trained: too few partners accepted the run; their reasons are in result.json",
+        f"When the budget is too small: fewer rounds or more noise. What fits: hansa plan {config}",
+    )
 
 
 def _one(
@@ -176,7 +185,7 @@ def _finish(
 
 def _many(
     config: Federation,
-    base: Path,
+    source: Path,
     folder: Path,
     resume: bool,
     with_baselines: bool,
@@ -194,7 +203,9 @@ def _many(
         seeded = config.model_copy(update={"seed": config.seed + number})
         began = time.perf_counter()
         own = folder / f"seed-{seeded.seed}"
-        result, verdict = _one(seeded, base, own, resume, with_baselines, Console(quiet=True), quiet=True)
+        result, verdict = _one(seeded, source.parent, own, resume, with_baselines, Console(quiet=True), quiet=True)
+        if not result["rounds"]:
+            raise _refused(source, own)
         verified += bool(verdict["verified"])
         title = _rows_title(result)
         for name, metrics in _score_rows(result).items():

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..clients.outbox import Outbox
 from ..clients.training import check_model
 from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
-from ..common.errors import ConfigError, DataError, OutputError
+from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
 from ..common.flower import Context, RecordDict
 from ..common.identity import Identity, canonical, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
@@ -143,11 +144,16 @@ class Simulation:
     def __post_init__(self) -> None:
         self.private = private_folder(self.out)
         self.task = load_task(self.config.task)
+        fresh = not (self.private / "run.json").exists()
         self._state = self._claim()
         try:
             self._set_up()
-        except BaseException:
+        except BaseException as err:
             self.close()
+            if isinstance(err, ConfigError | DataError | TaskError | CharterError | Refused) and fresh:
+                # Bad input: nothing was asked or spent, so the folder is free for the corrected one.
+                shutil.rmtree(self.out, ignore_errors=True)
+                shutil.rmtree(self.private, ignore_errors=True)
             raise
 
     @property
@@ -292,7 +298,10 @@ class Simulation:
             # The configuration that asks for no privacy is written by the owner of all this simulated data.
             allow_unprotected=charter.privacy.kind == "none",
         )
-        gate.accept(self.signed)
+        try:
+            gate.accept(self.signed)
+        except Refused as err:
+            raise Refused(err.reason, f"{name}: {err.detail}", err.hint) from err
         self.gates[name] = gate
         self.nodes[name] = Node(
             self.task,

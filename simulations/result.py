@@ -49,10 +49,7 @@ def make_result(
             "adversary": ADVERSARY,
         },
         "partners": _partners(simulation),
-        "refusals": [
-            {"partner": r.partner, "run_id": r.run_id, "round": r.round, "reason": r.reason, "detail": r.detail}
-            for r in refusals
-        ],
+        "refusals": _refusals(simulation, refusals),
         "timings": dict(timings),
     }
 
@@ -67,6 +64,15 @@ def _public_rows(simulation: Simulation) -> int | None:
     if simulation.signed.charter.evaluation.kind != "public":
         return None
     return sum(len(d.open().held_out) for d in simulation.datasets.values())
+
+
+def _refusals(simulation: Simulation, seen: list[Refusing]) -> list[dict[str, Any]]:
+    """From the partners' ledgers, which also remember what was refused before a resume; else what this process saw."""
+    fields = ("run_id", "round", "reason", "detail")
+    if simulation.gates:
+        entries = [(name, e.body) for name, gate in simulation.gates.items() for e in gate.ledger.of("refuse")]
+        return [{"partner": name, **{field: body[field] for field in fields}} for name, body in entries]
+    return [{"partner": r.partner, **{field: getattr(r, field) for field in fields}} for r in seen]
 
 
 def _partners(simulation: Simulation) -> dict[str, Any]:

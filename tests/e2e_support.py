@@ -18,6 +18,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -243,14 +245,14 @@ class Forked:
 
 
 def _serve() -> None:
-    """The fork server's loop. Torch is imported but computes nothing before a fork, so no thread is lost by it."""
-    import hansa.simulations.baselines
-    import hansa.simulations.cli
-    import hansa.simulations.display
-    import hansa.simulations.report
-    import hansa.simulations.result  # noqa: F401
+    """The fork server's loop. One thread (OMP_NUM_THREADS=1), so none is lost by a fork."""
     from hansa.common.cli import run
 
+    with tempfile.TemporaryDirectory() as folder:  # imports and first calls that every child would have to make
+        config = write(Path(folder) / "c.yaml", federation(rounds=1))
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert run(["simulate", str(config), "--out", str(Path(folder) / "out")]) == 0
+    assert threading.active_count() == 1
     for line in sys.stdin:
         order = json.loads(line)
         folder = Path(order["folder"])

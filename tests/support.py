@@ -24,6 +24,10 @@ from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire
 from hansa.common.tasks import Task
 from hansa.common.tasks.schema import ArraySchema
+from hansa.common.verifier import verify_bundle
+from hansa.server.rounds import Outcome
+from hansa.simulations.federation import Simulation
+from hansa.simulations.result import make_result, save_result
 
 CODE = "c" * 64
 SIGMA = 4.0
@@ -67,8 +71,9 @@ def terms(**changes: Any) -> dict[str, Any]:
 def charter(**changes: Any) -> SignedCharter:
     """A charter that everyone has signed."""
     signed = SignedCharter.unsigned(Charter.model_validate(terms(**changes)))
-    for name in signed.charter.keys():  # noqa: SIM118  a method of the charter, not of a dict
-        signed = signed.sign(identity(name))
+    holders = {identity(name).key: identity(name) for name in ("ada", "ben", "cy", "coordinator", "eve")}
+    for key in signed.charter.keys().values():
+        signed = signed.sign(holders[key])
     return signed
 
 
@@ -223,3 +228,35 @@ def same_arrays(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         assert a[name].dtype == b[name].dtype, name
         assert a[name].shape == b[name].shape, name
         assert a[name].tobytes() == b[name].tobytes(), name
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL here: nothing in Hansa catches it (tests/e2e has the real one)."""
+
+
+def run(settings: Federation, out: Path, resume: bool = False, die_at: int | None = None) -> tuple[Outcome, int]:
+    """Run to the end, or to the `die_at`-th notification; the outcome and how many notifications there were."""
+    count = 0
+
+    def notify(*_: object, **__: object) -> None:
+        nonlocal count
+        count += 1
+        if count == die_at:
+            raise Killed
+
+    simulation = Simulation(settings, Path(), out, resume=resume, notify=notify)
+    try:
+        outcome = simulation.run()
+        if outcome.model is not None:
+            simulation.save_model(outcome.model)
+        save_result(out, make_result(simulation, outcome, outcome.refusals, {}))
+    finally:
+        simulation.close()
+    return outcome, count
+
+
+def verified(out: Path) -> dict[str, Any]:
+    """The verdict on a bundle that must verify."""
+    verdict = verify_bundle(out)
+    assert verdict["violations"] == []
+    return verdict

@@ -37,7 +37,7 @@ def sent(tensors: Any = TENSORS, ask: Manifest = ASK) -> RecordDict:
 
 
 def refused(records: RecordDict, words: str = "", sender: str = "coordinator") -> None:
-    with pytest.raises(MessageError, match=words):
+    with pytest.raises(MessageError, match=words or None):
         IN.decode(records, sender)
 
 

@@ -43,7 +43,7 @@ def bundle(demo_run: tuple[Path, Result], tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forked() -> Iterator[Forked]:
     """The fork server."""
     server = Forked()

@@ -1,0 +1,397 @@
+"""A node's order of things: what is refused reads nothing, what is spent is on disk first, what leaves is listed."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, weights
+
+from hansa.clients.app import Node, local_settings, make_client_app, round_seed
+from hansa.clients.outbox import Outbox
+from hansa.common import identity as identity_module
+from hansa.common.charter import SignedCharter
+from hansa.common.closing import CLOSING_TYPE, closing_payload
+from hansa.common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, SchemaViolation
+from hansa.common.flower import Context, Message, RecordDict, addressed
+from hansa.common.identity import Identity, verify
+from hansa.common.ledger import Ledger
+from hansa.common.messages import Manifest, SignedWire, to_bytes
+
+MAY_LEAVE = {"update", "scores", "histogram", "head", "signature", "accepted", "refused"}
+TYPES = {"open": "query.open", "train": "train", "evaluate": "evaluate", "close": "query.close", "sign": "query.sign"}
+PUBLIC = {"kind": "public"}
+PRIVATE = {"kind": "private", "noise_multiplier": 8.0}
+
+
+class Desk:
+    """The coordinator's end of the wire to one node."""
+
+    def __init__(self, site: Site, signed: SignedCharter) -> None:
+        self.site, self.signed = site, signed
+        self.wire = SignedWire(identity("coordinator"), {"ada": identity("ada").key})
+        self.restart()
+
+    def restart(self) -> None:
+        self.node: Node = self.site.node(self.signed)
+
+    def message(self, ask: Manifest, tensors: Any = None, wire: SignedWire | None = None) -> Message:
+        wire = wire or self.wire
+        records = wire.encode(ask, wire.pack(tensors or {}))[0]
+        return addressed(records, TYPES.get(ask.kind, "train"), 1, "g", 60.0, "m1")
+
+    def send(self, kind: str, number: int, tensors: Any = None, **changes: Any) -> tuple[Manifest, Any, RecordDict]:
+        ask = request(self.signed, kind, number, **changes)
+        answer = self.node.handle(kind, self.message(ask, tensors))
+        reply, got, _ = self.wire.decode(answer.content, "ada")
+        assert reply.kind in MAY_LEAVE
+        assert reply.in_reply_to == self.wire.encode(ask, self.wire.pack(tensors or {}))[1]
+        return reply, got, answer.content
+
+    def open(self) -> None:
+        assert self.send("open", 0)[0].kind == "accepted"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site("ada", tmp_path, Source())
+    yield made
+    if made.ledger is not None:
+        made.ledger.close()
+
+
+# -- order -----------------------------------------------------------------------------------------------------------
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, site: Site) -> list[str]:
+    """What happens, in order: every fsync by the file it is on, entries when `append` returns, reads of the data."""
+    log: list[str] = []
+    sync, append, put = os.fsync, Ledger.append, Outbox.put
+
+    def fsync(handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        sync(handle)
+        if path.endswith("ledger.jsonl"):
+            log.append("fsync ledger")
+        elif "/outbox/" in path and not os.path.isdir(path):
+            log.append("fsync reply")
+
+    def appended(self: Ledger, kind: str, body: Any) -> Any:
+        entry = append(self, kind, body)
+        log.append(f"entry {kind}")
+        return entry
+
+    def stored(self: Outbox, *args: Any) -> None:
+        put(self, *args)
+        log.append("stored")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Ledger, "append", appended)
+    monkeypatch.setattr(Outbox, "put", stored)
+    monkeypatch.setattr(identity_module.os, "fsync", fsync)
+    site.source.hook = lambda: log.append("data read")
+    return log
+
+
+def test_training_spends_before_it_reads_and_records_before_it_answers(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    log = recorded(monkeypatch, site)
+    reply, update, _ = desk.send("train", 1, weights())
+    assert reply.kind == "update"
+    assert log == [
+        "fsync ledger",
+        "entry debit",
+        "data read",
+        "fsync reply",
+        "stored",
+        "fsync ledger",
+        "entry commit",
+    ]
+    assert {k: v.shape for k, v in update.items()} == {"weight": (2, 3), "bias": (2,)}
+
+
+@pytest.mark.parametrize(("evaluation", "first", "last"), [(PUBLIC, [], "public"), (PRIVATE, ["debit"], "commit")])
+def test_evaluation_records_before_it_answers(
+    site: Site, monkeypatch: pytest.MonkeyPatch, evaluation: Any, first: list[str], last: str
+) -> None:
+    desk = Desk(site, charter(evaluation=evaluation))
+    desk.open()
+    log = recorded(monkeypatch, site)
+    desk.send("evaluate", 1, weights())
+    debit = ["fsync ledger", "entry debit"] if first else []
+    assert log == [*debit, "data read", "fsync reply", "stored", "fsync ledger", f"entry {last}"]
+
+
+def test_opening_and_closing_read_nothing(site: Site) -> None:
+    desk = Desk(site, charter())
+    site.source.hook = forbidden
+    desk.open()
+    reply = desk.send("close", 4)[0]
+    assert site.ledger is not None
+    assert reply.fields == {"length": site.ledger.length, "head": site.ledger.head}
+    payload = closing_payload("run-1", desk.signed.sha256, None, {"ada": reply.fields})
+    reply = desk.send("sign", 4, fields={"closing": base64.b64encode(payload).decode()})[0]
+    verify(identity("ada").key, CLOSING_TYPE, payload, base64.b64decode(reply.fields["signature"]))
+
+
+# -- again -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_committed_request_is_answered_from_the_outbox(site: Site) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    first = to_bytes(desk.send("train", 1, weights())[2])
+    reads = site.source.reads
+    for _ in range(2):
+        assert to_bytes(desk.send("train", 1, weights())[2]) == first, "fresh noise under an old debit"
+        desk.restart()
+        reads += 1  # registering reads
+    assert site.source.reads == reads
+    assert site.kinds().count("debit") == site.kinds().count("commit") == 1
+
+
+@pytest.mark.parametrize("where", ["read", "put", "commit"])
+def test_a_crash_after_the_debit_is_run_again_with_fresh_noise(
+    site: Site, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+
+    class Died(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        if where == "read":
+            site.source.hook = die
+        else:
+            patch.setattr(*((Outbox, "put", die) if where == "put" else (type(desk.node._gate), "commit", die)))
+        with pytest.raises(Died):
+            desk.send("train", 1, weights())
+    site.source.hook = lambda: None
+    stored = [p.read_bytes() for p in (site.folder / "outbox").rglob("*") if p.is_file()]
+    assert len(stored) == (where == "commit")
+    desk.restart()
+    _, _, again = desk.send("train", 1, weights())
+    assert to_bytes(again) not in stored, "the same noise twice"
+    assert site.kinds().count("debit") == site.kinds().count("commit") == 1
+
+
+def test_after_the_close_nothing_is_answered_again(site: Site) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    desk.send("train", 1, weights())
+    desk.send("close", 4)
+    with pytest.raises(MessageError, match="no longer in the outbox"):
+        desk.send("train", 1, weights())
+    assert desk.send("train", 2, weights())[0].fields["reason"] == Refusal.NOT_HELD.value
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(desk: Desk, kind: str, number: int, tensors: Any, reason: Refusal, **changes: Any) -> Manifest:
+    """The signed refusal to a request that reads nothing and spends nothing."""
+    before = desk.site.kinds()
+    desk.site.source.hook = forbidden
+    reply, got, _ = desk.send(kind, number, tensors, **changes)
+    assert (reply.kind, reply.fields["reason"], got) == ("refused", reason.value, {})
+    assert set(reply.fields) == {"reason", "detail"}
+    assert desk.site.kinds() == [*before, "refuse"]
+    return reply
+
+
+BAD_MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("missing", {"weight": weights()["weight"]}),
+    ("extra", {**weights(), "more": np.zeros(1, np.float32)}),
+    ("renamed", {"w": weights()["weight"], "bias": weights()["bias"]}),
+    ("shape", {**weights(), "bias": np.zeros(3, np.float32)}),
+    ("transposed", {**weights(), "weight": np.zeros((3, 2), np.float32)}),
+    ("float64", {**weights(), "bias": np.zeros(2, np.float64)}),
+    ("integer", {**weights(), "bias": np.zeros(2, np.int64)}),
+    ("nan", {**weights(), "bias": np.array([0, np.nan], np.float32)}),
+    ("inf", {**weights(), "bias": np.array([np.inf, 0], np.float32)}),
+    ("minus inf", {**weights(), "bias": np.array([-np.inf, 0], np.float32)}),
+]
+
+
+@pytest.mark.parametrize("model", [m for _, m in BAD_MODELS], ids=[n for n, _ in BAD_MODELS])
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_malformed_model_is_refused_before_anything_is_spent(site: Site, kind: str, model: Any) -> None:
+    desk = Desk(site, charter(evaluation=PRIVATE))
+    desk.open()
+    refusal(desk, kind, 1, model, Refusal.NUMERIC)
+
+
+def test_refusals_of_the_gate_are_signed_and_recorded(site: Site) -> None:
+    desk = Desk(site, charter())
+    refusal(desk, "train", 1, weights(), Refusal.NOT_HELD)
+    desk.open()
+    refusal(desk, "train", 9, weights(), Refusal.ROUND)
+    refusal(desk, "evaluate", 1, weights(), Refusal.NOT_HELD)
+    refusal(desk, "open", 0, None, Refusal.CHARTER_UNKNOWN, charter_sha256="e" * 64, request_id="x")
+    refusal(desk, "train", 1, weights(), Refusal.CHARTER_UNKNOWN, charter_sha256="e" * 64, request_id="y")
+    assert site.ledger is not None
+    bodies = [e.body for e in site.ledger.of("refuse")]
+    assert [b["round"] for b in bodies] == [1, 9, 1, None, 1]
+
+
+@pytest.mark.parametrize("error", [DataError("secret 4711"), SchemaViolation("f.csv", [(7, "age", "4711", "0 to 9")])])
+def test_data_that_cannot_be_read_is_refused_without_its_words(
+    site: Site, caplog: pytest.LogCaptureFixture, error: DataError
+) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+
+    def broken() -> None:
+        raise error
+
+    site.source.hook = broken
+    with caplog.at_level(logging.ERROR, "hansa.node"):
+        reply, _, records = desk.send("train", 1, weights())
+    assert (reply.kind, reply.fields["reason"]) == ("refused", Refusal.DATA.value)
+    assert b"4711" not in to_bytes(records)
+    assert b"4711" not in b"".join(p.read_bytes() for p in site.folder.rglob("*") if p.is_file())
+    assert "4711" in caplog.text, "its owner must learn why"
+    site.source.hook = lambda: None
+    assert desk.send("train", 1, weights())[0].kind == "update", "mended, the same debit pays"
+    assert site.kinds().count("debit") == 1
+
+
+# -- requests that are not the coordinator's -------------------------------------------------------------------------
+
+
+def nothing_happens(desk: Desk, kind: str, message: Message, words: str) -> None:
+    before = desk.site.kinds()
+    desk.site.source.hook = forbidden
+    with pytest.raises(MessageError, match=words):
+        desk.node.handle(kind, message)
+    assert desk.site.kinds() == before
+
+
+def test_strangers_and_partners_cannot_ask(site: Site) -> None:
+    desk = Desk(site, charter())
+    for who in ("ben", "eve", "ada"):
+        wire = SignedWire(identity(who), {})
+        for sender in (who, "coordinator"):
+            ask = request(desk.signed, "open", 0, sender=sender)
+            nothing_happens(desk, "open", desk.message(ask, wire=wire), "not signed by|delivered as")
+    nothing_happens(desk, "open", desk.message(request(desk.signed, "open", 0, to="ben")), "for ben")
+
+
+@pytest.mark.parametrize("said", list(TYPES))
+@pytest.mark.parametrize("delivered", list(TYPES))
+def test_a_relay_cannot_turn_one_request_into_another(site: Site, said: str, delivered: str) -> None:
+    """The kind is signed; the type that a Grid routes by is not."""
+    if said != delivered:
+        desk = Desk(site, charter(evaluation=PRIVATE))
+        desk.open()
+        message = desk.message(request(desk.signed, said, 1), weights())
+        nothing_happens(desk, delivered, message, f"a request to {said}, delivered as one to {delivered}")
+
+
+def test_malformed_closings_are_not_signed(site: Site) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    desk.send("close", 4)
+    for closing in ("not base64!", "", base64.b64encode(b"{}").decode(), base64.b64encode(b"[" * 99).decode()):
+        ask = request(desk.signed, "sign", 4, fields={"closing": closing})
+        nothing_happens(desk, "sign", desk.message(ask), "closing checkpoint|JSON")
+    assert site.ledger is not None
+    wrong = closing_payload("run-1", desk.signed.sha256, None, {"ada": {"length": 1, "head": site.ledger.head}})
+    ask = request(desk.signed, "sign", 4, fields={"closing": base64.b64encode(wrong).decode()})
+    nothing_happens(desk, "sign", desk.message(ask), "does not state this ledger")
+
+
+@pytest.mark.parametrize("error", [OutputError("the disk is full"), LedgerError("locked")])
+def test_a_node_that_cannot_record_does_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: OutputError
+) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    site.source.hook = forbidden
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Ledger, "append", full)
+    with pytest.raises(type(error)):
+        desk.send("train", 1, weights())
+
+
+# -- what leaves -----------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_public_rows(site: Site) -> None:
+    desk = Desk(site, charter(evaluation=PUBLIC))
+    desk.open()
+    reply, got, _ = desk.send("evaluate", 1, weights())
+    assert reply.kind == "scores"
+    np.testing.assert_array_equal(got["scores"], np.full((8, 2), 0.5, np.float32))
+    np.testing.assert_array_equal(got["labels"], site.source.split.held_out.y.numpy())
+
+
+def test_a_private_histogram_is_noisy(site: Site) -> None:
+    desk = Desk(site, charter(evaluation={**PRIVATE, "bins": 10}))
+    desk.open()
+    reply, got, _ = desk.send("evaluate", 1, weights())
+    assert reply.kind == "histogram"
+    assert (got["histogram"].shape, set(got)) == ((2, 10), {"histogram"})
+    # Eight rows and σ = 8 on each of 20 cells: without noise the values were whole numbers.
+    assert not np.any(got["histogram"] == np.round(got["histogram"]))
+    assert np.abs(got["histogram"]).max() < 8 * 8
+
+
+def test_unprotected_rounds_repeat_and_protected_ones_do_not(site: Site, tmp_path: Path) -> None:
+    site.allow_unprotected = True
+    updates = []
+    for number, privacy in enumerate((NO_PRIVACY, NO_PRIVACY, None, None)):
+        again = Site("ada", tmp_path / str(number), Source(), allow_unprotected=True)
+        desk = Desk(again, charter(**({"privacy": privacy} if privacy else {})))
+        desk.open()
+        updates.append(desk.send("train", 1, weights())[1]["weight"].tobytes())
+    assert updates[0] == updates[1]
+    assert len(set(updates)) == 3
+
+
+def test_seeds_of_rounds_differ() -> None:
+    seeds = {round_seed(s, r, n) for s in (0, 1) for r in (1, 2) for n in ("ada", "ben")}
+    assert len(seeds) == 8
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_local_settings_are_the_charters() -> None:
+    made = local_settings(charter(algorithm__strategy={"name": "fedprox", "proximal_mu": 0.1}).charter)
+    assert (made.steps, made.lr, made.proximal_mu, made.clip_norm, made.noise_multiplier) == (1, 0.5, 0.1, 1.0, 4.0)
+
+
+def test_the_client_app_routes_by_type(site: Site) -> None:
+    desk = Desk(site, charter(evaluation=PUBLIC))
+    app = make_client_app(lambda _: desk.node)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    closing = {"closing": ""}
+    for kind, number, tensors in (("open", 0, {}), ("train", 1, weights()), ("evaluate", 1, weights()), ("close", 4, {})):
+        answer = app(desk.message(request(desk.signed, kind, number), tensors), context)
+        assert desk.wire.decode(answer.content, "ada")[0].kind in MAY_LEAVE
+    with pytest.raises(MessageError):
+        app(desk.message(request(desk.signed, "sign", 4, fields=closing)), context)
+
+
+def test_the_key_never_leaves(site: Site) -> None:
+    desk = Desk(site, charter(evaluation=PUBLIC))
+    desk.open()
+    key: Identity = identity("ada")
+    sent = b"".join(to_bytes(desk.send(k, 1, weights())[2]) for k in ("train", "evaluate"))
+    assert key._private.private_bytes_raw() not in sent

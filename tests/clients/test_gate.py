@@ -1,0 +1,587 @@
+"""Every refusal, before data is touched; and a budget that no crash, restart or second charter can stretch."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support import NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request
+
+from hansa.clients import gate as module
+from hansa.clients.gate import Gate
+from hansa.common.accounting import Budget, PrivacyEvent
+from hansa.common.charter import SignedCharter
+from hansa.common.errors import CharterError, DataError, LedgerError, Refusal, Refused
+from hansa.common.messages import Manifest
+from hansa.common.plan import plan_of, plan_sha256
+
+EVENT = PrivacyEvent(1.0, SIGMA, 1)
+PRIVATE = {"kind": "private", "noise_multiplier": 8.0, "every": 2}
+BUDGET = Budget.create(2.0, 1e-3)
+FITS = BUDGET.most_steps(1.0, SIGMA) // 3  # runs of three rounds that the budget of `charter()` pays
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site("ada", tmp_path, Source())
+    made.source.hook = forbidden  # a gate never reads data
+    yield made
+    if made.ledger is not None:
+        made.ledger.close()
+
+
+@contextlib.contextmanager
+def refused(reason: Refusal, words: str = "") -> Iterator[None]:
+    with pytest.raises(Refused, match=words or None) as caught:
+        yield
+    assert caught.value.reason is reason
+
+
+def opened(gate: Gate, signed: SignedCharter, run: str = "run-1") -> None:
+    ask = request(signed, "open", 0, run=run)
+    gate.open_run(ask, digest(ask))
+
+
+def train(gate: Gate, signed: SignedCharter, number: int = 1, run: str = "run-1", **changes: Any) -> Manifest:
+    """Debit one round; returns the request."""
+    ask = request(signed, "train", number, run=run, **changes)
+    assert gate.debit(ask, digest(ask), "train") is False
+    return ask
+
+
+def committed(gate: Gate, ask: Manifest) -> None:
+    gate.commit(ask, digest(ask), digest("reply"), public=False)
+
+
+def exhaust(gate: Gate, signed: SignedCharter) -> None:
+    """Hold runs until no more fits."""
+    for number in range(FITS):
+        opened(gate, signed, f"full-{number}")
+
+
+# -- accepting a charter ---------------------------------------------------------------------------------------------
+
+
+def test_a_charter_is_recorded_once_and_costs_nothing(site: Site) -> None:
+    gate = site.gate(charter(), charter())
+    assert site.kinds() == ["genesis", "charter"]
+    site.gate(charter())
+    assert site.kinds() == ["genesis", "charter"]
+    assert gate.spent() == []
+    assert gate.spent_epsilon() is None
+
+
+def test_not_signed_by_everyone(site: Site) -> None:
+    signed = charter()
+    with pytest.raises(CharterError, match="not signed by cy"):
+        site.gate(SignedCharter(signed.payload, tuple(s for s in signed.signatures if s[0] != identity("cy").key)))
+    assert site.kinds() == ["genesis"]
+
+
+def test_expired_when_accepted(site: Site) -> None:
+    with pytest.raises(CharterError, match="expired"):
+        site.gate(charter(expires=datetime(2026, 1, 2, tzinfo=UTC)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        ({"simulated": False}, Refusal.SIMULATED, "simulated charter never"),
+        ({"task__code_sha256": "d" * 64}, Refusal.TASK_CODE, "pins task code dddd"),
+        ({"privacy": NO_PRIVACY}, Refusal.UNPROTECTED, "without privacy"),
+        (
+            {"partners": [{"name": n, "key": identity(n).key, "declared_records": 40} for n in ("ben", "cy")]},
+            Refusal.NOT_A_PARTNER,
+            "ada with this key",
+        ),
+        (
+            {"partners": [{"name": "ada", "key": identity("eve").key, "declared_records": 40}]},
+            Refusal.NOT_A_PARTNER,
+            "ada with this key",
+        ),
+    ],
+)
+def test_charters_that_are_not_for_this_gate(site: Site, change: dict[str, Any], reason: Refusal, words: str) -> None:
+    signed = charter(**{**change, "quorum": 1})
+    gate = site.gate()
+    with refused(reason, words):
+        gate.accept(signed)
+    assert site.kinds() == ["genesis"]
+    with refused(Refusal.CHARTER_UNKNOWN):
+        opened(gate, signed)
+
+
+def test_a_real_gate_takes_no_simulated_charter_and_the_reverse(site: Site) -> None:
+    site.simulated = False
+    gate = site.gate()
+    with refused(Refusal.SIMULATED):
+        gate.accept(charter())
+    gate.accept(charter(simulated=False))
+    opened(gate, charter(simulated=False))
+
+
+@pytest.mark.parametrize("real_size", [35, 36, 44, 45])
+def test_the_declared_size_within_its_tolerance(tmp_path: Path, real_size: int) -> None:
+    site = Site("ada", tmp_path, Source(n=real_size))
+    if real_size in (36, 44):  # 40 declared, 10 %
+        site.gate(charter())
+    else:
+        with refused(Refusal.DATA, "within 10% of the declared 40"):
+            site.gate(charter())
+
+
+def test_a_ledger_is_of_one_dataset(site: Site, tmp_path: Path) -> None:
+    """A new registration would begin with an unspent budget: the ledger of the old one does not serve it."""
+    site.gate(charter())
+    (tmp_path / "data" / "dataset.json").unlink()
+    with pytest.raises(LedgerError, match="ledger is of dataset"):
+        site.gate(charter())
+
+
+def test_a_simulated_ledger_is_none_of_a_real_gate(site: Site) -> None:
+    site.gate(charter())
+    site.simulated = False
+    with pytest.raises(LedgerError, match="simulated True"):
+        site.gate()
+
+
+# -- holds -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hold_reserves_the_whole_plan(site: Site) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    exhaust(gate, signed)
+    with refused(Refusal.BUDGET, r"spent and held so far epsilon .*, with this run .*, cap 2 \(delta 0.001"):
+        opened(gate, signed, "one-too-many")
+    gate = site.gate(signed)
+    with refused(Refusal.BUDGET):
+        opened(gate, signed, "one-too-many")
+    assert site.kinds().count("hold") == FITS > 0
+    assert site.kinds().count("budget") == 1
+
+
+def test_a_release_frees_only_what_was_never_debited(site: Site) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    exhaust(gate, signed)
+    asks = [train(gate, signed, n, "full-0") for n in (1, 2)]
+    committed(gate, asks[0])
+    gate.close_run("full-0")
+    gate.close_run("full-0")
+    assert site.kinds().count("release") == 1
+    with refused(Refusal.BUDGET):
+        opened(gate, signed, "whole")  # three rounds do not fit into what one left
+    short = charter(algorithm__rounds=1)
+    gate = site.gate(signed, short)
+    opened(gate, short, "short")
+    with refused(Refusal.BUDGET):
+        opened(gate, short, "short-2") if BUDGET.most_steps(1.0, SIGMA) % 3 == 0 else exhaust_one_by_one(gate, short)
+
+
+def exhaust_one_by_one(gate: Gate, short: SignedCharter) -> None:
+    """Holds of one round until the budget says no (the remainder of the division by three)."""
+    for number in range(4):
+        opened(gate, short, f"rest-{number}")
+
+
+def test_two_charters_share_one_budget(site: Site) -> None:
+    """The first charter's cap is the dataset's for ever; another charter with a larger one changes nothing."""
+    signed, greedy = charter(), charter(name="greedy", privacy__epsilon=50.0)
+    gate = site.gate(signed, greedy)
+    exhaust(gate, signed)
+    for fresh in (gate, site.gate(greedy, signed)):
+        with refused(Refusal.BUDGET, "cap 2"):
+            opened(fresh, greedy, "greedy")
+
+
+def test_opening_again_is_the_same_hold(site: Site) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    opened(gate, signed)
+    opened(gate, signed)
+    opened(site.gate(signed), signed)
+    assert site.kinds().count("hold") == 1
+    gate = site.gate(signed)
+    other = request(signed, "open", 0, request_id="another")
+    with refused(Refusal.REPLAY, "already held"):
+        gate.open_run(other, digest(other))
+    with refused(Refusal.REPLAY, "other content"):
+        gate.open_run(request(signed, "open", 0), digest("other"))
+
+
+def test_expired_after_it_was_accepted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    opened(gate, signed)
+    ask = train(gate, signed, 1)
+
+    class Later:
+        @staticmethod
+        def now(zone: object) -> datetime:
+            return signed.charter.expires + timedelta(seconds=0)
+
+    monkeypatch.setattr(module, "datetime", Later)
+    for step in (
+        lambda: opened(gate, signed, "run-2"),
+        lambda: train(gate, signed, 2),
+        lambda: gate.debit(ask, digest(ask), "train"),
+        lambda: gate.admit_public(request(signed, "evaluate", 1), digest("e")),
+    ):
+        with refused(Refusal.CHARTER_EXPIRED, "expired"):
+            step()
+    gate.close_run("run-1")
+    assert site.kinds()[-1] == "release"
+
+
+# -- debits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_debit_carries_every_parameter_an_auditor_needs(site: Site) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    opened(gate, signed)
+    ask = train(gate, signed, 1)
+    agreed = (signed.charter.algorithm, signed.charter.privacy, signed.charter.evaluation)
+    assert site.ledger is not None
+    assert site.ledger.entries[-1].body == {
+        "request_id": ask.request_id,
+        "request_sha256": digest(ask),
+        "run_id": "run-1",
+        "round": 1,
+        "purpose": "train",
+        "charter_sha256": signed.sha256,
+        "plan_sha256": plan_sha256(plan_of(*agreed)),
+        "dataset": site.dataset.dataset_id,
+        "event": {"mechanism": "poisson-gaussian/1", "q": "1.0", "sigma": "4.0", "steps": 1},
+        "clip_norm": "1.0",
+        "declared_records": 40,
+    }
+    assert gate.spent() == [EVENT]
+
+
+def test_debited_but_not_committed_runs_again_and_is_charged_once(site: Site) -> None:
+    signed = charter()
+    opened(site.gate(signed), signed)
+    ask = train(site.gate(signed), signed)
+    for _ in range(3):
+        gate = site.gate(signed)
+        assert gate.debit(ask, digest(ask), "train") is False
+    assert gate.spent() == [EVENT]
+    committed(gate, ask)
+    for fresh in (gate, site.gate(signed)):
+        assert fresh.debit(ask, digest(ask), "train") is True, "answered only from the outbox"
+    assert site.kinds().count("debit") == site.kinds().count("commit") == 1
+
+
+def test_the_same_id_with_another_hash(site: Site) -> None:
+    signed = charter(evaluation={"kind": "public"})
+    gate = site.gate(signed)
+    opened(gate, signed)
+    ask = train(gate, signed)
+    for fresh in (gate, site.gate(signed)):
+        for do in (fresh.debit, lambda a, h, _, g=fresh: g.admit_public(a, h), lambda a, h, _, g=fresh: g.open_run(a, h)):
+            with refused(Refusal.REPLAY, "other content"):
+                do(ask, digest("other"), "train")
+    assert gate.spent() == [EVENT]
+
+
+def test_rounds(site: Site) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    opened(gate, signed)
+    for number in (0, -1, 4, 10**9):
+        with refused(Refusal.ROUND, f"round {number} is not next"):
+            train(gate, signed, number)
+    train(gate, signed, 1)
+    with refused(Refusal.ROUND):
+        train(site.gate(signed), signed, 1, request_id="another")
+    assert site.kinds().count("debit") == 1
+
+
+def test_more_rounds_than_held(site: Site) -> None:
+    """The rounds run out also where round numbers would allow more (here: another charter's run cannot lend any)."""
+    signed, longer = charter(), charter(algorithm__rounds=4)
+    gate = site.gate(signed, longer)
+    opened(gate, signed)
+    with refused(Refusal.NOT_HELD, "not open here"):
+        train(gate, longer, 4)
+    for number in (1, 2, 3):
+        committed(gate, train(gate, signed, number))
+    with refused(Refusal.NOT_HELD, "nothing more is held for train"):
+        train(gate, signed, 3, request_id="another")
+
+
+def test_what_needs_an_open_hold(site: Site) -> None:
+    signed = charter(evaluation={"kind": "public"})
+    gate = site.gate(signed)
+    ask = request(signed, "evaluate", 1)
+    with refused(Refusal.NOT_HELD, "not open here"):
+        train(gate, signed)
+    with refused(Refusal.NOT_HELD, "not open here"):
+        gate.admit_public(ask, digest(ask))
+    opened(gate, signed)
+    pending = train(gate, signed)
+    gate.close_run("run-1")
+    for fresh in (gate, site.gate(signed)):
+        with refused(Refusal.NOT_HELD, "not open here"):
+            train(fresh, signed, 2)
+        with refused(Refusal.NOT_HELD, "not open here"):
+            fresh.debit(pending, digest(pending), "train")
+        with refused(Refusal.NOT_HELD, "not open here"):
+            fresh.admit_public(ask, digest(ask))
+    assert fresh.close_run("unknown") == fresh.close_run("run-1")
+
+
+def test_private_evaluation_is_charged_as_its_own_event(site: Site) -> None:
+    signed = charter(evaluation=PRIVATE)
+    gate = site.gate(signed)
+    opened(gate, signed)
+    for number in (2, 3):
+        ask = request(signed, "evaluate", number)
+        assert gate.debit(ask, digest(ask), "evaluate") is False
+    assert gate.spent() == [PrivacyEvent(1.0, 8.0, 1)] * 2
+    assert site.ledger is not None
+    assert site.ledger.entries[-1].body["clip_norm"] is None
+    with refused(Refusal.NOT_HELD, "nothing more is held for evaluate"):
+        ask = request(signed, "evaluate", 1)
+        gate.debit(ask, digest(ask), "evaluate")
+    with refused(Refusal.NOT_HELD, "no public evaluation"):
+        gate.admit_public(request(signed, "evaluate", 1, request_id="p"), digest("p"))
+
+
+def test_public_evaluation_is_free_and_once_a_round(site: Site) -> None:
+    signed = charter(evaluation={"kind": "public"})
+    gate = site.gate(signed)
+    opened(gate, signed)
+    ask = request(signed, "evaluate", 1)
+    assert gate.admit_public(ask, digest(ask)) is False
+    assert gate.admit_public(ask, digest(ask)) is False, "nothing was answered yet"
+    gate.commit(ask, digest(ask), digest("r"), public=True)
+    for fresh in (gate, site.gate(signed)):
+        assert fresh.admit_public(ask, digest(ask)) is True
+        other = request(signed, "evaluate", 1, request_id="another")
+        with refused(Refusal.ROUND):
+            fresh.admit_public(other, digest(other))
+        with refused(Refusal.ROUND):
+            fresh.admit_public(request(signed, "evaluate", 4), digest("4"))
+    assert fresh.spent() == []
+    with refused(Refusal.NOT_HELD, "nothing more is held for evaluate"):
+        ask = request(signed, "evaluate", 2)
+        fresh.debit(ask, digest(ask), "evaluate")
+
+
+def test_unprotected_must_be_allowed_and_makes_the_budget_unbounded(site: Site) -> None:
+    site.allow_unprotected = True
+    plain, local = charter(privacy=NO_PRIVACY), charter()
+    gate = site.gate(plain, local)
+    opened(gate, local, "before")
+    opened(gate, plain, "plain")
+    assert not gate.unbounded()
+    train(gate, plain, 1, "plain")
+    for fresh in (gate, site.gate(plain, local)):
+        assert fresh.unbounded()
+        assert fresh.spent_epsilon() is None
+        with refused(Refusal.BUDGET, "unprotected run made this budget unbounded"):
+            opened(fresh, local, "after")
+    assert site.ledger is not None
+    assert site.ledger.of("debit")[0].body["event"] == {"mechanism": "none/1"}
+    assert site.ledger.of("debit")[0].body["clip_norm"] is None
+
+
+def test_refusals_are_recorded_once(site: Site) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    no = Refused(Refusal.BUDGET, "spent")
+    for ask in (request(signed, "open", 0), request(signed, "open", 0), request(signed, "train", 2)):
+        gate.refuse(ask, digest(ask), no)
+    gate = site.gate(signed)
+    gate.refuse(request(signed, "open", 0), digest(request(signed, "open", 0)), no)
+    assert site.ledger is not None
+    assert [e.body["round"] for e in site.ledger.of("refuse")] == [None, 2]
+    assert site.ledger.of("refuse")[0].body["reason"] == "budget"
+    assert gate.spent() == []
+
+
+def test_a_gate_reads_no_data(site: Site) -> None:
+    """The source raises in every test of this file; here it is shown that it would be noticed."""
+    site.gate(charter())
+    with pytest.raises(AssertionError, match="data was read"):
+        site.dataset.open()
+
+
+def test_data_that_changed_is_not_registered_again(site: Site) -> None:
+    site.gate(charter())
+    site.source.split = Source(seed=5).split
+    with pytest.raises(DataError, match="differ from what"):
+        site.gate(charter())
+
+
+# -- any history, any crash ------------------------------------------------------------------------------------------
+
+
+class _Crash(BaseException):
+    """The process dies here."""
+
+
+class Histories(RuleBasedStateMachine):
+    """Requests in any order, from two charters, with crashes before and after any ledger entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.site = Site("ada", Path(self.folder.name), Source())
+        self.charters = [charter(evaluation=PRIVATE), charter(name="other", algorithm__rounds=2, privacy__epsilon=9.0)]
+        self.hashes: dict[str, str] = {}  # what the node took, by request id
+        self.debits: set[str] = set()
+        self.commits: set[str] = set()
+        self.crash_at: str | None = None
+        self.freed: dict[str, int] = {}
+
+    def teardown(self) -> None:
+        if self.site.ledger is not None:
+            self.site.ledger.close()
+        self.folder.cleanup()
+
+    @initialize()
+    def start(self) -> None:
+        self.gate = self.site.gate(*self.charters)
+        self.site.source.hook = forbidden
+        self.arm()
+
+    def arm(self) -> None:
+        """Die in the next append, before its bytes are written or after they are on disk, if asked to."""
+        ledger = self.gate.ledger
+        original = ledger.append
+
+        def append(kind: str, body: Any) -> Any:
+            when, self.crash_at = self.crash_at, None
+            if when == "before":
+                raise _Crash
+            entry = original(kind, body)
+            if when == "after":
+                raise _Crash
+            return entry
+
+        ledger.append = append  # type: ignore[method-assign]
+
+    def attempt(self, step: Callable[[], Any]) -> Any:
+        """The step's result, or the name of what came instead. After a crash the node starts again."""
+        try:
+            return step()
+        except Refused as err:
+            return err.reason
+        except _Crash:
+            self.gate = self.site.gate(*self.charters)
+            self.arm()
+            return "crashed"
+        finally:
+            self.crash_at = None
+
+    @rule(when=st.sampled_from(["before", "after"]))
+    def next_append_crashes(self, when: str) -> None:
+        self.crash_at = when
+
+    @rule()
+    def restart(self) -> None:
+        self.gate = self.site.gate(*self.charters)
+        self.arm()
+
+    @rule(which=st.integers(0, 1), run=st.integers(0, 3))
+    def open_run(self, which: int, run: int) -> None:
+        ask = request(self.charters[which], "open", 0, run=f"run-{run}")
+        self.attempt(lambda: self.gate.open_run(ask, digest(ask)))
+
+    @rule(
+        which=st.integers(0, 1),
+        run=st.integers(0, 3),
+        number=st.integers(0, 4),
+        purpose=st.sampled_from(["train", "train", "evaluate"]),
+        variant=st.sampled_from(["", "", "", "x"]),
+        forged=st.sampled_from([False, False, False, True]),
+    )
+    def debit(self, which: int, run: int, number: int, purpose: str, variant: str, forged: bool) -> None:
+        name = f"run-{run}.{number}.{purpose}{variant}"
+        ask = request(self.charters[which], purpose, number, run=f"run-{run}", request_id=name)
+        sha = digest("forged" if forged else ask)
+        known = {e.body["request_id"]: e.body["request_sha256"] for e in self.gate.ledger.of("debit")}
+        result = self.attempt(lambda: self.gate.debit(ask, sha, purpose))
+        if name in known and known[name] != sha:
+            assert result is Refusal.REPLAY
+        elif name in self.commits:
+            assert result is True, "a committed request is answered only from the outbox"
+        elif result is True:
+            raise AssertionError("answered as committed, but was not")
+
+    @rule(pick=st.integers(0, 50))
+    def commit(self, pick: int) -> None:
+        waiting = [e.body for e in self.gate.ledger.of("debit") if e.body["request_id"] not in self.commits]
+        if waiting:
+            b = waiting[pick % len(waiting)]
+            ask = request(
+                self.charters[0], b["purpose"], b["round"], run=b["run_id"], request_id=b["request_id"]
+            )
+            self.attempt(lambda: self.gate.commit(ask, b["request_sha256"], digest("r"), public=False))
+
+    @rule(run=st.integers(0, 3))
+    def close_run(self, run: int) -> None:
+        self.attempt(lambda: self.gate.close_run(f"run-{run}"))
+
+    def held(self) -> list[PrivacyEvent]:
+        """What open holds may still spend, replayed from the ledger by other code than the gate's."""
+        left: list[PrivacyEvent] = []
+        entries = self.gate.ledger.entries
+        released = {e.body["run_id"] for e in entries if e.type == "release"}
+        for hold in (e.body for e in entries if e.type == "hold" and e.body["run_id"] not in released):
+            for item in hold["plan"]:
+                used = sum(
+                    e.body["purpose"] == item["purpose"]
+                    for e in entries
+                    if e.type == "debit" and e.body["run_id"] == hold["run_id"]
+                )
+                assert used <= item["count"], "more was debited than was held"
+                left += [PrivacyEvent.from_fields(item["event"])] * (item["count"] - used)
+        return left
+
+    @invariant()
+    def the_cap_holds(self) -> None:
+        if not hasattr(self, "gate"):
+            return
+        debits = [e.body for e in self.gate.ledger.of("debit")]
+        budgets = self.gate.ledger.of("budget")
+        assert len(budgets) <= 1
+        spent = [PrivacyEvent.from_fields(b["event"]) for b in debits]
+        if budgets:
+            assert Budget.from_fields(budgets[0].body["budget"]).admits([*spent, *self.held()])
+        else:
+            assert not spent
+        assert sorted(map(str, self.gate.spent())) == sorted(map(str, spent))
+
+    @invariant()
+    def nothing_is_charged_or_answered_twice(self) -> None:
+        if not hasattr(self, "gate"):
+            return
+        debits = [e.body["request_id"] for e in self.gate.ledger.of("debit")]
+        commits = [e.body["request_id"] for e in self.gate.ledger.of("commit")]
+        assert len(debits) == len(set(debits))
+        assert len(commits) == len(set(commits))
+        assert set(commits) <= set(debits)
+        rounds = [(e.body["run_id"], e.body["purpose"], e.body["round"]) for e in self.gate.ledger.of("debit")]
+        assert len(rounds) == len(set(rounds)), "one round was debited for two requests"
+        assert self.debits <= set(debits), "a debit disappeared"
+        assert self.commits <= set(commits), "a commit disappeared"
+        self.debits, self.commits = set(debits), set(commits)
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(
+    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,88 @@
+"""One file a run: whole, or the one before it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import same_arrays
+
+from hansa.common.errors import OutputError
+from hansa.server.checkpoint import Checkpoint, model_bytes, model_sha256
+
+MODEL = {
+    "weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "bias": np.array([0.1, np.pi], np.float32),
+    "scalar": np.array(3.0, np.float32),
+    "empty": np.zeros((0, 4), np.float32),
+    "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+}
+STATE = {"m_t/weight": np.arange(6, dtype=np.float64).reshape(2, 3), "momentum_vector/0": np.array(1.0, np.float32)}
+HISTORY = [{"round": 1, "metrics": {"auc": 0.1 + 0.2}, "partners": 3}]
+
+
+def made() -> Checkpoint:
+    return Checkpoint("run-1", 1, dict(MODEL), dict(STATE), list(HISTORY), ["ada", "ben"])
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "c"
+    assert Checkpoint.load(path) is None
+    made().save(path)
+    again = Checkpoint.load(path)
+    assert again is not None
+    assert (again.run_id, again.round, again.history, again.folded) == ("run-1", 1, HISTORY, ["ada", "ben"])
+    same_arrays(again.model, MODEL)
+    same_arrays(again.strategy, STATE)
+
+
+def test_every_damage_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    made().save(path)
+    data = path.read_bytes()
+    spoilt = [data[:n] for n in range(0, len(data), 7)] + [data + b"x", b"", b"\n", b"x\n", b"\xff" * 100]
+    spoilt += [data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :] for n in range(0, len(data), 3)]
+    for bad in spoilt:
+        path.write_bytes(bad)
+        with pytest.raises(OutputError, match=r"(?s)c: the checkpoint is damaged.*new folder"):
+            Checkpoint.load(path)
+
+
+def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c"
+    made().save(path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    later = made()
+    later.round = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="disk is full"):
+            later.save(path)
+    again = Checkpoint.load(path)
+    assert again is not None
+    assert again.round == 1
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_model_has_one_name() -> None:
+    backwards = dict(reversed(MODEL.items()))
+    assert model_bytes(backwards) == model_bytes(MODEL)
+    fortran = {n: np.asarray(v, order="F") for n, v in MODEL.items()}
+    assert model_sha256(fortran) == model_sha256(MODEL)
+    for name in ("weight", "bias", "scalar", "transposed"):
+        changed = {**MODEL, name: np.nextafter(MODEL[name], np.float32(9))}
+        assert model_sha256(changed) != model_sha256(MODEL)
+    assert model_sha256({**MODEL, "weight": MODEL["weight"].reshape(3, 2)}) != model_sha256(MODEL)
+    assert model_sha256({**MODEL, "scalar": MODEL["scalar"].reshape(1)}) != model_sha256(MODEL)
+
+
+def test_a_model_file_reads_back() -> None:
+    from safetensors.numpy import load
+
+    same_arrays(load(model_bytes(MODEL)), MODEL)

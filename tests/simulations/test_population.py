@@ -1,0 +1,228 @@
+"""Above 100 clients: one ledger for all, which an auditor can still add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import NO_PRIVACY, Killed, charter, config, identity, request, run, same_arrays, verified
+
+from hansa.common.config import Federation
+from hansa.common.errors import Refusal, Refused
+from hansa.common.ledger import Ledger, read_ledger
+from hansa.server.checkpoint import Checkpoint
+from hansa.server.records import Answer
+from hansa.simulations.federation import private_folder
+from hansa.simulations.population import PopulationGate, PopulationRecords, _ranges, client_name
+
+CLIENTS = 101
+LOCAL = {"epsilon": 4.0, "delta": 1e-3, "clip_norm": 1.0}
+PRIVATE = {"kind": "private", "noise_multiplier": 20.0, "every": 2}
+
+
+def population(**changes: Any) -> Federation:
+    """101 clients that share the digits; a third of them takes part in each of two rounds."""
+    local = {"steps": 1, "optimizer": {"lr": 0.2}}
+    made = {
+        "name": "digits",
+        "task": "digits",
+        "partners": None,
+        "population": {"dataset": "digits", "clients": CLIENTS, "partition": {"kind": "iid", "min_records": 2}},
+        "algorithm": {"rounds": 2, "participation": 0.3, "local": local},
+        "evaluation": {"kind": "public", "every": 2, "test_fraction": 0.2},
+        "quorum": 20,
+    }
+    return config(**{**made, **changes})
+
+
+def entries(out: Path) -> list[Any]:
+    return read_ledger(out / "coordinator" / "ledger.jsonl")[0]
+
+
+def test_it_runs_and_verifies(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome, _ = run(population(privacy=LOCAL), out)
+    assert [h["partners"] for h in outcome.history] == [30, 30]
+    verdict = verified(out)
+    bills = verdict["partners"]
+    debits: dict[str, int] = {}
+    for entry in entries(out):
+        if entry.type == "cohort-debit":
+            for first, last in entry.body["clients"]:
+                for number in range(first, last + 1):
+                    debits[client_name(number)] = debits.get(client_name(number), 0) + 1
+    assert sum(debits.values()) == 60
+    shown = {name: bill for name, bill in bills.items() if bill.get("rounds") or bill.get("debits")}
+    assert shown, "some client was charged"
+    assert entries(out)[0].body["simulated"] is True
+    assert entries(out)[0].body["role"] == "population"
+    assert not (out / "partners").exists()
+    assert [p.name for p in (out / "keys").iterdir()] == ["coordinator.pem"]
+
+
+def test_without_privacy_a_killed_run_ends_in_the_same_model(tmp_path: Path) -> None:
+    settings = population(algorithm={**population().model_dump()["algorithm"], "strategy": {"name": "fedadam"}})
+    reference, total = run(settings, tmp_path / "whole")
+    verified(tmp_path / "whole")
+    assert reference.model is not None
+    for die_at in (3, total // 2, total):
+        out = tmp_path / str(die_at)
+        with pytest.raises(Killed):
+            run(settings, out, die_at=die_at)
+        outcome, _ = run(settings, out, resume=True)
+        assert outcome.model is not None
+        same_arrays(outcome.model, reference.model)
+        verified(out)
+
+
+@pytest.mark.parametrize("evaluation", [{"kind": "none"}, PRIVATE], ids=["none", "private"])
+def test_killed_after_every_entry_with_privacy_it_verifies(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    """Noise is drawn again here (there are no outboxes): what the ledger named may not change for it."""
+    settings = population(privacy=LOCAL, evaluation=evaluation)
+    original, out, deaths = Ledger.append, tmp_path / "out", 0
+    died: set[tuple[str, object, object]] = set()
+
+    def append(self: Ledger, kind: str, body: Any) -> Any:
+        entry = original(self, kind, body)
+        here = (kind, body.get("round"), body.get("purpose"))
+        if here not in died:
+            died.add(here)
+            raise Killed
+        return entry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "append", append)
+        while True:
+            try:
+                run(settings, out, resume=deaths > 0)
+                break
+            except Killed:
+                deaths += 1
+    assert deaths == len(died) > 10
+    verified(out)
+    kinds = [e.type for e in entries(out)]
+    assert [kinds.count(k) for k in ("genesis", "charter", "run", "budget", "cohort-hold", "close")] == [1] * 6
+    assert kinds.count("round") == 2
+    debits = [(e.body["round"], e.body["purpose"]) for e in entries(out) if e.type == "cohort-debit"]
+    assert len(debits) == len(set(debits)) == (2 if evaluation["kind"] == "none" else 3)
+
+
+def test_killed_before_the_checkpoint_it_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, died = Checkpoint.save, set[int]()
+
+    def save(self: Checkpoint, path: Path) -> None:
+        if self.round not in died:
+            died.add(self.round)
+            raise Killed
+        original(self, path)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    out, settings = tmp_path / "out", population(privacy=LOCAL, evaluation={"kind": "none"})
+    for attempt in range(2):
+        with pytest.raises(Killed):
+            run(settings, out, resume=attempt > 0)
+    run(settings, out, resume=True)
+    verified(out)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", population(privacy=LOCAL)
+    run(settings, out)
+    before = (out / "coordinator" / "ledger.jsonl").read_bytes()
+    run(settings, out, resume=True)
+    assert (out / "coordinator" / "ledger.jsonl").read_bytes() == before
+    verified(out)
+
+
+def test_a_thousand_fsyncs_are_not_needed(tmp_path: Path) -> None:
+    """A round is a debit, a commit and a round entry, however many clients there are."""
+    out = tmp_path / "out"
+    run(population(privacy=LOCAL, evaluation={"kind": "none"}), out)
+    kinds = [e.type for e in entries(out)]
+    one = ["cohort-debit", "cohort-commit", "round"]
+    assert kinds == ["genesis", "charter", "run", "budget", "cohort-hold", *one, *one, "close"]
+    assert not list(private_folder(out).rglob("outbox"))
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    made = Ledger(tmp_path / "l", identity("coordinator"), {"owner": "coordinator"})
+    yield made
+    made.close()
+
+
+def records(ledger: Ledger, **changes: Any) -> PopulationRecords:
+    many = {"partners": [], "population": {"clients": 200, "declared_records": 9}, "privacy__delta": 1e-3}
+    signed = charter(**{**many, **changes})
+    if not ledger.of("charter"):
+        ledger.append("charter", {"charter_sha256": signed.sha256})
+    made = PopulationRecords(ledger, signed)
+    made.sha = signed.sha256  # type: ignore[attr-defined]
+    return made
+
+
+def test_ranges() -> None:
+    assert _ranges([]) == []
+    assert _ranges(client_name(n) for n in (5, 1, 2, 3, 9)) == [[1, 3], [5, 5], [9, 9]]
+    assert _ranges(client_name(n) for n in range(12000)) == [[0, 11999]]
+
+
+def test_a_plan_beyond_the_cap_is_refused_before_anything_is_held(ledger: Ledger) -> None:
+    made = records(ledger, privacy__noise_multiplier=0.5)
+    with pytest.raises(Refused, match="the cap is 2") as caught:
+        made.run("r", made.sha)  # type: ignore[attr-defined]
+    assert caught.value.reason is Refusal.BUDGET
+    assert not ledger.of("budget", "cohort-hold")
+
+
+def test_a_client_works_only_when_its_round_was_debited(ledger: Ledger) -> None:
+    made = records(ledger)
+    made.run("run-1", made.sha)  # type: ignore[attr-defined]
+    signed = charter()
+    gate = PopulationGate("client-0001", signed.charter, made)
+    ask = request(signed, "train", 1, to="client-0001")
+    with pytest.raises(Refused, match="round 1 was not debited"):
+        gate.debit(ask, "", "train")
+    made.asked("run-1", 1, "train", {client_name(n): ("q", "") for n in (1, 2, 7)})
+    assert gate.debit(ask, "", "train") is False
+    assert ledger.entries[-1].body["clients"] == [[1, 2], [7, 7]]
+    for wrong in (request(signed, "train", 2), request(signed, "train", 1, run="run-2")):
+        with pytest.raises(Refused, match="not debited"):
+            gate.debit(wrong, "", "train")
+    with pytest.raises(Refused):
+        gate.debit(ask, "", "evaluate")
+
+
+def test_after_a_crash_the_same_debit_pays(ledger: Ledger) -> None:
+    for _ in range(2):
+        made = records(ledger)
+        made.run("r", made.sha)  # type: ignore[attr-defined]
+        made.asked("r", 1, "train", {client_name(1): ("q", "")})
+        made.answered("r", 1, "train", {client_name(1): Answer("q", "ok"), client_name(2): Answer("q", "timeout")})
+    kinds = [e.type for e in ledger.entries[2:]]
+    assert kinds == ["run", "budget", "cohort-hold", "cohort-debit", "cohort-commit", "cohort-commit"]
+    assert ledger.entries[-1].body["clients"] == [[1, 1]]
+
+
+def test_what_costs_nothing_is_not_debited(ledger: Ledger) -> None:
+    made = records(ledger, evaluation={"kind": "public"})
+    made.run("r", made.sha)  # type: ignore[attr-defined]
+    length = ledger.length
+    for purpose in ("open", "evaluate"):
+        made.asked("r", 0, purpose, {client_name(1): ("q", "")})
+        made.answered("r", 0, purpose, {client_name(1): Answer("q", "ok")})
+    assert ledger.length == length
+
+
+def test_without_privacy_it_says_so(ledger: Ledger) -> None:
+    made = records(ledger, privacy=NO_PRIVACY)
+    made.run("r", made.sha)  # type: ignore[attr-defined]
+    made.asked("r", 1, "train", {client_name(1): ("q", "")})
+    assert not ledger.of("budget")
+    assert ledger.entries[-1].body["event"] == {"mechanism": "none/1"}
+    assert ledger.entries[-1].body["clip_norm"] is None
