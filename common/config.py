@@ -276,7 +276,9 @@ def _construct(path: Path) -> Any:
     except RecursionError as err:
         raise ConfigError(f"{path}: nested too deeply", "A configuration has four levels at most.") from err
     except Exception as err:  # PyYAML's constructors raise whatever they meet, for a date of 2001-99-99 a ValueError
-        raise ConfigError(f"{path}: not valid YAML: {err}", "Look for a value that is no date, number or text.") from err
+        raise ConfigError(
+            f"{path}: not valid YAML: {err}", "Look for a value that is no date, number or text."
+        ) from err
 
 
 def _yaml_error(path: Path, err: yaml.YAMLError) -> ConfigError:

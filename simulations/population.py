@@ -97,7 +97,12 @@ class PopulationRecords:
             self._ledger.append("cohort-commit", body)
 
     def round(
-        self, run_id: str, round_number: int, model_sha256: str, partners: list[str] | None, metrics: Mapping[str, float]
+        self,
+        run_id: str,
+        round_number: int,
+        model_sha256: str,
+        partners: list[str] | None,
+        metrics: Mapping[str, float],
     ) -> None:
         """A round is complete; who took part stands in its cohort entries."""
         self._own.round(run_id, round_number, model_sha256, None, metrics)

@@ -117,7 +117,9 @@ def federation(
     who: str | None = None,
 ) -> str:
     """A small heart-disease federation as YAML. `data`: partner -> (file, declared records)."""
-    parts = data or {n: (f"package:heart-disease/{n}.csv", d) for n, d in zip(HOSPITALS, (240, 235, 100, 160))}
+    parts = data or {
+        n: (f"package:heart-disease/{n}.csv", d) for n, d in zip(HOSPITALS, (240, 235, 100, 160), strict=True)
+    }
     if who is None:
         rows = [
             f'  {name}: {{data: "{file}", declared_records: {declared}}}' for name, (file, declared) in parts.items()

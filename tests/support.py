@@ -31,6 +31,7 @@ from hansa.simulations.result import make_result, save_result
 
 CODE = "c" * 64
 SIGMA = 4.0
+EXPIRES = datetime.now(UTC).replace(microsecond=0) + timedelta(days=30)  # once: equal charters have equal bytes
 
 
 def identity(name: str) -> Identity:
@@ -56,7 +57,7 @@ def terms(**changes: Any) -> dict[str, Any]:
         "benefit": "Every partner receives the model.",
         "model_seed": 0,
         "created": datetime(2026, 1, 1, tzinfo=UTC),
-        "expires": datetime.now(UTC).replace(microsecond=0) + timedelta(days=30),
+        "expires": EXPIRES,
         "simulated": True,
     }
     for key, value in changes.items():

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, weights
 
 from hansa.clients.app import Node, local_settings, make_client_app, round_seed
 from hansa.clients.outbox import Outbox
@@ -23,6 +22,7 @@ from hansa.common.flower import Context, Message, RecordDict, addressed
 from hansa.common.identity import Identity, verify
 from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire, to_bytes
+from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, weights
 
 MAY_LEAVE = {"update", "scores", "histogram", "head", "signature", "accepted", "refused"}
 TYPES = {"open": "query.open", "train": "train", "evaluate": "evaluate", "close": "query.close", "sign": "query.sign"}
@@ -382,7 +382,12 @@ def test_the_client_app_routes_by_type(site: Site) -> None:
     app = make_client_app(lambda _: desk.node)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     closing = {"closing": ""}
-    for kind, number, tensors in (("open", 0, {}), ("train", 1, weights()), ("evaluate", 1, weights()), ("close", 4, {})):
+    for kind, number, tensors in (
+        ("open", 0, {}),
+        ("train", 1, weights()),
+        ("evaluate", 1, weights()),
+        ("close", 4, {}),
+    ):
         answer = app(desk.message(request(desk.signed, kind, number), tensors), context)
         assert desk.wire.decode(answer.content, "ada")[0].kind in MAY_LEAVE
     with pytest.raises(MessageError):

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request
 
 from hansa.clients import gate as module
 from hansa.clients.gate import Gate
@@ -22,6 +21,7 @@ from hansa.common.charter import SignedCharter
 from hansa.common.errors import CharterError, DataError, LedgerError, Refusal, Refused
 from hansa.common.messages import Manifest
 from hansa.common.plan import plan_of, plan_sha256
+from support import NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request
 
 EVENT = PrivacyEvent(1.0, SIGMA, 1)
 PRIVATE = {"kind": "private", "noise_multiplier": 8.0, "every": 2}
@@ -288,7 +288,11 @@ def test_the_same_id_with_another_hash(site: Site) -> None:
     opened(gate, signed)
     ask = train(gate, signed)
     for fresh in (gate, site.gate(signed)):
-        for do in (fresh.debit, lambda a, h, _, g=fresh: g.admit_public(a, h), lambda a, h, _, g=fresh: g.open_run(a, h)):
+        for do in (
+            fresh.debit,
+            lambda a, h, _, g=fresh: g.admit_public(a, h),
+            lambda a, h, _, g=fresh: g.open_run(a, h),
+        ):
             with refused(Refusal.REPLAY, "other content"):
                 do(ask, digest("other"), "train")
     assert gate.spent() == [EVENT]
@@ -526,9 +530,7 @@ class Histories(RuleBasedStateMachine):
         waiting = [e.body for e in self.gate.ledger.of("debit") if e.body["request_id"] not in self.commits]
         if waiting:
             b = waiting[pick % len(waiting)]
-            ask = request(
-                self.charters[0], b["purpose"], b["round"], run=b["run_id"], request_id=b["request_id"]
-            )
+            ask = request(self.charters[0], b["purpose"], b["round"], run=b["run_id"], request_id=b["request_id"])
             self.attempt(lambda: self.gate.commit(ask, b["request_sha256"], digest("r"), public=False))
 
     @rule(run=st.integers(0, 3))

@@ -8,12 +8,12 @@ import stat
 from pathlib import Path
 
 import pytest
-from support import charter, identity, request, weights
 
 from hansa.clients.outbox import Outbox
 from hansa.common.errors import MessageError, OutputError
 from hansa.common.flower import RecordDict
 from hansa.common.messages import SignedWire, to_bytes
+from support import charter, identity, request, weights
 
 WIRE = SignedWire(identity("ada"), {})
 

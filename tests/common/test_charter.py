@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import NO_PRIVACY, charter, config, identity, terms
 
 from hansa.common.charter import CHARTER_TYPE, Charter, SignedCharter, SimulatedClients, draft, in_words
 from hansa.common.errors import CharterError
 from hansa.common.identity import Envelope, canonical, fingerprint, strict_json, write_envelope
+from support import NO_PRIVACY, charter, config, identity, terms
 
 NOW = datetime.now(UTC)
 
@@ -61,7 +61,11 @@ def test_expired() -> None:
 
 def test_edited_after_signing() -> None:
     signed = charter()
-    for old, new in ((b'"rounds":3', b'"rounds":9'), (b'"epsilon":"2.0"', b'"epsilon":"9.0"'), (b'"quorum":2', b'"quorum":1')):
+    for old, new in (
+        (b'"rounds":3', b'"rounds":9'),
+        (b'"epsilon":"2.0"', b'"epsilon":"9.0"'),
+        (b'"quorum":2', b'"quorum":1'),
+    ):
         assert signed.payload.count(old) == 1
         edited = SignedCharter(signed.payload.replace(old, new), signed.signatures)
         refused(edited, "the signature of ada does not fit: the charter was edited")
@@ -113,12 +117,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"coordinator": {"name": "coordinator", "key": identity("ada").key}}, "twice"),
     ({"partners": []}, "either partners or a simulated population"),
     ({"population": {"clients": 200, "declared_records": 9}}, "either partners or"),
-    ({"partners": [], "population": {"clients": 200, "declared_records": 9}, "simulated": False}, "only in a simulation"),
+    (
+        {"partners": [], "population": {"clients": 200, "declared_records": 9}, "simulated": False},
+        "only in a simulation",
+    ),
     ({"privacy__noise_multiplier": None}, "noise multiplier is missing"),
     ({"privacy__noise_multiplier": 0.29}, "0.3"),
     ({"privacy__delta": 0.025}, "not below 1/n"),
     ({"expires": datetime(2025, 1, 1, tzinfo=UTC)}, "expires must be after created"),
-    ({"expires": datetime(2030, 1, 1)}, "time zone"),  # noqa: DTZ001
+    ({"expires": datetime(2030, 1, 1)}, "time zone"),
     ({"coordinator__key": "AB" * 32}, "coordinator.key"),
     ({"coordinator__key": "ab" * 32 + "\n"}, "coordinator.key"),
     ({"surprise": 1}, "surprise"),
@@ -235,7 +242,11 @@ def test_words_for_other_kinds() -> None:
 def test_draft() -> None:
     asked = config(privacy={"epsilon": 1.0, "delta": 1e-4, "clip_norm": 1.0})
     keys = {name: identity(name).key for name in asked.partners or {}}
-    common: dict[str, Any] = {"task_sha256": "c" * 64, "coordinator_key": identity("coordinator").key, "simulated": True}
+    common: dict[str, Any] = {
+        "task_sha256": "c" * 64,
+        "coordinator_key": identity("coordinator").key,
+        "simulated": True,
+    }
     made = draft(asked, partner_keys=keys, noise_multiplier=7.0, **common)
     assert made.privacy.noise_multiplier == 7.0
     assert {m.name: m.declared_records for m in made.partners}["switzerland"] == 100

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support import identity
 
 from hansa.common.closing import CLOSING_TYPE, closing_payload, sign_closing
 from hansa.common.errors import MessageError
 from hansa.common.identity import canonical, strict_json, verify
+from support import identity
 
 ADA = identity("ada")
 HEAD = {"length": 5, "head": "a" * 64}

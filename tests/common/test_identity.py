@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import importlib.util
 import json
@@ -17,7 +18,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 from hypothesis import given
 from hypothesis import strategies as st
-from support import identity
 
 from hansa.common import identity as module
 from hansa.common.errors import HansaError, IdentityError, MessageError, OutputError
@@ -35,6 +35,7 @@ from hansa.common.identity import (
     write_envelope,
     write_whole,
 )
+from support import identity
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 ADA, BEN = identity("ada"), identity("ben")
@@ -92,7 +93,9 @@ def test_a_keyid_cannot_be_swapped() -> None:
         opened(SEALED, BEN.key)
 
 
-@pytest.mark.parametrize("keyid", ["", "zz", "AB" * 32, "ab" * 31, "ab" * 33, None, 7, ["a"], "ab" * 31 + " a", "é" * 64])
+@pytest.mark.parametrize(
+    "keyid", ["", "zz", "AB" * 32, "ab" * 31, "ab" * 33, None, 7, ["a"], "ab" * 31 + " a", "é" * 64]
+)
 def test_a_keyid_that_is_no_key_is_a_message_error(keyid: object) -> None:
     data = json.loads(SEALED)
     data["signatures"][0]["keyid"] = keyid
@@ -303,16 +306,18 @@ def test_a_public_pem_has_one_spelling() -> None:
     pem = public_pem(ADA.key)
     assert key_from_pem(pem) == ADA.key
     for place in range(len(pem)):
-        for changed in (pem[:place] + pem[place + 1 :], pem[:place] + b"\n" + pem[place:], pem[:place] + b" " + pem[place:]):
+        for changed in (
+            pem[:place] + pem[place + 1 :],
+            pem[:place] + b"\n" + pem[place:],
+            pem[:place] + b" " + pem[place:],
+        ):
             if changed != pem:
                 with pytest.raises(IdentityError):
                     key_from_pem(changed)
         for value in range(256):
             if value != pem[place]:
-                try:  # one bit further it may be another key, never this one
+                with contextlib.suppress(IdentityError):  # one bit further it may be another key, never this one
                     assert key_from_pem(pem[:place] + bytes([value]) + pem[place + 1 :]) != ADA.key
-                except IdentityError:
-                    pass
     for other in (b"# ada\n" + pem, pem.replace(b"\n", b"\r\n"), pem + pem):
         with pytest.raises(IdentityError):
             key_from_pem(other)

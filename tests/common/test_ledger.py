@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import identity
 
 from hansa.common.errors import LedgerError, OutputError
 from hansa.common.identity import canonical, sha256, strict_json
 from hansa.common.ledger import ENTRY_TYPE, GENESIS_PREV, Ledger, owner_line, read_ledger
+from support import identity
 
 ADA, BEN = identity("ada"), identity("ben")
 GENESIS = {"owner": "ada", "role": "partner", "simulated": True}
@@ -137,7 +137,12 @@ def test_an_entry_is_acknowledged_after_fsync(tmp_path: Path, monkeypatch: pytes
 def test_a_new_ledgers_name_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[str] = []
     original = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda h: (folders.append(os.readlink(f"/proc/self/fd/{h}")), original(h)) and None)
+
+    def fsync(handle: int) -> None:
+        folders.append(os.readlink(f"/proc/self/fd/{handle}"))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     Ledger(tmp_path / "l", ADA, GENESIS)
     assert str(tmp_path) in folders
 
@@ -310,7 +315,9 @@ def test_well_signed_lines_that_do_not_belong(tmp_path: Path) -> None:
         path.write_bytes(first + line)
         fails(path, 2, words)
     envelope = strict_json(good)
-    spaced = ADA.seal(ENTRY_TYPE, b" " + canonical({"v": 1, "seq": 1, "prev": prev, "time": "", "type": "", "body": {}}))
+    spaced = ADA.seal(
+        ENTRY_TYPE, b" " + canonical({"v": 1, "seq": 1, "prev": prev, "time": "", "type": "", "body": {}})
+    )
     path.write_bytes(first + spaced + b"\n")
     fails(path, 2, "unusual layout")
     envelope["signatures"] *= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tracemalloc
 from typing import Any
@@ -11,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support import charter, identity, request, weights
 
 from hansa.common import messages
 from hansa.common.errors import MessageError
 from hansa.common.flower import Array, ArrayRecord, ConfigRecord, RecordDict
 from hansa.common.identity import Envelope, canonical, sha256, write_envelope
 from hansa.common.messages import DTYPES, MESSAGE_TYPE, Manifest, PlainWire, SignedWire, from_bytes, to_bytes
+from support import charter, identity, request, weights
 
 CHARTER = charter()
 COORDINATOR, ADA = identity("coordinator"), identity("ada")
@@ -202,7 +203,7 @@ def test_sender_and_recipient() -> None:
     refused(sent(), "does not stand in the charter", sender="eve")
     eve = SignedWire(identity("eve"), {})
     refused(eve.encode(ASK, eve.pack({}))[0], "not signed by")
-    with pytest.raises(MessageError, match="bad signature|not signed"):
+    with pytest.raises(MessageError, match=r"not signed by"):
         OUT.decode(sent(), "ada")
 
 
@@ -326,10 +327,8 @@ def test_every_truncation_and_every_changed_byte_of_a_stored_message() -> None:
 @given(st.binary(max_size=100))
 def test_any_stored_bytes(data: bytes) -> None:
     for stored in (data, b"hansa-message/1\n" + data):
-        try:
+        with contextlib.suppress(MessageError):
             from_bytes(stored)
-        except MessageError:
-            pass
 
 
 def test_plain_messages_are_for_one_process() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from support import NO_PRIVACY, charter
 
 from hansa.common.accounting import PrivacyEvent
 from hansa.common.charter import Charter
@@ -19,6 +18,7 @@ from hansa.common.plan import (
     plan_of,
     plan_sha256,
 )
+from support import NO_PRIVACY, charter
 
 PRIVATE = {"kind": "private", "noise_multiplier": 20.0, "every": 2}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from e2e_support import (
     DATA,
     HOSPITALS,
@@ -63,7 +64,11 @@ def refused(folder: Path, text: str, code: int, *words: str) -> None:
         ("delta: 1.0e-4", "delta: 0.01", ["c.yaml:12", "0.01 is not below 1/n = 0.0042 for 240 records"]),
         ("delta: 1.0e-4", "delta: 0", ["c.yaml:12: privacy.delta", "greater than 0"]),
         ("clip_norm: 1.0", "clip_norm: 1, noise_multiplier: 0.2", ["c.yaml:12", "0.3 (found 0.2)"]),
-        ("task: heart-disease", "task: heart-disaese", ["no task 'heart-disaese' is installed; installed are", "pip install"]),
+        (
+            "task: heart-disease",
+            "task: heart-disaese",
+            ["no task 'heart-disaese' is installed; installed are", "pip install"],
+        ),
     ],
     ids=lambda value: value.strip() if isinstance(value, str) else "",
 )
@@ -99,9 +104,13 @@ def test_more_rounds_than_the_budget_pays_are_refused_before_training(tmp_path: 
     """With the noise fixed by hand the partners' own gates refuse, each in its ledger; no data was read for training."""
     text = GOOD.replace("rounds: 1", "rounds: 500").replace("clip_norm: 1.0", "clip_norm: 1.0, noise_multiplier: 26.0")
     config, out = write(tmp_path / "c.yaml", text), tmp_path / "out"
-    call("plan", config).expect(1).says("does not fit", "30 such round(s) fit", "Fewer rounds, more noise, or a larger cap")
+    call("plan", config).expect(1).says(
+        "does not fit", "30 such round(s) fit", "Fewer rounds, more noise, or a larger cap"
+    )
     done = call("simulate", config, "--out", out).expect(1)
-    done.says("cleveland refused: budget: spent and held so far epsilon 0.000, with this run", "cap 1", "nothing was trained")
+    done.says(
+        "cleveland refused: budget: spent and held so far epsilon 0.000, with this run", "cap 1", "nothing was trained"
+    )
     done.says(f"fewer rounds or more noise. What fits: hansa plan {config}")
     for name in HOSPITALS:
         book = ledgers(out)[name]
@@ -207,7 +216,9 @@ def test_data_that_changed_under_a_run_stop_it(forked: Forked, tmp_path: Path) -
     before = {n: whole_lines(p) for n, p in ledgers(out).items()}
     good = data.read_text()
     data.write_text(good.replace("\n28,", "\n29,", 1))
-    call("simulate", config, "--out", out, "--resume").expect(2).says("hungary: the data differ from what", "Restore them")
+    call("simulate", config, "--out", out, "--resume").expect(2).says(
+        "hungary: the data differ from what", "Restore them"
+    )
     data.unlink()
     call("simulate", config, "--out", out, "--resume").expect(2).says("hungary", "no data file")
     assert {n: whole_lines(p) for n, p in ledgers(out).items()} == before
@@ -228,13 +239,17 @@ def test_an_output_folder_that_holds_another_run(tmp_path: Path) -> None:
     call("demo", "--out", out).expect(2).says("not an earlier demo", "Give another --out")
     bad = write(tmp_path / "bad.yaml", GOOD.replace("235", "400"))
     call("simulate", bad, "--out", out).expect(2).says("holds another run")
-    assert {p: p.read_bytes() for root in (out, tmp_path / "out.private") for p in root.rglob("*") if p.is_file()} == files
+    assert {
+        p: p.read_bytes() for root in (out, tmp_path / "out.private") for p in root.rglob("*") if p.is_file()
+    } == files
 
 
 def test_an_output_folder_with_something_of_the_users(tmp_path: Path) -> None:
     config = write(tmp_path / "c.yaml", GOOD)
     mine = write(tmp_path / "out" / "thesis.txt", "three years")
-    call("simulate", config, "--out", mine.parent).expect(2).says("out: not empty, and not a run of ours", "Give another --out")
+    call("simulate", config, "--out", mine.parent).expect(2).says(
+        "out: not empty, and not a run of ours", "Give another --out"
+    )
     bad = write(tmp_path / "bad.yaml", GOOD.replace("235", "400"))
     call("simulate", bad, "--out", mine.parent, "--resume").expect(2)
     assert mine.read_text() == "three years"

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from e2e_support import call, contents, federation, write, write_rows
 from hansa.clients.app import Node
 from hansa.clients.datasets import csv_source

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+
 from e2e_support import HOSPITALS, Result, call, federation, process, write
 from hansa.common.cli import commands as common_commands
 from hansa.simulations.cli import commands as simulation_commands

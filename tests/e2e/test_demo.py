@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+
 from e2e_support import HOSPITALS, Fault, Forked, Result, call, contents, of_type
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.gate import Gate

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import same_arrays
 
 from hansa.common.errors import OutputError
 from hansa.server.checkpoint import Checkpoint, model_bytes, model_sha256
+from support import same_arrays
 
 MODEL = {
     "weight": np.arange(6, dtype=np.float32).reshape(2, 3),

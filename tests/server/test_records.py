@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import identity
 
 from hansa.common.ledger import Ledger
 from hansa.server.records import Answer, LedgerRecords
+from support import identity
 
 CHARTER = "c" * 64
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import NO_PRIVACY, charter, digest, identity, same_arrays, tiny_task, weights
 
 from hansa.common.charter import SignedCharter
 from hansa.common.closing import CLOSING_TYPE, sign_closing
@@ -25,6 +24,7 @@ from hansa.server.checkpoint import Checkpoint, model_sha256
 from hansa.server.records import LedgerRecords
 from hansa.server.rounds import Coordinator, Outcome
 from hansa.simulations.grid import InProcessGrid
+from support import NO_PRIVACY, charter, digest, identity, same_arrays, tiny_task, weights
 
 NAMES = ("ada", "ben", "cy")
 HEAD = {"length": 7, "head": "a" * 64}
@@ -169,7 +169,11 @@ def test_the_ledger_tells_the_run(table: Table) -> None:
     first = table.bodies("ask")[1]["requests"]
     assert first["ada"]["request_id"] == "run-1.1.train.ada"
     assert len({r["request_sha256"] for r in first.values()}) == 3
-    assert table.bodies("round")[-1]["model_sha256"] == model_sha256(outcome.model) == table.bodies("close")[0]["model_sha256"]
+    assert (
+        table.bodies("round")[-1]["model_sha256"]
+        == model_sha256(outcome.model)
+        == table.bodies("close")[0]["model_sha256"]
+    )
     assert [b["partners"] for b in table.bodies("round")] == [list(NAMES)] * 2
 
 
@@ -256,7 +260,9 @@ def test_too_few_accept(table: Table) -> None:
 def test_quorum_not_met(table: Table) -> None:
     for name in ("ada", "ben"):
         table.partners[name].answers["train"] = _refuse
-    with pytest.raises(RunFailed, match=r"(?s)round 1: 1 of 3 partners answered, the quorum is 2 \(ada: refused.*--resume"):
+    with pytest.raises(
+        RunFailed, match=r"(?s)round 1: 1 of 3 partners answered, the quorum is 2 \(ada: refused.*--resume"
+    ):
         table.run()
     assert table.checkpoint() is None
     assert table.bodies("round") == table.bodies("close") == []

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import same_arrays
 
 from hansa.common.config import Strategy
 from hansa.common.errors import RunFailed
@@ -22,6 +21,7 @@ from hansa.common.flower import (
 )
 from hansa.server.checkpoint import Checkpoint
 from hansa.server.strategies import ServerOptimizer, _OneNode
+from support import same_arrays
 
 CHOSEN = {
     "fedavg": Strategy(name="fedavg"),
@@ -181,9 +181,9 @@ def test_fedadam_by_hand() -> None:
 @pytest.mark.parametrize("name", list(CHOSEN))
 def test_a_model_that_is_no_longer_finite(name: str) -> None:
     huge = {n: np.full(v.shape, 1e300) for n, v in start().items()}
-    with pytest.raises(RunFailed, match=r"(?s)round 1: the model is no longer finite.*learning rate"):
-        with np.errstate(all="ignore"):
-            ServerOptimizer(CHOSEN[name]).step(1, start(), huge)
+    words = r"(?s)round 1: the model is no longer finite.*learning rate"
+    with np.errstate(all="ignore"), pytest.raises(RunFailed, match=words):
+        ServerOptimizer(CHOSEN[name]).step(1, start(), huge)
 
 
 def test_a_strategy_cannot_send_messages_of_its_own() -> None:

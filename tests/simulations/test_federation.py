@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import HEART, Killed, config, run, same_arrays, verified
 
 from hansa.common.config import Federation
 from hansa.common.errors import DataError, LedgerError, OutputError, RunFailed
@@ -15,6 +14,7 @@ from hansa.common.ledger import Ledger
 from hansa.server.checkpoint import Checkpoint
 from hansa.simulations.federation import Simulation, private_folder
 from hansa.simulations.result import make_result, save_result
+from support import HEART, Killed, config, run, same_arrays, verified
 
 LOCAL = {"epsilon": 1.0, "delta": 1e-4, "clip_norm": 1.0}
 PRIVATE = {"kind": "private", "noise_multiplier": 20.0, "every": 2}
@@ -147,9 +147,7 @@ def test_a_second_run_is_refused_and_stays_so(tmp_path: Path) -> None:
 
 def test_partial_participation_with_privacy(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    settings = config(
-        quorum=2, privacy=LOCAL, algorithm=algorithm(rounds=2, participation=0.5)
-    )
+    settings = config(quorum=2, privacy=LOCAL, algorithm=algorithm(rounds=2, participation=0.5))
     outcome, _ = run(settings, out)
     assert [h["partners"] for h in outcome.history] == [2, 2]
     verdict = verified(out)
@@ -213,7 +211,7 @@ def test_a_damaged_run_file(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(small(algorithm=algorithm(rounds=1)), out)
     (private_folder(out) / "run.json").write_text("{")
-    with pytest.raises(OutputError, match="run.json"):
+    with pytest.raises(OutputError, match=r"run\.json"):
         run(small(algorithm=algorithm(rounds=1)), out, resume=True)
 
 

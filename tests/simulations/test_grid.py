@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,9 @@ def grid_of(handler: Callable[[Message, Context], Message], nodes: int = 3) -> I
 
 
 def content(value: float = 0.0) -> RecordDict:
-    return RecordDict({"arrays": ArrayRecord({"w": Array(np.full(2, value, np.float32))}), "config": ConfigRecord({"a": [1]})})
+    return RecordDict(
+        {"arrays": ArrayRecord({"w": Array(np.full(2, value, np.float32))}), "config": ConfigRecord({"a": [1]})}
+    )
 
 
 def echo(message: Message, c: Context) -> Message:
@@ -222,7 +224,6 @@ def test_flowers_own_fedavg_runs_unmodified() -> None:
 
 def test_flowers_own_fedadam_goes_on_when_one_client_fails() -> None:
     app = _plain_flower_app()
-    inner = InProcessGrid(app, 3, context)
 
     class Sick(InProcessGrid):
         def _deliver(self, message: Message) -> Message:
@@ -230,7 +231,6 @@ def test_flowers_own_fedadam_goes_on_when_one_client_fails() -> None:
                 message.metadata.dst_node_id = 99
             return super()._deliver(message)
 
-    del inner
     grid = Sick(app, 3, context)
     result = strategies.FedAdam().start(
         grid=grid, initial_arrays=ArrayRecord({"w": Array(np.zeros(2, np.float32))}), num_rounds=2
@@ -250,5 +250,3 @@ def test_an_unknown_type_is_an_error_reply() -> None:
     grid = grid_of(echo)
     (reply,) = grid.send_and_receive([grid.create_message(content(), "query.surprise", 1, "1")])
     assert reply.has_error()
-
-

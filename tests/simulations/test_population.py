@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import NO_PRIVACY, Killed, charter, config, identity, request, run, same_arrays, verified
 
 from hansa.common.config import Federation
 from hansa.common.errors import Refusal, Refused
@@ -16,6 +15,7 @@ from hansa.server.checkpoint import Checkpoint
 from hansa.server.records import Answer
 from hansa.simulations.federation import private_folder
 from hansa.simulations.population import PopulationGate, PopulationRecords, _ranges, client_name
+from support import NO_PRIVACY, Killed, charter, config, identity, request, run, same_arrays, verified
 
 CLIENTS = 101
 LOCAL = {"epsilon": 4.0, "delta": 1e-3, "clip_norm": 1.0}
@@ -46,16 +46,18 @@ def test_it_runs_and_verifies(tmp_path: Path) -> None:
     outcome, _ = run(population(privacy=LOCAL), out)
     assert [h["partners"] for h in outcome.history] == [30, 30]
     verdict = verified(out)
-    bills = verdict["partners"]
-    debits: dict[str, int] = {}
+    debits = dict.fromkeys(map(client_name, range(CLIENTS)), 0)
     for entry in entries(out):
         if entry.type == "cohort-debit":
             for first, last in entry.body["clients"]:
                 for number in range(first, last + 1):
-                    debits[client_name(number)] = debits.get(client_name(number), 0) + 1
+                    debits[client_name(number)] += 1
     assert sum(debits.values()) == 60
-    shown = {name: bill for name, bill in bills.items() if bill.get("rounds") or bill.get("debits")}
-    assert shown, "some client was charged"
+    assert {name: bill["debits"] for name, bill in verdict["partners"].items()} == debits
+    assert {name: bill["rounds"] for name, bill in verdict["partners"].items()} == debits
+    charged = {n: {b["epsilon_filter"] for c, b in verdict["partners"].items() if debits[c] == n} for n in (0, 1, 2)}
+    assert charged[0] == {0.0}
+    assert 0 < max(charged[1]) < max(charged[2]) <= 4.0
     assert entries(out)[0].body["simulated"] is True
     assert entries(out)[0].body["role"] == "population"
     assert not (out / "partners").exists()

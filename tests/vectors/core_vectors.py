@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / ".dev"), str(HERE.parent)]
 
 import numpy as np  # noqa: E402
+
 import support  # noqa: E402
 from hansa.common import ledger  # noqa: E402
 from hansa.common.closing import CLOSING_TYPE, closing_payload  # noqa: E402
