@@ -4,7 +4,8 @@ verify the message -> ask the gate -> read data and work -> outbox -> commit -> 
 with a signed refusal and reads nothing.
 
 What may leave a node, and nothing else: `update` (a round's model update), `scores` (scores and labels of rows registered
-as public), `histogram` (noisy score histogram, charged), `head` and `signature` (of its ledger), `accepted`, `refused`.
+as public), `histogram` (noisy score histogram, charged), `failed` (that, and nothing else, when the work failed after it was
+paid for), `head` and `signature` (of its ledger), `accepted`, `refused`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from ..common.charter import Charter
 from ..common.closing import sign_closing
-from ..common.errors import DataError, MessageError, Refusal, Refused
+from ..common.errors import LedgerError, MessageError, OutputError, Refusal, Refused
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.identity import Identity, sha256
 from ..common.messages import Manifest, Tensors, Wire, is_finite
@@ -57,7 +58,7 @@ class Doorkeeper(Protocol):
     def refuse(self, request: Manifest, request_sha256: str, refused: Refused) -> None:
         """Record a refusal."""
 
-    def close_run(self, run_id: str) -> dict[str, Any]:
+    def close_run(self, run_id: str, charter_sha256: str) -> dict[str, Any]:
         """Release a run's hold; the ledger's length and head."""
 
 
@@ -106,15 +107,18 @@ class Node:
             return self._again(request)
         charter = self._agreed(request)
         settings = local_settings(charter)
-        update = train_locally(
-            self._model,
-            self._task.loss,
-            tensors,
-            self._rows().train,
-            settings,
-            _declared(charter, self._gate.name),
-            seed=None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name),
-        )
+
+        def update() -> Tensors:
+            return train_locally(
+                self._model,
+                self._task.loss,
+                tensors,
+                self._dataset.open().train,
+                settings,
+                _declared(charter, self._gate.name),
+                seed=None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name),
+            )
+
         return self._answer(request, digest, "update", update, public=False)
 
     def evaluate(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
@@ -125,22 +129,26 @@ class Node:
         before = self._gate.admit_public(request, digest) if public else self._gate.debit(request, digest, "evaluate")
         if before:
             return self._again(request)
-        rows = self._rows().held_out
-        scores = self._scores(tensors, rows)
-        labels = rows.y.numpy()
+
+        def scores() -> Tensors:
+            rows = self._dataset.open().held_out
+            return {"scores": self._scores(tensors, rows), "labels": rows.y.numpy()}
+
+        def histogram() -> Tensors:
+            found = scores()
+            binary = len(self._task.classes) == 2
+            counts = score_histogram(found["scores"], found["labels"], evaluation.bins, binary=binary)
+            assert evaluation.noise_multiplier is not None
+            # One record is one count: sensitivity 1 under add-or-remove-one: the multiplier is the standard deviation.
+            return {"histogram": counts + SecureNoise().gaussian(counts.shape, evaluation.noise_multiplier)}
+
         if public:
-            return self._answer(request, digest, "scores", {"scores": scores, "labels": labels}, public=True)
-        counts = score_histogram(scores, labels, evaluation.bins, binary=len(self._task.classes) == 2).astype(
-            np.float64
-        )
-        assert evaluation.noise_multiplier is not None
-        # One record is one count: sensitivity 1 under add-or-remove-one, so the multiplier is the standard deviation.
-        noisy = counts + SecureNoise().gaussian(counts.shape, evaluation.noise_multiplier)
-        return self._answer(request, digest, "histogram", {"histogram": noisy}, public=False)
+            return self._answer(request, digest, "scores", scores, public=True)
+        return self._answer(request, digest, "histogram", histogram, public=False)
 
     def close(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
         """Release what the run still holds; answers with this ledger's length and head."""
-        head = self._gate.close_run(request.run_id)
+        head = self._gate.close_run(request.run_id, request.charter_sha256)
         if self._outbox is not None:
             self._outbox.drop(request.run_id)
         return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
@@ -152,8 +160,9 @@ class Node:
             payload = base64.b64decode(str(request.fields.get("closing", "")), validate=True)
         except ValueError as err:
             raise MessageError("a closing checkpoint that is not base64") from err
-        head = self._gate.close_run(request.run_id)
-        signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, self._gate.name, head)
+        head = self._gate.close_run(request.run_id, request.charter_sha256)
+        owners = self._agreed(request).keys()
+        signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, owners, head)
         encoded = base64.b64encode(signature).decode()
         return self._wire.encode(request.reply("signature", digest, signature=encoded), self._wire.pack({}))[0]
 
@@ -185,7 +194,22 @@ class Node:
             reply = self._wire.encode(request.reply("refused", digest, **fields), self._wire.pack({}))[0]
         return Message(reply, reply_to=message)
 
-    def _answer(self, request: Manifest, digest: str, kind: str, tensors: Tensors, *, public: bool) -> RecordDict:
+    def _answer(
+        self, request: Manifest, digest: str, kind: str, work: Callable[[], Tensors], *, public: bool
+    ) -> RecordDict:
+        """Do the work that was paid for, and commit its one answer before it leaves.
+
+        Whatever goes wrong from here on saw data or noise, so it is answered too, by the same words every time, and a
+        repeated request gets this answer again: a second attempt would be a second release under one debit.
+        """
+        try:
+            tensors = work()
+        except (OutputError, LedgerError):
+            raise
+        except Exception as err:
+            # The words may hold record values: they stay here.
+            _log.error("%s: round %s failed: %s", self._gate.name, request.round, err, exc_info=True)
+            kind, tensors = "failed", {}
         reply, reply_sha256 = self._wire.encode(request.reply(kind, digest), self._wire.pack(tensors))
         if self._outbox is not None:
             self._outbox.put(request.run_id, request.request_id, reply)
@@ -209,14 +233,6 @@ class Node:
         good = shapes == self._shapes and all(t.dtype == np.float32 for t in tensors.values()) and is_finite(tensors)
         if not good:
             raise Refused(Refusal.NUMERIC, "the model's tensors are not those of the task, or not finite")
-
-    def _rows(self) -> Any:
-        try:
-            return self._dataset.open()
-        except DataError as err:
-            # The words hold record values: they stay here.
-            _log.error("%s: %s", self._gate.name, err)
-            raise Refused(Refusal.DATA, "the registered dataset cannot be read; see the node's own log") from err
 
     def _scores(self, tensors: Tensors, rows: Rows) -> npt.NDArray[np.float32]:
         """Scores [n, classes] in batches, so that memory does not grow with the held-out rows."""

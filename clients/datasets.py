@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
-import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import ConfigError, DataError, OutputError
+from ..common.errors import ConfigError, DataError, LedgerError
+from ..common.identity import write_whole
 from ..common.tasks import Task
 from ..common.tasks.schema import TableSchema, read_table
 
@@ -48,21 +48,25 @@ class Split:
 
 
 def split_rows(rows: Rows, test_fraction: float, seed: int) -> Split:
-    """Hold out `test_fraction` of each class (to the nearest row, but leave at least one to train on).
+    """Hold out each row with probability `test_fraction`, by a hash of the row itself.
 
-    Disjoint, complete, in the order of `rows`, and the same for the same rows and seed.
+    Where a row goes depends on the seed, on itself and on how many equal rows stand before it, on no other row: adding or
+    removing one record moves no other, so "add or remove one" means the same before the split as after it. (A split by a
+    permutation, or so many of each class, moves others.) Disjoint, complete, in the order of `rows`.
 
     Raises:
         ConfigError: a fraction outside [0, 1).
     """
     if not 0 <= test_fraction < 1:
         raise ConfigError(f"test_fraction is {test_fraction}", "Allowed is 0 (nothing held out) to below 1.")
-    rng = np.random.default_rng(seed)
-    labels = rows.y.numpy()
+    seen: Counter[bytes] = Counter()
     held_out = np.zeros(len(rows), dtype=bool)
-    for label in np.unique(labels):
-        places = rng.permutation(np.flatnonzero(labels == label))
-        held_out[places[: min(round(len(places) * test_fraction), len(places) - 1)]] = True
+    features, labels = np.ascontiguousarray(rows.x.numpy(), "<f4"), rows.y.numpy().astype("<i8")
+    for number in range(len(rows)):
+        row = hashlib.sha256(features[number].tobytes() + labels[number].tobytes()).digest()
+        coin = hashlib.sha256(f"hansa split {seed} {seen[row]}\0".encode() + row).digest()
+        seen[row] += 1
+        held_out[number] = int.from_bytes(coin[:8], "big") < test_fraction * 2**64
     return Split(
         train=rows.take(torch.from_numpy(np.flatnonzero(~held_out))),
         held_out=rows.take(torch.from_numpy(np.flatnonzero(held_out))),
@@ -101,30 +105,45 @@ class RegisteredDataset:
     Attributes:
         task: name of the task.
         dataset_id: 16 random bytes, hex; the budget belongs to it.
-        commitment: hex HMAC-SHA256 over the fingerprints of both parts. Its 32-byte key is random and stays
-            at the node, so it binds the node and tells nobody else anything (records can be guessed, and a plain
-            hash would confirm a guess).
+        commitment: hex HMAC-SHA256 over the fingerprint of the training rows. Its 32-byte key is random and stays at
+            the node, so it binds the node and tells nobody else anything (records can be guessed, and a plain hash would
+            confirm a guess).
+        held_out: "public" when the held-out rows were registered as a public dataset, "private", or "none".
+        held_out_commitment: the same over the held-out rows; None when there are none.
     """
 
     task: str
     dataset_id: str
     commitment: str
+    held_out: str
+    held_out_commitment: str | None
     _key: bytes = field(repr=False)
     _train_size: int = field(repr=False)
     _source: Callable[[], Split] = field(repr=False)
+    _path: Path | None = field(repr=False)
+    _ledger_id: str | None = field(default=None, repr=False)
     _opened: Split | None = field(default=None, repr=False)
 
     @classmethod
     def register(
-        cls, task: Task, source: Callable[[], Split], folder: Path | None, allow_single_class: bool = False
+        cls,
+        task: Task,
+        source: Callable[[], Split],
+        folder: Path | None,
+        allow_single_class: bool = False,
+        *,
+        public: bool = False,
     ) -> RegisteredDataset:
-        """Read once, check, commit; keep id, key, commitment and size in `folder`/dataset.json (mode 0600).
+        """Read once, check, commit; keep id, key, commitments and size in `folder`/dataset.json (mode 0600).
 
         A dataset.json that is already there keeps its id and key, and must still describe the same rows.
 
+        Args:
+            public: the held-out rows are registered as public: their scores and labels may leave.
+
         Raises:
-            DataError: rows that are empty, not finite, out of range, of the wrong shape or type, or all of
-                one class (unless allowed); rows that changed since registration; an unreadable dataset.json.
+            DataError: rows that are empty, not finite, out of range, of the wrong shape or type, or all of one class
+                (unless allowed); rows that changed since registration; an unreadable dataset.json.
             OutputError: dataset.json cannot be written.
         """
         split = source()
@@ -140,23 +159,71 @@ class RegisteredDataset:
         path = None if folder is None else folder / "dataset.json"
         kept = _load(path) if path is not None and path.exists() else None
         key = secrets.token_bytes(32) if kept is None else bytes.fromhex(kept["key"])
+        some = len(split.held_out) > 0
         dataset = cls(
             task=task.name,
             dataset_id=secrets.token_hex(16) if kept is None else kept["dataset_id"],
-            commitment=_commit(key, task.name, split),
+            commitment=_commit(key, task.name, split.train),
+            held_out=("public" if public else "private") if some else "none",
+            held_out_commitment=_commit(key, task.name, split.held_out) if some else None,
             _key=key,
             _train_size=len(split.train),
             _source=source,
+            _path=path,
+            _ledger_id=None if kept is None else kept["ledger_id"],
         )
-        if kept is not None and (kept["task"], kept["commitment"]) != (dataset.task, dataset.commitment):
+        if kept is not None and dataset._content() != kept:
             raise DataError(
                 f"the data differ from what {path} registered (task {kept['task']!r})",
                 "Its spent budget belongs to those rows under that task, split and seed. Restore them, or "
                 "register the new data in another folder.",
             )
-        if path is not None and kept is None:
-            _save(path, dataset)
+        if kept is None:
+            dataset._save()
         return dataset
+
+    def describe(self) -> dict[str, Any]:
+        """What the genesis entry of its ledger says about it."""
+        held_out = {"kind": self.held_out, "commitment": self.held_out_commitment}
+        return {"id": self.dataset_id, "commitment": self.commitment, "held_out": held_out}
+
+    def bind(self, ledger_id: str) -> None:
+        """Tie this dataset's budget to the one ledger that holds it, for good.
+
+        Raises:
+            LedgerError: it is tied to another ledger, so what was spent would be forgotten.
+        """
+        if self._ledger_id not in (None, ledger_id):
+            raise LedgerError(
+                f"the budget of dataset {self.dataset_id} is in another ledger ({self._ledger_id}) than this one",
+                "Restore that ledger: without it what was spent would be forgotten.",
+            )
+        if self._ledger_id is None:
+            self._ledger_id = ledger_id
+            self._save()
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "dataset_id": self.dataset_id,
+            "key": self._key.hex(),
+            "commitment": self.commitment,
+            "held_out": self.held_out,
+            "held_out_commitment": self.held_out_commitment,
+            "train_size": self._train_size,
+            "ledger_id": self._ledger_id,
+        }
+
+    def _save(self) -> None:
+        if self._path is not None:
+            write_whole(self._path, json.dumps(self._content(), indent=1).encode(), mode=0o600)
+
+    def _is_registered(self, split: Split) -> bool:
+        parts = [(split.train, self.commitment)]
+        if self.held_out_commitment is not None:
+            parts.append((split.held_out, self.held_out_commitment))
+        same = (len(split.held_out) > 0) == (self.held_out_commitment is not None)
+        return same and all(hmac.compare_digest(_commit(self._key, self.task, rows), stated) for rows, stated in parts)
 
     def open(self) -> Split:
         """The rows; read from the source the first time, then kept.
@@ -166,7 +233,7 @@ class RegisteredDataset:
         """
         if self._opened is None:
             split = self._source()
-            if not hmac.compare_digest(_commit(self._key, self.task, split), self.commitment):
+            if not self._is_registered(split):
                 raise DataError(
                     f"the data of dataset {self.dataset_id} changed after registration",
                     "Restore the registered rows, or register the new data as another dataset.",
@@ -201,8 +268,8 @@ def _check(task: Task, what: str, rows: Rows) -> None:
             raise DataError(f"{what}: {len(places)} of {len(rows)} rows hold {problem}; rows (from 0) {first}", hint)
 
 
-def _commit(key: bytes, task: str, split: Split) -> str:
-    content = b"hansa dataset 1\0" + task.encode() + b"\0" + fingerprint(split.train) + fingerprint(split.held_out)
+def _commit(key: bytes, task: str, rows: Rows) -> str:
+    content = b"hansa dataset 1\0" + task.encode() + b"\0" + fingerprint(rows)
     return hmac.new(key, content, hashlib.sha256).hexdigest()
 
 
@@ -211,38 +278,10 @@ def _load(path: Path) -> dict[str, Any]:
         kept = json.loads(path.read_bytes())
         if len(bytes.fromhex(kept["key"])) != 32 or not all(kept[k] for k in ("task", "dataset_id", "commitment")):
             raise ValueError
+        kept["ledger_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is not a dataset registration that can be read",
             "Restore it from a backup: the budget of its dataset is bound to the id in it.",
         ) from None
     return dict(kept)
-
-
-def _save(path: Path, dataset: RegisteredDataset) -> None:
-    content = {
-        "task": dataset.task,
-        "dataset_id": dataset.dataset_id,
-        "key": dataset._key.hex(),
-        "commitment": dataset.commitment,
-        "train_size": dataset._train_size,
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".dataset-")  # mode 0600
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "Make room or give a writable folder.") from error

@@ -23,7 +23,16 @@ from ..common.errors import LedgerError, Refusal, Refused
 from ..common.identity import canonical, real, strict_json
 from ..common.ledger import Entry, Ledger
 from ..common.messages import Manifest
-from ..common.plan import SOFTWARE, PlanItem, budget_of, event_fields, event_from, plan_of, plan_sha256
+from ..common.plan import (
+    SOFTWARE,
+    PlanItem,
+    budget_of,
+    evaluated_rounds,
+    event_fields,
+    event_from,
+    plan_of,
+    plan_sha256,
+)
 from .datasets import RegisteredDataset
 
 
@@ -78,14 +87,17 @@ class Gate:
         self._budget: Budget | None = None
         self._holds: dict[str, _Hold] = {}
         self._exchanges: dict[str, _Exchange] = {}
+        self._refused: set[bytes] = set()
         begun = ledger.entries[0].body
         if (begun["simulated"], (begun["dataset"] or {}).get("id")) != (simulated, dataset.dataset_id):
             raise LedgerError(
                 f"{name}'s ledger is of dataset {begun['dataset']}, simulated {begun['simulated']}",
                 f"Give the ledger of dataset {dataset.dataset_id}, simulated {simulated}: what was spent stands in it.",
             )
+        dataset.bind(begun["ledger_id"])
         for entry in ledger.entries:
             self._apply(entry)
+        self._release_expired()
 
     def accept(self, signed: SignedCharter) -> None:
         """Install a charter that the partner signed; nothing is spent by it.
@@ -94,7 +106,9 @@ class Gate:
             CharterError: not signed by everyone, edited, expired.
             Refused: it is not for this partner, this code or this dataset.
         """
-        charter = signed.verify(now=datetime.now(UTC))
+        known = any(e.body["charter_sha256"] == signed.sha256 for e in self.ledger.of("charter"))
+        # One that was accepted before is read again after it expired, so that its runs can be closed: it spends nothing.
+        charter = signed.verify(now=None if known else datetime.now(UTC))
         member = charter.member(self.name)
         if member is None or member.key != self._key:
             raise Refused(Refusal.NOT_A_PARTNER, f"{self.name} with this key does not stand in the charter")
@@ -122,8 +136,14 @@ class Gate:
             check_delta(charter.privacy.delta, member.declared_records)
         except ValueError as err:
             raise Refused(Refusal.DATA, str(err)) from err
+        if charter.evaluation.kind == "public" and self._dataset.held_out == "private":
+            raise Refused(
+                Refusal.DATA,
+                "the charter lets scores of held-out rows leave; this dataset's were not registered as public",
+                "Register them as public first, if they are, or agree on private evaluation.",
+            )
         self._charters[signed.sha256] = charter
-        if not any(e.body["charter_sha256"] == signed.sha256 for e in self.ledger.of("charter")):
+        if not known:
             self._append(
                 "charter",
                 {
@@ -144,20 +164,24 @@ class Gate:
         charter = self._charter(request)
         if request.run_id in self._holds:
             raise Refused(Refusal.REPLAY, "this run is already held")
+        self._release_expired()
         plan = plan_of(charter.algorithm, charter.privacy, charter.evaluation)
-        if charter.privacy.kind == "local" and self._budget is None:
-            self._append(
-                "budget",
-                {
-                    "dataset": self._dataset.dataset_id,
-                    "charter_sha256": request.charter_sha256,
-                    "unit": "record",
-                    "adjacency": "add-or-remove-one",
-                    "budget": budget_of(charter.privacy).to_fields(),
-                },
-            )
-        if charter.privacy.kind == "local" and not self._fits(plan):
-            raise Refused(Refusal.BUDGET, self._short(plan))
+        if charter.privacy.kind == "local":
+            agreed = budget_of(charter.privacy)
+            # The dataset's own cap over everything, and the charter's over what is spent under it: both must hold.
+            self._admit(self._budget or agreed, plan, None)
+            self._admit(agreed, plan, request.charter_sha256)
+            if self._budget is None:  # only now: a run that is refused must not fix the budget
+                self._append(
+                    "budget",
+                    {
+                        "dataset": self._dataset.dataset_id,
+                        "charter_sha256": request.charter_sha256,
+                        "unit": "record",
+                        "adjacency": "add-or-remove-one",
+                        "budget": agreed.to_fields(),
+                    },
+                )
         self._append(
             "hold",
             {
@@ -241,9 +265,15 @@ class Gate:
             },
         )
 
-    def close_run(self, run_id: str) -> dict[str, Any]:
-        """Free what a run held and never debited, if it is open here; the ledger's length and head after that."""
+    def close_run(self, run_id: str, charter_sha256: str) -> dict[str, Any]:
+        """Free what a run held and never debited, if it is open here; the ledger's length and head after that.
+
+        Raises:
+            Refused: this node accepted no such charter, or the run is another charter's.
+        """
         hold = self._holds.get(run_id)
+        if charter_sha256 not in self._charters or (hold is not None and hold.charter_sha256 != charter_sha256):
+            raise Refused(Refusal.CHARTER_UNKNOWN, "this run is not of a charter that this node accepted")
         if hold is not None and hold.open:
             self._append("release", {"run_id": run_id, "why": "closed"})
         return {"length": self.ledger.length, "head": self.ledger.head}
@@ -258,16 +288,17 @@ class Gate:
             "reason": refused.reason.value,
             "detail": refused.detail,
         }
-        if not any(e.body == body for e in self.ledger.of("refuse")):
+        if canonical(body) not in self._refused:
             self._append("refuse", body)
 
     def charter(self, sha256_hex: str) -> Charter | None:
         """An accepted charter by its hash."""
         return self._charters.get(sha256_hex)
 
-    def spent(self) -> list[PrivacyEvent]:
-        """Everything debited on this dataset, over all runs and charters."""
-        return [e for e in (event_from(d.body["event"]) for d in self.ledger.of("debit")) if e is not None]
+    def spent(self, charter_sha256: str | None = None) -> list[PrivacyEvent]:
+        """Everything debited on this dataset, over all runs, under one charter or all."""
+        debits = [d.body for d in self.ledger.of("debit") if charter_sha256 in (None, d.body["charter_sha256"])]
+        return [e for e in (event_from(body["event"]) for body in debits) if e is not None]
 
     def unbounded(self) -> bool:
         """Whether an unprotected round was ever debited: no finite ε holds any more."""
@@ -300,36 +331,52 @@ class Gate:
         return hold
 
     def _check_round(self, request: Manifest, charter: Charter, hold: _Hold, purpose: str) -> None:
+        rounds = charter.algorithm.rounds
+        every = 1 if purpose == "train" else charter.evaluation.every
         taken = hold.rounds.get((purpose, request.round), request.request_id)
-        if not 1 <= request.round <= charter.algorithm.rounds or taken != request.request_id:
-            raise Refused(Refusal.ROUND, f"round {request.round} is not next")
+        if request.round not in evaluated_rounds(rounds, every) or taken != request.request_id:
+            raise Refused(Refusal.ROUND, f"round {request.round} is not one to {purpose}, or was asked for before")
 
-    def _fits(self, plan: Iterable[PlanItem]) -> bool:
-        assert self._budget is not None
+    def _release_expired(self) -> None:
+        """Free what runs under expired charters still hold: nothing can be debited for them any more."""
+        now = datetime.now(UTC)
+        expires = {
+            e.body["charter_sha256"]: datetime.fromisoformat(e.body["expires"]) for e in self.ledger.of("charter")
+        }
+        for run_id, hold in self._holds.items():
+            if hold.open and hold.charter_sha256 in expires and now >= expires[hold.charter_sha256]:
+                self._append("release", {"run_id": run_id, "why": "expired"})
+
+    def _admit(self, budget: Budget, plan: Iterable[PlanItem], charter_sha256: str | None) -> None:
+        """Refuse a plan that `budget` does not admit after what was spent and held (under one charter, or under all).
+
+        The words are for the coordinator: they tell what was spent under its own charter, and of others only that
+        something was.
+        """
+        asked = [e for i in plan for e in _times(i.event, i.count)]
+        taken = [*self.spent(charter_sha256), *self._held(charter_sha256)]
         if self.unbounded():
-            return False
-        return self._budget.admits([*self.spent(), *self._held(), *(e for i in plan for e in _times(i.event, i.count))])
+            raise Refused(Refusal.BUDGET, "an unprotected run made this budget unbounded")
+        if budget.admits([*taken, *asked]):
+            return
+        cap = f"cap {budget.epsilon:g} (delta {budget.delta:g}, record level, filter)"
+        charters = {h.charter_sha256 for h in self._holds.values()}
+        if charter_sha256 is None and len(charters) > 1:
+            raise Refused(Refusal.BUDGET, f"with what other charters took, the rest does not pay for this run; {cap}")
+        raise Refused(
+            Refusal.BUDGET,
+            f"spent and held so far epsilon {budget.spent(taken):.3f}, "
+            f"with this run {budget.spent([*taken, *asked]):.3f}, {cap}",
+        )
 
-    def _held(self) -> list[PrivacyEvent]:
-        """What open holds may still spend."""
+    def _held(self, charter_sha256: str | None = None) -> list[PrivacyEvent]:
+        """What open holds may still spend, under one charter or all."""
         found = []
         for hold in self._holds.values():
-            if hold.open:
+            if hold.open and charter_sha256 in (None, hold.charter_sha256):
                 for (_, fields), count in hold.left.items():
                     found += _times(_event(fields), count)
         return found
-
-    def _short(self, plan: Iterable[PlanItem]) -> str:
-        """Why a plan does not fit; from public terms and the ledger alone."""
-        assert self._budget is not None
-        if self.unbounded():
-            return "an unprotected run made this budget unbounded"
-        taken = [*self.spent(), *self._held()]
-        whole = self._budget.spent([*taken, *(e for i in plan for e in _times(i.event, i.count))])
-        return (
-            f"spent and held so far epsilon {self._budget.spent(taken):.3f}, with this run {whole:.3f}, "
-            f"cap {self._budget.epsilon:g} (delta {self._budget.delta:g}, record level, filter)"
-        )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -358,6 +405,8 @@ class Gate:
                 self._exchanges[body["request_id"]] = _Exchange(body["request_sha256"], done=True)
             case "release":
                 self._holds[body["run_id"]].open = False
+            case "refuse":
+                self._refused.add(canonical(dict(body)))
             case _:
                 pass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import MessageError
@@ -28,19 +28,30 @@ def closing_payload(
 
 
 def sign_closing(
-    identity: Identity, payload: bytes, run_id: str, charter_sha256: str, owner: str, head: Mapping[str, Any]
+    identity: Identity,
+    payload: bytes,
+    run_id: str,
+    charter_sha256: str,
+    owners: Iterable[str],
+    head: Mapping[str, Any],
 ) -> bytes:
     """Sign a closing checkpoint, if it says about the signer's own ledger what is true.
 
+    Args:
+        owners: everyone who stands in the charter: the checkpoint names these ledgers and no other.
+
     Raises:
-        MessageError: it is of another run or charter, or states another length or head.
+        MessageError: it is of another run or charter, names other ledgers, or states another length or head.
     """
     body = strict_json(payload)
     try:
-        mine = [item for item in body["ledgers"] if item["owner"] == owner]
+        mine = [item for item in body["ledgers"] if item["owner"] == identity.name]
+        named = [item["owner"] for item in body["ledgers"]]
         same = (body["v"], body["run_id"], body["charter_sha256"]) == (1, run_id, charter_sha256)
     except (KeyError, TypeError) as err:
         raise MessageError("a malformed closing checkpoint") from err
-    if not same or mine != [{"owner": owner, "length": head["length"], "head": head["head"]}]:
+    if named != sorted(owners):
+        raise MessageError("a closing checkpoint that does not name the ledgers of its charter")
+    if not same or mine != [{"owner": identity.name, "length": head["length"], "head": head["head"]}]:
         raise MessageError("a closing checkpoint that does not state this ledger as it is")
     return identity.sign(CLOSING_TYPE, payload)

@@ -37,7 +37,7 @@ class Optimizer(Section):
     """The optimiser of local steps; its state starts fresh every round."""
 
     name: Literal["sgd", "adam"] = "sgd"
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")

@@ -97,11 +97,17 @@ class Wire(Protocol):
 
 
 class SignedWire:
-    """Signed manifests and hashed chunks, between identities that stand in one charter."""
+    """Signed manifests and hashed chunks, between identities that stand in one charter, about that charter alone.
 
-    def __init__(self, identity: Identity, keys: Mapping[str, str]) -> None:
+    Args:
+        keys: the others' public keys, by name, as the charter has them.
+        charter_sha256: a message under another charter is refused: its keys need not be these.
+    """
+
+    def __init__(self, identity: Identity, keys: Mapping[str, str], charter_sha256: str) -> None:
         self._identity = identity
         self._keys = dict(keys)
+        self._charter_sha256 = charter_sha256
 
     def pack(self, tensors: Tensors) -> Packed:
         """See `Wire`."""
@@ -140,6 +146,8 @@ class SignedWire:
         manifest = _manifest(body)
         if manifest.sender != sender or manifest.recipient != self._identity.name:
             raise MessageError(f"a message from {manifest.sender} for {manifest.recipient}, delivered as {sender}'s")
+        if manifest.charter_sha256 != self._charter_sha256:
+            raise MessageError(f"a message from {sender} under another charter")
         tensors = _gather(specs, _record(records, "chunks", ArrayRecord))
         return manifest, tensors, sha256(envelope.payload)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,21 @@ from safetensors.numpy import load, save
 
 from ..common.errors import OutputError
 from ..common.identity import sha256, write_whole
+from .records import Answer
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass
 class Checkpoint:
-    """Where a run stands after `round` rounds.
+    """Where a run stands.
 
     Attributes:
-        folded: whose updates are in the last of them.
+        round: rounds that are complete.
+        trained: the next round's updates are in `model` already, its evaluation is still to come.
+        accepted: who accepted the run; None until they were asked.
+        folded: whose updates are in the last training.
+        answers: purpose -> partner -> answer, of the last step; the ledger may not have them yet.
     """
 
     run_id: str
@@ -32,6 +37,9 @@ class Checkpoint:
     strategy: Arrays = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
+    accepted: list[str] | None = None
+    trained: bool = False
+    answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write, whole or not at all.
@@ -41,7 +49,10 @@ class Checkpoint:
         """
         tensors = {f"model/{k}": _contiguous(v) for k, v in self.model.items()}
         tensors |= {f"strategy/{k}": _contiguous(v) for k, v in self.strategy.items()}
+        # asdict would copy every tensor.
+        answers = {p: {n: asdict(a) for n, a in given.items()} for p, given in self.answers.items()}
         about = {"run_id": self.run_id, "round": self.round, "history": self.history, "folded": self.folded}
+        about |= {"accepted": self.accepted, "trained": self.trained, "answers": answers}
         data = save(tensors, metadata={"hansa": json.dumps(about)})
         write_whole(path, sha256(data).encode() + b"\n" + data)
 
@@ -65,7 +76,11 @@ class Checkpoint:
             raise OutputError(f"{path}: the checkpoint is damaged", "Start the run again in a new folder.") from err
         model = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         strategy = {k.removeprefix("strategy/"): v for k, v in tensors.items() if k.startswith("strategy/")}
-        return cls(about["run_id"], about["round"], model, strategy, about["history"], about["folded"])
+        about["answers"] = {
+            purpose: {name: Answer(**answer) for name, answer in answers.items()}
+            for purpose, answers in about["answers"].items()
+        }
+        return cls(**about, model=model, strategy=strategy)
 
 
 def model_bytes(model: Arrays) -> bytes:

@@ -23,13 +23,16 @@ from ..common.closing import CLOSING_TYPE, closing_payload
 from ..common.errors import MessageError, RunFailed
 from ..common.flower import Grid, Message
 from ..common.identity import Envelope, Identity, sha256, verify, write_envelope, write_whole
-from ..common.messages import Manifest, Tensors, Wire, is_finite
+from ..common.messages import Manifest, Tensors, Wire
 from ..common.plan import evaluated_rounds
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
 from .checkpoint import Arrays, Checkpoint, model_sha256
 from .records import Answer, Records
 from .strategies import ServerOptimizer
+
+MAX_UPDATE = 1e12
+"""No update has larger values; float32 sums of a few of them, and their squares, stay finite."""
 
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
@@ -115,52 +118,67 @@ class Coordinator:
         # A file keeps no order; tensors in another one would make other bytes of the same request.
         state.model = {name: state.model[name] for name in self._initial}
         why = self._records.run(run_id, self._signed.sha256)
-        if state.round:
-            self._record(state)
+        self._record(state)  # what the checkpoint knows and a crash may have kept from the ledger
         if why is not None:  # stopped between its last entry and the countersigned checkpoint, or asked for again
             model = state.model if state.round else None
             return self._close(grid, Outcome(run_id, why, model, state.history, self._refusals))
-        accepted = self._open(grid, run_id, only or list(self._roster))
-        if len(accepted) < self._charter.quorum:
-            if state.round:
-                raise RunFailed(
-                    f"{len(accepted)} partners take part again, the quorum is {self._charter.quorum}",
-                    "Rounds so far are kept; mend the cause and run again with --resume.",
-                )
-            return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
+        if state.accepted is None:
+            state.accepted = self._open(grid, run_id, only or list(self._roster))
+            if len(state.accepted) < self._charter.quorum:
+                return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
+            state.save(path)
         optimizer = ServerOptimizer(self._charter.algorithm.strategy)
         optimizer.restore(state.strategy)
         measured = evaluated_rounds(self._charter.algorithm.rounds, self._charter.evaluation.every)
+        # Every step of a round is on disk before the ledger says that it is done and before the next one is asked for:
+        # a resumed run repeats the same questions to the same partners, and never folds a second answer of one of them.
         for number in range(state.round + 1, self._charter.algorithm.rounds + 1):
             began = time.perf_counter()
             self._notify("round", round=number)
-            mean, folded = self._train(grid, run_id, number, accepted, state.model)
-            state.model = optimizer.step(number, state.model, mean)
+            if not state.trained:
+                mean, state.folded, answers = self._train(grid, run_id, number, state.accepted, state.model)
+                state.model = optimizer.step(number, state.model, mean)
+                state.strategy, state.trained, state.answers = optimizer.state(), True, {"train": answers}
+                state.save(path)
+                self._record(state)
             metrics: dict[str, float] = {}
+            state.answers = {}
             if self._charter.evaluation.kind != "none" and number in measured:
-                metrics = self._evaluate(grid, run_id, number, accepted, state.model)
-            state.round, state.strategy, state.folded = number, optimizer.state(), folded
-            state.history.append({"round": number, "metrics": metrics, "partners": len(folded)})
-            # First the model, then the word that it exists: noise that was drawn again would make another one.
+                metrics, state.answers["evaluate"] = self._evaluate(grid, run_id, number, state.accepted, state.model)
+            state.round, state.trained = number, False
+            state.history.append({"round": number, "metrics": metrics, "partners": len(state.folded)})
             state.save(path)
             self._record(state)
             self._notify("done", round=number, metrics=metrics, seconds=time.perf_counter() - began)
         return self._close(grid, Outcome(run_id, "completed", state.model, state.history, self._refusals))
 
     def _record(self, state: Checkpoint) -> None:
-        metrics = state.history[-1]["metrics"]
-        self._records.round(state.run_id, state.round, model_sha256(state.model), state.folded, metrics)
+        """Write down what the checkpoint has: the answers of its last step and, at the end of a round, the round."""
+        number = state.round + 1 if state.trained else state.round
+        for purpose, answers in state.answers.items():
+            self._records.answered(state.run_id, number, purpose, answers)
+        if state.round and not state.trained:
+            metrics = state.history[-1]["metrics"]
+            self._records.round(state.run_id, state.round, model_sha256(state.model), state.folded, metrics)
 
     # -- the phases of a run -----------------------------------------------------------------------------------------
 
     def _open(self, grid: Grid, run_id: str, partners: list[str]) -> list[str]:
         answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, lambda *_: None)
+        self._records.answered(run_id, 0, "open", answers)
+        accepted = [name for name, answer in answers.items() if answer.outcome == "ok"]
+        silent = [name for name, answer in answers.items() if answer.outcome in ("timeout", "invalid")]
+        if silent and len(accepted) < self._charter.quorum:
+            raise RunFailed(
+                f"{', '.join(silent)} did not answer, and without them the quorum of {self._charter.quorum} is not met",
+                "Nothing was spent. Mend the cause and run again with --resume.",
+            )
         return [name for name, answer in answers.items() if answer.outcome == "ok"]
 
     def _train(
         self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
-    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str]]:
-        """The weighted mean of the cohort's updates (float64), and who is in it."""
+    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer]]:
+        """The weighted mean of the cohort's updates (float64), who is in it, and what everybody answered."""
         weights = self._weights()
         total = {name: np.zeros(value.shape, np.float64) for name, value in model.items()}
         expected = {name: value.shape for name, value in model.items()}
@@ -173,8 +191,9 @@ class Coordinator:
                 v.dtype != np.float32 for v in update.values()
             ):
                 raise MessageError(f"{partner}'s update has other tensors than the model")
-            if not is_finite(update):
-                raise MessageError(f"{partner}'s update is not finite")
+            # Also what is not finite: NaN compares false. A huge value would end the run for all, at every resume.
+            if not all(v.min() > -MAX_UPDATE and v.max() < MAX_UPDATE for v in update.values() if v.size):
+                raise MessageError(f"{partner}'s update is not finite, or larger than {MAX_UPDATE:g}")
             weight = weights[partner]
             for name, value in update.items():
                 total[name] += value if weight == 1.0 else np.multiply(value, weight, dtype=np.float64)
@@ -184,10 +203,13 @@ class Coordinator:
         cohort = self._cohort(number, accepted)
         answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold)
         if len(folded) < self._charter.quorum:
+            self._records.answered(run_id, number, "train", answers)
             raise self._no_quorum(number, len(folded), answers)
-        return {name: value / mass for name, value in total.items()}, folded
+        return {name: value / mass for name, value in total.items()}, folded, answers
 
-    def _evaluate(self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays) -> dict[str, float]:
+    def _evaluate(
+        self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
+    ) -> tuple[dict[str, float], dict[str, Answer]]:
         """Metrics over all evaluated rows, pooled in the order of the roster; private ones from the summed histogram."""
         classes = len(self._task.classes)
         parts: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
@@ -204,16 +226,16 @@ class Coordinator:
                     raise MessageError(f"{partner}'s histogram is malformed")
             parts[partner] = tensors
 
-        self._exchange(grid, run_id, number, "evaluate", "evaluate", accepted, model, take)
+        answers = self._exchange(grid, run_id, number, "evaluate", "evaluate", accepted, model, take)
         ordered = [parts[name] for name in self._roster if name in parts]
         if not ordered:
-            return {}
+            return {}, answers
         if self._charter.evaluation.kind == "private":
             summed = np.sum([p["histogram"] for p in ordered], axis=0)
-            return histogram_metrics(summed, binary=classes == 2)
+            return histogram_metrics(summed, binary=classes == 2), answers
         scores = np.concatenate([p["scores"] for p in ordered])
         labels = np.concatenate([p["labels"] for p in ordered])
-        return evaluate(self._task, scores, labels) if len(labels) else {}
+        return evaluate(self._task, scores, labels) if len(labels) else {}, answers
 
     def _close(self, grid: Grid, outcome: Outcome) -> Outcome:
         """Close every ledger and have everyone sign where it ends."""
@@ -262,7 +284,7 @@ class Coordinator:
         model: Arrays,
         sink: Sink,
     ) -> dict[str, Answer]:
-        """One recorded question to a cohort: requests on the ledger, sent, answers folded, answers on the ledger."""
+        """One question to a cohort: requests on the ledger, then sent, answers folded; the caller records them."""
         packed = self._wire.pack(model)
         encoded = {}
         for name in cohort:
@@ -275,7 +297,6 @@ class Coordinator:
             {name: (m.request_id, digest) for name, (m, _, digest) in encoded.items()},
         )
         answers = self._deliver(grid, message_type, encoded, sink)
-        self._records.answered(run_id, number, purpose, answers)
         for name, answer in answers.items():
             if answer.outcome.startswith("refused: "):
                 reason = answer.outcome.removeprefix("refused: ")
@@ -333,7 +354,8 @@ class Coordinator:
                 came = True
                 pending.discard(reply.metadata.reply_to_message_id)
                 name = self._names.get(reply.metadata.src_node_id, "")
-                if name in encoded and name not in answers:
+                # What is not signed by the partner must not keep its own answer out.
+                if name in encoded and (name not in answers or answers[name].outcome == "invalid"):
                     manifest, _, digest = encoded[name]
                     answers[name] = self._receive(name, manifest, digest, reply, sink)
                     self._notify("answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name])
@@ -354,6 +376,8 @@ class Coordinator:
             if reply.kind == "refused":
                 reason, detail = str(reply.fields.get("reason")), str(reply.fields.get("detail"))
                 return Answer(request.request_id, f"refused: {reason[:80]}", reply_sha256, detail[:400])
+            if reply.kind == "failed" and request.kind in ("train", "evaluate"):
+                return Answer(request.request_id, "failed", reply_sha256, "see the node's own log")
             if reply.kind not in _REPLIES[request.kind]:
                 raise MessageError(f"{name} answered a {request.kind} request with {reply.kind}")
             sink(name, reply, tensors)

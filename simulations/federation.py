@@ -237,7 +237,11 @@ class Simulation:
         for name, part in parts.items():
             try:
                 self.datasets[name] = RegisteredDataset.register(
-                    self.task, part.source, self.private / name if signed_form else None, part.allow_single_class
+                    self.task,
+                    part.source,
+                    self.private / name if signed_form else None,
+                    part.allow_single_class,
+                    public=charter.evaluation.kind == "public",
                 )
             except DataError as err:
                 raise type(err)(f"{name}: {err.message}", err.hint) if type(err) is DataError else err from err
@@ -254,7 +258,7 @@ class Simulation:
             records: Records = LedgerRecords(ledger)
             for name in parts:
                 self._partner(name, who[name], model)
-            wire: Any = SignedWire(me, {m.name: m.key for m in charter.partners})
+            wire: Any = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
         else:
             population = PopulationRecords(ledger, self.signed)
             records, wire = population, PlainWire()
@@ -285,7 +289,7 @@ class Simulation:
         genesis = {
             "owner": name,
             "role": "partner",
-            "dataset": {"id": dataset.dataset_id, "commitment": dataset.commitment},
+            "dataset": dataset.describe(),
         }
         ledger = self._ledger(self.out / "partners" / name / "ledger.jsonl", identity, genesis)
         gate = Gate(
@@ -308,7 +312,7 @@ class Simulation:
             model,
             dataset,
             gate,
-            SignedWire(identity, {COORDINATOR: charter.coordinator.key}),
+            SignedWire(identity, {COORDINATOR: charter.coordinator.key}, self.signed.sha256),
             outbox=Outbox(self.private / name / "outbox"),
             identity=identity,
         )

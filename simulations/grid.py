@@ -104,10 +104,10 @@ class InProcessGrid(Grid):
             return self._app(_own(message), self._context(node))
         except (OutputError, LedgerError):
             raise  # this process cannot record what it does: stop everything
-        except Exception as err:
+        except Exception:
             # The words may hold record values: they stay in the node's own log.
             _log.exception("node %s failed", node)
-            return Message(Error(CLIENT_FAILED, f"the node failed ({type(err).__name__})"), reply_to=message)
+            return Message(Error(CLIENT_FAILED, "the node failed"), reply_to=message)
 
 
 def _own(message: Message) -> Message:

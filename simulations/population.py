@@ -147,7 +147,7 @@ class PopulationGate:
     def refuse(self, request: Manifest, request_sha256: str, refused: Refused) -> None:
         """A refusal shows in the cohort's commit: the client is not in it."""
 
-    def close_run(self, run_id: str) -> dict[str, Any]:
+    def close_run(self, run_id: str, charter_sha256: str) -> dict[str, Any]:
         """Clients have no ledgers of their own."""
         raise AssertionError("a population's clients are not asked to close")
 

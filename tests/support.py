@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -126,6 +128,7 @@ class Site:
     source: Source
     simulated: bool = True
     allow_unprotected: bool = False
+    public: bool = True
     ledger: Ledger | None = None
 
     def gate(self, *charters: SignedCharter, code: str = CODE) -> Gate:
@@ -135,12 +138,11 @@ class Site:
         me = identity(self.name)
         read = self.source.hook
         self.source.hook = lambda: None  # registering reads; that is before anything is asked
-        self.dataset = RegisteredDataset.register(tiny_task(), self.source, self.folder / "data")
+        self.dataset = RegisteredDataset.register(tiny_task(), self.source, self.folder / "data", public=self.public)
         self.source.hook = read
-        about = {"id": self.dataset.dataset_id, "commitment": self.dataset.commitment}
         genesis = {"owner": self.name, "role": "partner", "ledger_id": "0" * 32, "software": "test"}
         self.ledger = Ledger(
-            self.folder / "ledger.jsonl", me, {**genesis, "simulated": self.simulated, "dataset": about}
+            self.folder / "ledger.jsonl", me, {**genesis, "simulated": self.simulated, "dataset": self.dataset.describe()}
         )
         made = Gate(
             self.name,
@@ -163,7 +165,7 @@ class Site:
             torch.nn.Linear(3, 2),
             self.dataset,
             gate,
-            SignedWire(identity(self.name), {"coordinator": identity("coordinator").key}),
+            SignedWire(identity(self.name), {"coordinator": identity("coordinator").key}, charters[0].sha256),
             outbox=Outbox(self.folder / "outbox"),
             identity=identity(self.name),
         )
@@ -220,6 +222,12 @@ def config(**changes: Any) -> Federation:
 def digest(value: object) -> str:
     """64 hex digits that stand for something."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def unwrapped(data: bytes) -> bytes:
+    """The bytes and, behind them, whatever in them is base64, decoded: a search that stops at envelopes finds nothing."""
+    inside = re.findall(rb"[A-Za-z0-9+/]{8,}={0,2}", data)
+    return data + b"\n" + b"\n".join(base64.b64decode(part) for part in inside if len(part) % 4 == 0)
 
 
 def same_arrays(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from hansa.common.flower import RecordDict
 from hansa.common.messages import SignedWire, to_bytes
 from support import charter, identity, request, weights
 
-WIRE = SignedWire(identity("ada"), {})
+WIRE = SignedWire(identity("ada"), {}, charter().sha256)
 
 
 def reply(value: float = 1.0) -> RecordDict:

@@ -22,8 +22,8 @@ from support import charter, identity, request, weights
 
 CHARTER = charter()
 COORDINATOR, ADA = identity("coordinator"), identity("ada")
-OUT = SignedWire(COORDINATOR, {"ada": ADA.key, "ben": identity("ben").key})
-IN = SignedWire(ADA, {"coordinator": COORDINATOR.key})
+OUT = SignedWire(COORDINATOR, {"ada": ADA.key, "ben": identity("ben").key}, CHARTER.sha256)
+IN = SignedWire(ADA, {"coordinator": COORDINATOR.key}, CHARTER.sha256)
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(6, 12, dtype=np.float32).reshape(2, 3)}
 ASK = request(CHARTER, "train", 1, fields={"x": [1, "é"]})
 
@@ -201,14 +201,14 @@ def test_sender_and_recipient() -> None:
     for wrong in (dataclasses.replace(ASK, recipient="ben"), dataclasses.replace(ASK, sender="ada")):
         refused(sent(ask=wrong), "delivered as coordinator's")
     refused(sent(), "does not stand in the charter", sender="eve")
-    eve = SignedWire(identity("eve"), {})
+    eve = SignedWire(identity("eve"), {}, CHARTER.sha256)
     refused(eve.encode(ASK, eve.pack({}))[0], "not signed by")
     with pytest.raises(MessageError, match=r"not signed by"):
         OUT.decode(sent(), "ada")
 
 
 def test_a_partner_cannot_answer_in_anothers_name() -> None:
-    ben = SignedWire(identity("ben"), {})
+    ben = SignedWire(identity("ben"), {}, CHARTER.sha256)
     reply = dataclasses.replace(ASK.reply("update", "0" * 64), sender="ada")
     with pytest.raises(MessageError, match="not signed by"):
         OUT.decode(ben.encode(reply, ben.pack({}))[0], "ada")

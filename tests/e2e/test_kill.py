@@ -75,6 +75,8 @@ def resume(forked: Forked, config: Path, out: Path, folder: Path) -> Result:
     done = forked.run("simulate", config, "--out", out, "--resume", folder=folder).expect(0)
     nothing_lost(before, out)
     call("audit", out).expect(0).says("VERIFIED")
+    for root in (out, out.with_name(out.name + ".private")):
+        assert not list(root.rglob(".*")), "half-written files are left"
     return done
 
 
@@ -141,6 +143,15 @@ def killed_and_resumed(forked: Forked, fault: Fault, folder: Path, text: str = C
         paid_exactly(out, evaluations=evaluations)
     except AssertionError as err:
         raise AssertionError(f"{fault}: {err}") from err
+
+
+@pytest.mark.parametrize("file", ["run.json", "keys/", "dataset", "charter.json", "closing/", "report.html"])
+def test_what_a_kill_left_half_written_is_in_nobodys_way(
+    file: str, forked: Forked, syncs: list[str], tmp_path: Path
+) -> None:
+    number = next(i for i, path in enumerate(syncs, start=1) if file in path)
+    assert Path(syncs[number - 1]).name.startswith(".")
+    killed_and_resumed(forked, Fault("before", number), tmp_path)
 
 
 def test_a_real_process_is_killed_and_goes_on(tmp_path: Path) -> None:

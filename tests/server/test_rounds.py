@@ -34,9 +34,9 @@ Reply = tuple[str, dict[str, Any], dict[str, Any]]  # kind, tensors, fields
 class Partner:
     """A partner that does as told: `answers[kind]` overrides what an honest one would say."""
 
-    def __init__(self, name: str, value: float) -> None:
+    def __init__(self, name: str, value: float, sha: str) -> None:
         self.name, self.value = name, value
-        self.wire = SignedWire(identity(name), {"coordinator": identity("coordinator").key})
+        self.wire = SignedWire(identity(name), {"coordinator": identity("coordinator").key}, sha)
         self.asked: list[Manifest] = []
         self.models: list[dict[str, Any]] = []
         self.answers: dict[str, Callable[[Manifest, str], Reply]] = {}
@@ -72,7 +72,7 @@ class Table:
 
     def __init__(self, folder: Path, signed: SignedCharter) -> None:
         self.folder, self.signed = folder, signed
-        self.partners = {m.name: Partner(m.name, float(i)) for i, m in enumerate(signed.charter.partners, start=1)}
+        self.partners = {m.name: Partner(m.name, float(i), signed.sha256) for i, m in enumerate(signed.charter.partners, start=1)}
         self.ledger: Ledger | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.notify: Callable[..., None] = lambda name, **facts: self.events.append((name, facts))
@@ -88,7 +88,7 @@ class Table:
             self.signed,
             me,
             tiny_task(),
-            SignedWire(me, {m.name: m.key for m in self.signed.charter.partners}),
+            SignedWire(me, {m.name: m.key for m in self.signed.charter.partners}, self.signed.sha256),
             {name: i for i, name in enumerate(self.partners, start=1)},
             LedgerRecords(self.ledger),
             weights(),
@@ -402,14 +402,14 @@ def _empty(_: RecordDict, __: Manifest) -> RecordDict:
 
 def _as_ada(records: RecordDict, ask: Manifest) -> RecordDict:
     """ben answers in ada's name, with his own key."""
-    wire = SignedWire(identity("ben"), {})
+    wire = SignedWire(identity("ben"), {}, ask.charter_sha256)
     made = Manifest(**{**ask.reply("update", "").__dict__, "sender": "ada"})
     return wire.encode(made, wire.pack(weights(9)))[0]
 
 
 def _replayed(field: str, value: Any) -> Callable[[RecordDict, Manifest], RecordDict]:
     def tamper(_: RecordDict, ask: Manifest) -> RecordDict:
-        wire = SignedWire(identity("ben"), {})
+        wire = SignedWire(identity("ben"), {}, ask.charter_sha256)
         made = Manifest(**{**ask.reply("update", digest("x")).__dict__, field: value})
         return wire.encode(made, wire.pack(weights(9)))[0]
 
@@ -626,4 +626,4 @@ def test_a_crash_between_checkpoint_and_ledger(table: Table, monkeypatch: pytest
 def test_replies_have_a_kind_for_every_request() -> None:
     assert set(rounds._REPLIES) == {"open", "train", "evaluate", "close", "sign"}
     with pytest.raises(MessageError):
-        SignedWire(identity("ada"), {}).decode(RecordDict(), "ada")
+        SignedWire(identity("ada"), {}, "").decode(RecordDict(), "ada")

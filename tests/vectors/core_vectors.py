@@ -42,7 +42,7 @@ def make() -> dict[str, Any]:
         book.close()
         lines = (Path(folder) / "l.jsonl").read_text().splitlines()
     signed = support.charter(expires=datetime(2027, 1, 1, tzinfo=UTC))
-    wire = SignedWire(support.identity("coordinator"), {})
+    wire = SignedWire(support.identity("coordinator"), {}, signed.sha256)
     tensors = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, np.int64)}
     packed = wire.pack(tensors)
     records, digest = wire.encode(support.request(signed, "train", 1), packed)
