@@ -21,13 +21,13 @@ import torch
 
 from ..common.charter import Charter
 from ..common.closing import sign_closing
-from ..common.errors import LedgerError, MessageError, OutputError, Refusal, Refused
+from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.identity import Identity, sha256
 from ..common.messages import Manifest, Tensors, Wire, is_finite
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
-from .datasets import RegisteredDataset, Rows
+from .datasets import RegisteredDataset, Rows, Split
 from .noise import SecureNoise
 from .outbox import Outbox
 from .training import LocalSettings, train_locally
@@ -107,13 +107,14 @@ class Node:
             return self._again(request)
         charter = self._agreed(request)
         settings = local_settings(charter)
+        rows = self._rows().train
 
         def update() -> Tensors:
             return train_locally(
                 self._model,
                 self._task.loss,
                 tensors,
-                self._dataset.open().train,
+                rows,
                 settings,
                 _declared(charter, self._gate.name),
                 seed=None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name),
@@ -129,9 +130,9 @@ class Node:
         before = self._gate.admit_public(request, digest) if public else self._gate.debit(request, digest, "evaluate")
         if before:
             return self._again(request)
+        rows = self._rows().held_out
 
         def scores() -> Tensors:
-            rows = self._dataset.open().held_out
             return {"scores": self._scores(tensors, rows), "labels": rows.y.numpy()}
 
         def histogram() -> Tensors:
@@ -204,8 +205,8 @@ class Node:
         """
         try:
             tensors = work()
-        except (OutputError, LedgerError):
-            raise
+        except (OutputError, LedgerError, MemoryError):
+            raise  # of this machine, like a crash: nothing was answered, the debit stays good
         except Exception as err:
             # The words may hold record values: they stay here.
             _log.error("%s: round %s failed: %s", self._gate.name, request.round, err, exc_info=True)
@@ -233,6 +234,15 @@ class Node:
         good = shapes == self._shapes and all(t.dtype == np.float32 for t in tensors.values()) and is_finite(tensors)
         if not good:
             raise Refused(Refusal.NUMERIC, "the model's tensors are not those of the task, or not finite")
+
+    def _rows(self) -> Split:
+        """The registered rows. That they cannot be read says nothing of them: refused, and the debit stays good."""
+        try:
+            return self._dataset.open()
+        except DataError as err:
+            # The words may hold record values: they stay here.
+            _log.error("%s: %s", self._gate.name, err)
+            raise Refused(Refusal.DATA, "the registered dataset cannot be read; see the node's own log") from err
 
     def _scores(self, tensors: Tensors, rows: Rows) -> npt.NDArray[np.float32]:
         """Scores [n, classes] in batches, so that memory does not grow with the held-out rows."""

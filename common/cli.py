@@ -1,7 +1,7 @@
 """The `hansa` command and the commands of this floor: charter, ledger, audit, plan, task.
 
 Each floor registers its own through the entry points `hansa.commands`. Exit codes: 0 fine, 1 the answer is no, 2 bad usage
-or input. Only members of the error tree are shown; anything else is a fault of ours and says so.
+or input, 130 stopped by Ctrl-C. Only members of the error tree are shown; anything else is a fault of ours and says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import traceback
+import unicodedata
+from collections import Counter
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -19,6 +21,7 @@ from typing import Annotated, Any
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import verifier
@@ -26,8 +29,8 @@ from .accounting import Budget, PrivacyEvent, odometer
 from .charter import SignedCharter, draft, in_words
 from .config import Federation, load_config
 from .errors import CharterError, ConfigError, HansaError, IdentityError, LedgerError, RunFailed
-from .identity import Identity, fingerprint, key_from_pem, output_error
-from .ledger import owner_line, read_ledger
+from .identity import Identity, canonical, fingerprint, key_from_pem, output_error, strict_json
+from .ledger import Entry, owner_line, read_ledger
 from .plan import budget_of, calibrated, event_from, events_of, plan_of
 
 
@@ -40,7 +43,7 @@ class Format(StrEnum):
 
 FormatOption = Annotated[Format, typer.Option("--format", help="text for people, json for programs")]
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def main() -> None:
@@ -62,6 +65,8 @@ def run(arguments: list[str]) -> int:
         entry.load()(app)
     try:
         code = app(arguments, standalone_mode=False, prog_name="hansa")
+        if code == _CTRL_C:  # Typer makes an exit code of it
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as err:
         err.show()
@@ -74,7 +79,7 @@ def run(arguments: list[str]) -> int:
     except HansaError as err:
         return _say(err.message, err.hint, err.exit_code)
     except KeyboardInterrupt:
-        return _say("stopped by the keyboard", "A run goes on with --resume.", 1)
+        return _say("stopped; a run goes on with --resume", "", _CTRL_C)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -89,14 +94,15 @@ def run(arguments: list[str]) -> int:
         return _fault()
 
 
+_CTRL_C = 130
 _TRAINING_PACKAGES = {"torch", "flwr", "opacus", "numpy", "safetensors", "sklearn", "jinja2", "matplotlib"}
 
 
 def _say(message: str, hint: str, code: int) -> int:
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
-    err.print(f"[bold red]hansa:[/] {_plain(message)}")
+    err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    err.print(f"[bold red]hansa:[/] {plain(message, lines=True)}")
     if hint:
-        err.print(f"  {_plain(hint)}")
+        err.print(f"  {plain(hint, lines=True)}")
     return code
 
 
@@ -104,22 +110,35 @@ def _fault() -> int:
     """A bug: say so, and where the details are, without a wall of text that may hold record values."""
     path = Path.cwd() / "hansa-fault.log"
     try:
-        path.write_text(traceback.format_exc(), encoding="utf-8")
-        os.chmod(path, 0o600)
+        path.unlink(missing_ok=True)  # an older one may be open to others
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
         where = f"The traceback is in {path} (it may hold data: look before you share it)."
     except OSError:
         where = "The traceback could not be written."
     return _say("this is a fault in Hansa, not in what you did", where, 2)
 
 
-def _plain(text: str) -> str:
-    """Text that rich prints as it is."""
-    return text.replace("[", r"\[")
+def clean(text: str, lines: bool = False) -> str:
+    """Text from a file or a peer without what could disguise it: control, bidirectional and invisible characters.
+
+    Args:
+        lines: it may have several lines.
+    """
+    return "".join(
+        c if (lines and c in "\n\t") or (unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029") else "\ufffd"
+        for c in text
+    )
+
+
+def plain(text: str, lines: bool = False) -> str:
+    """`clean` text that rich prints as it is."""
+    return escape(clean(text, lines))
 
 
 def show_json(value: Any) -> None:
     """Print a value for programs."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def commands(app: typer.Typer) -> None:
@@ -182,8 +201,8 @@ def charter_new(
     if to.exists():
         raise ConfigError(f"{to}: exists", "Give another --out; a charter is never overwritten.")
     signed.save(to)
-    out.print(_plain(in_words(signed)))
-    out.print(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --key NAME.key")
+    out.print(plain(in_words(signed), lines=True))
+    out.print(plain(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --key NAME.key", lines=True))
 
 
 def _public_key(path: Path, hint: str) -> str:
@@ -208,7 +227,7 @@ def charter_show(
         done = sorted(set(signed.charter.keys()) - set(missing))
         show_json({"sha256": signed.sha256, "charter": json.loads(signed.payload), "signed": done, "missing": missing})
         return
-    out.print(_plain(in_words(signed)))
+    out.print(plain(in_words(signed), lines=True))
 
 
 def charter_sign(
@@ -222,7 +241,7 @@ def charter_sign(
     """
     signed = SignedCharter.load(file)
     identity = Identity.load(key.stem, key)
-    out.print(_plain(in_words(signed)))
+    out.print(plain(in_words(signed), lines=True))
     out.print("\nCompare every fingerprint above with its owner by phone before you sign.")
     out.print(f"You sign with {fingerprint(identity.key)}")
     made = signed.sign(identity)
@@ -230,7 +249,7 @@ def charter_sign(
         typer.confirm("Sign?", abort=True)
     made.save(file)
     missing = made.missing()
-    out.print("Signed. " + (f"Still to sign: {', '.join(missing)}" if missing else "Signed by everyone now."))
+    out.print("Signed. " + (plain(f"Still to sign: {', '.join(missing)}") if missing else "Signed by everyone now."))
 
 
 def charter_verify(
@@ -251,7 +270,7 @@ def charter_verify(
     elif problem is not None:
         _say(f"{file}: {problem.message}", problem.hint, 1)
     else:
-        out.print(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}")
+        out.print(plain(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}"))
     return 0 if problem is None else 1
 
 
@@ -278,10 +297,12 @@ def ledger_show(
         )
         return
     if entries:
-        out.print(_plain(owner_line(entries[0])))
+        out.print(plain(owner_line(entries[0])))
     table = Table("line", "time", "type", "what", box=None, pad_edge=False)
     for entry in chosen:
-        table.add_row(str(entry.seq + 1), entry.time, entry.type, _plain(_gist(entry.type, dict(entry.body))))
+        table.add_row(
+            str(entry.seq + 1), plain(entry.time), plain(entry.type), plain(_gist(entry.type, dict(entry.body)))
+        )
     out.print(table)
     if torn:
         out.print(f"[yellow]torn last line: {len(torn)} bytes that a crash left; never acknowledged[/]")
@@ -320,7 +341,7 @@ def ledger_verify(
         _say(problem, "", 1)
     else:
         who = "" if public is not None else " (by the key that it names itself; give --key to check whose it is)"
-        out.print(f"{file}: {length} entries, signed and chained{who}; head {head}")
+        out.print(plain(f"{file}: {length} entries, signed and chained{who}; head {head}"))
     return 0 if problem is None else 1
 
 
@@ -391,14 +412,15 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         out.print("[bold red]NOT VERIFIED[/]")
     _print_found(verdict["violations"], "[red]violation[/]")
     _print_found(verdict["warnings"], "[yellow]warning[/]")
-    out.print(_plain(verdict["claim"]))
+    if verdict["verified"]:
+        out.print(plain(verdict["claim"]))
     partners = verdict["partners"]
     table = Table(box=None, pad_edge=False)
     for title in ("partner", "epsilon (odometer)", "epsilon (filter)", "cap", "delta", "rounds", "refusals"):
         table.add_column(title, justify="left" if title == "partner" else "right")
     for name, p in list(partners.items())[:20]:
         table.add_row(
-            _plain(name),
+            plain(name),
             _number(p["epsilon"]),
             _number(p["epsilon_filter"]),
             _number(p["epsilon_cap"], "-"),
@@ -414,7 +436,7 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     out.print(f"checked {c['ledgers']} ledgers, {c['entries']} entries, {c['signatures']} signatures")
     out.print("Limits of this verdict:")
     for limit in verdict["limits"]:
-        out.print(f"  - {_plain(limit)}")
+        out.print(f"  - {plain(limit)}")
 
 
 def _print_found(found: list[dict[str, Any]], label: str) -> None:
@@ -424,9 +446,9 @@ def _print_found(found: list[dict[str, Any]], label: str) -> None:
         files.setdefault(item["file"], []).append(item)
     for file, items in list(files.items())[:50]:
         for item in items[:8]:
-            out.print(f"  {label} {_plain(_place(item))}: {_plain(item['what'])}")
+            out.print(f"  {label} {plain(_place(item))}: {plain(item['what'])}")
         if len(items) > 8:
-            out.print(f"  {label} {_plain(file)}: ... and {len(items) - 8} more: --format json shows all")
+            out.print(f"  {label} {plain(file)}: ... and {len(items) - 8} more: --format json shows all")
     if len(files) > 50:
         out.print(f"  ... and {len(files) - 50} more files: --format json shows all")
 
@@ -472,8 +494,9 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     if p.kind == "none":
         return {"privacy": "none", "fits": True}
     assert p.delta is not None
-    budget, spent = _spent_before(ledger, budget_of(p))
-    sigma = calibrated(a, p, federation.evaluation, spent)
+    budget, spent, held = _taken_before(ledger, budget_of(p))
+    before = [*spent, *held]
+    sigma = calibrated(a, p, federation.evaluation, before)
     assert sigma is not None
     agreed = p.model_copy(update={"noise_multiplier": sigma})
     cost = events_of(plan_of(a, agreed, federation.evaluation))
@@ -481,7 +504,7 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     steps, q = a.local.steps, a.local.sampling_rate
 
     def after(rounds: int, noise: float) -> dict[str, Any]:
-        history = [*spent, *other, PrivacyEvent(q, noise, steps * rounds)]
+        history = [*before, *other, PrivacyEvent(q, noise, steps * rounds)]
         return {
             "rounds": rounds,
             "noise_multiplier": noise,
@@ -494,7 +517,7 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
         after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
     ]
     by_noise = [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3]
-    whole = [*spent, *cost]
+    whole = [*before, *cost]
     needed: list[dict[str, float | None]] = []
     for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
         try:
@@ -507,25 +530,61 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
         "privacy": "local", "unit": "record", "adjacency": "add-or-remove-one", "noise": "local",
         "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
         "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
-        "epsilon_spent_before": budget.spent(spent),
+        "epsilon_spent_before": budget.spent(spent), "epsilon_held_before": budget.spent(held),
         "epsilon_filter": budget.spent(whole), "epsilon": odometer(whole, budget.delta),
         "fits": budget.admits(whole),
-        "rounds_that_fit": budget.most_steps(q, sigma, [*spent, *other]) // steps,
+        "rounds_that_fit": budget.most_steps(q, sigma, [*before, *other]) // steps,
         "rounds_left_after": max(0, budget.most_steps(q, sigma, whole) // steps) if budget.admits(whole) else 0,
         "by_rounds": by_rounds, "by_noise": by_noise, "noise_for_other_caps": needed,
     }  # fmt: skip
 
 
-def _spent_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[PrivacyEvent]]:
-    """The budget that will enforce the plan, and what its dataset spent already."""
+def _taken_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
+    """The budget that will enforce the plan, what its dataset spent already, and what its open runs may still spend."""
     if ledger is None:
-        return fresh, []
-    entries, _ = read_ledger(ledger)
-    budgets = [Budget.from_fields(e.body["budget"]) for e in entries if e.type == "budget"]
-    events = [event_from(e.body["event"]) for e in entries if e.type == "debit"]
-    if any(event is None for event in events):
-        raise RunFailed(f"{ledger}: an unprotected run made this budget unbounded", "No finite epsilon holds for it.")
-    return (budgets[0] if budgets else fresh), [event for event in events if event is not None]
+        return fresh, [], []
+    entries, torn = read_ledger(ledger)
+    if torn or not entries:
+        what = f"torn last line ({len(torn)} bytes)" if torn else "empty"
+        raise LedgerError(f"{ledger}: {what}", "Its node repairs it when it next starts; or give a whole copy.")
+    if entries[0].body.get("role") != "partner":
+        raise LedgerError(f"{ledger}: not a partner's ledger: {owner_line(entries[0])}", "Give a partner's ledger.")
+    try:
+        return _taken(ledger, entries, fresh)
+    except (KeyError, TypeError, AttributeError, ValueError) as err:
+        raise LedgerError(
+            f"{ledger}: its entries are not what a node of Hansa writes", "Give a node's ledger."
+        ) from err
+
+
+def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
+    spent: list[PrivacyEvent] = []
+    left: dict[str, Counter[tuple[str, bytes]]] = {}  # run -> (purpose, event) -> how many, as in the node's gate
+    for entry in entries:
+        body = entry.body
+        match entry.type:
+            case "budget":
+                budget = Budget.from_fields(body["budget"])
+            case "hold":
+                left[body["run_id"]] = Counter()
+                for item in body["plan"]:
+                    left[body["run_id"]][item["purpose"], canonical(item["event"])] += item["count"]
+            case "debit":
+                event = event_from(body["event"])
+                if event is None:
+                    raise RunFailed(
+                        f"{ledger}: an unprotected run made this budget unbounded", "No finite epsilon holds for it."
+                    )
+                spent.append(event)
+                if body["run_id"] in left:
+                    left[body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
+            case "release":
+                left.pop(body["run_id"], None)
+            case _:
+                pass
+    kinds = [(event_from(strict_json(fields)), n) for run in left.values() for (_, fields), n in run.items()]
+    held = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * n) for e, n in kinds if e is not None and n > 0]
+    return budget, spent, held
 
 
 def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
@@ -543,6 +602,8 @@ def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
     )
     if report["epsilon_spent_before"]:
         out.print(f"  of which {report['epsilon_spent_before']:.4f} was spent before this run")
+    if report["epsilon_held_before"]:
+        out.print(f"  of which open runs still hold {report['epsilon_held_before']:.4f} (counted by itself)")
     if report["fits"]:
         out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
     else:
@@ -586,7 +647,7 @@ def task_new(
     from .tasks.scaffold import scaffold
 
     made = scaffold(name, folder)
-    out.print(f"Written to {made}. Next: edit its schema.yaml and model, then: pip install -e {made}")
+    out.print(plain(f"Written to {made}. Next: edit its schema.yaml and model, then: pip install -e {made}"))
     out.print("The steps are in docs/your-own-task.md.")
 
 
@@ -620,12 +681,12 @@ def task_check(
     if form is Format.JSON:
         show_json(found)
         return
-    out.print(f"{file}: {found['rows']} rows fit the schema of {name}; {found['features']} features")
-    out.print("  classes: " + ", ".join(f"{label} {count}" for label, count in classes.items()))
+    out.print(plain(f"{file}: {found['rows']} rows fit the schema of {name}; {found['features']} features"))
+    out.print(plain("  classes: " + ", ".join(f"{label} {count}" for label, count in classes.items())))
     if missing := {column: count for column, count in table.missing.items() if count}:
-        out.print("  missing cells: " + ", ".join(f"{column} {count}" for column, count in missing.items()))
+        out.print(plain("  missing cells: " + ", ".join(f"{column} {count}" for column, count in missing.items())))
     if table.ignored:
-        out.print(f"  [yellow]columns that the schema does not name, not used:[/] {_plain(', '.join(table.ignored))}")
+        out.print(f"  [yellow]columns that the schema does not name, not used:[/] {plain(', '.join(table.ignored))}")
     out.print(f"  task code {found['code_sha256']}")
 
 
@@ -641,4 +702,4 @@ def task_list(form: FormatOption = Format.TEXT) -> None:
         show_json([{"name": n, "title": t, "code_sha256": c} for n, t, c in rows])
         return
     for name, title, code in rows:
-        out.print(f"{name:<20} {_plain(title)}  [dim]{code[:16]}[/]")
+        out.print(f"{plain(f'{name:<20} {title}')}  [dim]{code[:16]}[/]")

@@ -27,6 +27,8 @@ from .errors import IdentityError, MessageError, OutputError
 
 MAX_DEPTH = 16
 """How deep JSON from a peer may nest; ours stays below 8."""
+TEMPORARY = ".hansa-tmp-"
+"""How `write_whole` begins the name of a file that is not finished; only a killed process leaves one behind."""
 
 
 def canonical(value: object) -> bytes:
@@ -238,7 +240,7 @@ def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)
             file.write(data)

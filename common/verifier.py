@@ -14,13 +14,15 @@ What is checked, in this order; whatever fails is a violation that names file an
  6. Partner: one budget, fixed; a hold is the charter's plan and the filter admits it together with everything debited
     and held; a debit lies within the open hold of its run, on the charter's terms, once for one request; a commit or
     public answer follows its request; nothing is debited after the release. What was debited stays charged for ever.
+    All debits under the charter cost at most its epsilon at its delta, whatever budget the ledger has.
  7. Coordinator: asks, answers and rounds that stand twice (a crash) agree; a round counts the quorum's ok answers; a
     run closes with its last round's model.
- 8. Both: every ok answer has the partner's commit, public answer or hold, and every refused one its refusal, of the
+ 8. Both: every ok or failed answer has the partner's commit, public answer or hold, and every refused one its refusal, of the
     same request; every hold, debit, commit and public answer was asked for, and answered unless none was seen.
  9. `closing/`: every run of the coordinator's ledger was closed by a checkpoint of every ledger, signed by all; one
     that is shorter or differs there is a violation, entries after the newest checkpoint are a warning.
-10. `model.safetensors` is the model of the newest completed run; `result.json` says what was recomputed here.
+10. `model.safetensors` is the model of the newest completed run; `result.json` says what was recomputed here, and of
+    its run, rounds, refusals and terms what the ledgers and the charter say.
 
 Population bundles (above 100 simulated partners) have one ledger, the coordinator's, with every client's accounting.
 
@@ -56,21 +58,30 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 MAX_LINE = 8 * 2**20
 MAX_FILE = 64 * 2**20  # of a file that is read whole
 MAX_FOUND = 1000  # violations and warnings that are listed
+MAX_EVENTS = 2000  # different (q, sigma) in one ledger: each costs some milliseconds
 SLACK = 1e-9  # relative: what two honest implementations of the same formulas may differ by
 LIMITS = [
     "What was declared and agreed was recorded, in this order, by the holders of these keys, and adds up to this bill.",
     "It cannot prove that noise was really drawn, nor that no other copy of the data was used outside these nodes.",
     "The keys are those in this charter: whether they are the partners' own, only the partners can say (fingerprints).",
+    "Metrics (AUC and the like) are the coordinator's word.",
+    "Not checked: what else result.json says (baselines, timings, descriptions), and report.html.",
     "epsilon takes the history as fixed in advance; epsilon_filter also holds when it was chosen adaptively.",
 ]
+
+
+def _printable(text: str, limit: int) -> str:
+    """Safe on a terminal: a name or a value of a hostile bundle may hold escape sequences or turn the text around."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 class Unreadable(Exception):
     """Nothing can be judged: a required file is missing or is not what its name says."""
 
     def __init__(self, file: str, line: int | None, what: str) -> None:
-        super().__init__(f"{file}{f':{line}' if line else ''}: {what}")
-        self.file, self.line, self.what = file, line, what
+        super().__init__(f"{file}{f':{line}' if line else ''}: {_printable(what, 500)}")
+        self.file, self.line, self.what = file, line, _printable(what, 500)
 
 
 class Bad(Exception):
@@ -96,7 +107,7 @@ class Report:
     @staticmethod
     def _add(where: list[dict[str, Any]], file: str, line: int | None, what: str) -> None:
         if len(where) < MAX_FOUND:
-            where.append({"file": file, "line": line, "what": what})
+            where.append({"file": _printable(file, 300), "line": line, "what": _printable(what, 500)})
         elif len(where) == MAX_FOUND:
             where.append({"file": file, "line": line, "what": "... and more; the rest is left out"})
 
@@ -313,6 +324,13 @@ class Budget:
             raise Bad(f"budget: the shares of delta sum to more than {made.delta!r}")
         return made
 
+    def at(self, epsilon: float, delta: float) -> Budget:
+        """The same orders and parts of delta for another cap."""
+        parts = [
+            max(share / self.delta * delta, 1e-300) for share in (*dict(self.orders).values(), self.gaussian_delta)
+        ]
+        return Budget(epsilon, delta, tuple(zip(dict(self.orders), parts, strict=False)), parts[-1])
+
 
 @lru_cache(maxsize=100_000)
 def _renyi(q: float, sigma: float, order: int) -> float:
@@ -355,15 +373,38 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=1000)
 def filter_epsilon(budget: Budget, history: History) -> float:
     """The least epsilon at which any branch admits it (Feldman & Zrnic 2008.11193; Smith & Thakurta 2210.17520)."""
-    if not history:
-        return 0.0
-    found = _gaussian_epsilon(_mu(history), budget.gaussian_delta)
-    for order, share in budget.orders:
-        found = min(found, _renyi_epsilon(history, order, share))
-    return found
+    total = Total(budget)
+    for (q, sigma), steps in history:
+        total.add((q, sigma, steps))
+    return total.epsilon()
+
+
+class Total:
+    """A filter's running sums: one event more costs the same however long the history is."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.mu2 = 0.0
+        self.rho = [0.0] * len(budget.orders)
+
+    def add(self, event: Event, times: int = 1) -> None:
+        """Events that come, or (times below 0) that are given back."""
+        if event is not None and times:
+            q, sigma, steps = event
+            self.mu2 += times * steps / sigma**2
+            self.rho = [
+                r + times * steps * _renyi(q, sigma, a) for r, (a, _) in zip(self.rho, self.budget.orders, strict=True)
+            ]
+
+    def epsilon(self) -> float:
+        """As `filter_epsilon`."""
+        if self.mu2 <= 0:
+            return 0.0
+        found = _gaussian_epsilon(math.sqrt(self.mu2), self.budget.gaussian_delta)
+        return min([found, *(_converted(r, *o) for r, o in zip(self.rho, self.budget.orders, strict=True))])
 
 
 def _mu(history: History) -> float:
@@ -371,8 +412,18 @@ def _mu(history: History) -> float:
 
 
 def _renyi_epsilon(history: History, order: int, delta: float) -> float:
-    rho = math.fsum(steps * _renyi(q, sigma, order) for (q, sigma), steps in history)
+    return _converted(math.fsum(steps * _renyi(q, sigma, order) for (q, sigma), steps in history), order, delta)
+
+
+def _converted(rho: float, order: int, delta: float) -> float:
+    """From Renyi divergence to epsilon at delta (Canonne, Kamath & Steinke 2004.00010, Prop. 12)."""
     return max(0.0, rho + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
+
+
+def _fixed_epsilon(history: History, delta: float) -> float:
+    """The least of many plain bounds, each valid for a history fixed in advance: never above any filter at delta."""
+    orders = (*range(2, 64), *(round(2 ** (k / 4)) for k in range(24, 49)))
+    return min(_gaussian_epsilon(_mu(history), delta), *(_renyi_epsilon(history, a, delta) for a in orders))
 
 
 class Odometer:
@@ -411,11 +462,12 @@ class Odometer:
         # epsilon is 0 when a record that joins is noticed at all with probability at most delta
         if math.fsum(n * q * math.erf(1 / (math.sqrt(8) * sigma)) for (q, sigma), n in history) < delta:
             return 0.0
-        orders = (*range(2, 64), *(round(2 ** (k / 4)) for k in range(24, 41)))
-        bound = min(_gaussian_epsilon(_mu(history), delta), *(_renyi_epsilon(history, a, delta) for a in orders))
+        if len(events) > 16:
+            return None
+        bound = _fixed_epsilon(history, delta)
         if bound <= 1e-3:
             return bound
-        if count > 10**6 or len(events) > 16 or bound > 200:
+        if count > 10**6 or bound > 200:
             return None
         tail = math.log(1e-4 * delta / count)  # noise this improbable is charged as certain loss
         least = sum(self._span(q, sigma, tail) for q, sigma in events) / self.cells
@@ -476,6 +528,7 @@ class Terms:
     epsilon: float | None
     delta: float | None
     clip_norm: float | None
+    noise_multiplier: float | None
     rounds: int
     quorum: int
     evaluation: str
@@ -499,7 +552,8 @@ class Terms:
             named = [*members, c["coordinator"]]
             keys = {m["name"]: m["key"] for m in named}
             sizes = [m["declared_records"] for m in members] + ([population["declared_records"]] if population else [])
-            real = {k: None if privacy[k] is None else _real(privacy[k]) for k in ("epsilon", "delta", "clip_norm")}
+            numbers = ("epsilon", "delta", "clip_norm", "noise_multiplier")
+            real = {k: None if privacy[k] is None else _real(privacy[k]) for k in numbers}
             good = (
                 isinstance(members, list)
                 and all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", n) for n in keys)
@@ -609,6 +663,13 @@ def _check_keys(root: Path, report: Report, terms: Terms) -> None:
 
 # -- ledgers -------------------------------------------------------------------------------------------------
 
+
+def _held_out(value: Any) -> bool:
+    kinds = {"kind": _is("public", "private", "none"), "commitment": _or_null(_hex)}
+    _fields(value, "held_out", kinds)
+    return bool((value["kind"] == "none") == (value["commitment"] is None))
+
+
 REQUEST: dict[str, Check] = {"request_id": _id, "request_sha256": _hex, "run_id": _id}
 COHORT: dict[str, Check] = {"run_id": _id, "round": lambda v: _whole(v, 1), "purpose": _is("train", "evaluate")}
 
@@ -636,7 +697,9 @@ class Book:
             "ledger_id": _text,
             "simulated": _flag,
             "software": lambda v: _text(v) or isinstance(v, dict),
-            "dataset": _or_null(lambda v: _fields(v, "dataset", {"id": _text, "commitment": _hex})),
+            "dataset": _or_null(
+                lambda v: _fields(v, "dataset", {"id": _text, "commitment": _hex, "held_out": _held_out})
+            ),
         },
         "charter": {"charter_sha256": _hex, "name": _text, "expires": _text},
         "recovered": {"torn_bytes": lambda v: _whole(v, 1, 2**63), "torn_sha256": _hex},
@@ -647,6 +710,7 @@ class Book:
         self.hashes: list[str] = []  # of every line
         self.whole = False  # read to its end
         self.dataset: str | None = None
+        self.held_out: str | None = None
         self.charters: set[str] = set()
 
     def wrong(self, line: int | None, what: str) -> None:
@@ -713,7 +777,8 @@ class Book:
         getattr(self, "_" + entry.type.replace("-", "_"))(entry, body)
 
     def _genesis(self, _: Entry, b: dict[str, Any]) -> None:
-        self.dataset = b["dataset"]["id"] if b["dataset"] else None
+        if b["dataset"]:
+            self.dataset, self.held_out = b["dataset"]["id"], b["dataset"]["held_out"]["kind"]
         wanted = (self.owner, self.role, self.terms.keys[self.owner], self.terms.simulated)
         if (b["owner"], b["role"], b["key"], b["simulated"]) != wanted:
             raise Bad(f"owner, role, key and simulated are not {self.owner}'s in this charter")
@@ -735,15 +800,35 @@ class Book:
             raise Bad("under a charter that this ledger did not record before")
         return charter_sha256 == self.terms.sha256
 
-    def _new_budget(self, b: dict[str, Any], before: Budget | None) -> Budget:
+    def _new_budget(self, entry: Entry, b: dict[str, Any], before: Budget | None) -> Budget:
         budget = Budget.parse(b["budget"])
         if before is not None:
             raise Bad("a second budget: it is fixed when it is created")
         if b["dataset"] != self.dataset:
             raise Bad("the budget of another dataset")
-        if self._own(b["charter_sha256"]) and (budget.epsilon, budget.delta) != (self.terms.epsilon, self.terms.delta):
+        if not self._own(b["charter_sha256"]):
+            what = f"the budget of another charter, {b['charter_sha256']}: epsilon {budget.epsilon!r} at delta "
+            self.report.warn(self.file, entry.line, what + repr(budget.delta))
+        elif (budget.epsilon, budget.delta) != (self.terms.epsilon, self.terms.delta):
             raise Bad(f"not the charter's epsilon {self.terms.epsilon} and delta {self.terms.delta}")
         return budget
+
+    def _cost(self, odometer: Odometer, budget: Budget | None, history: History) -> float:
+        """Least epsilon known for what the charter fixed in advance, at its delta; 0 when it agrees to no bound.
+
+        The plain bounds stand in where the odometer gives up, so that what a gate's filter admits is never above.
+        """
+        if self.terms.epsilon is None or self.terms.delta is None or not history:
+            return 0.0
+        cost = filter_epsilon(budget.at(self.terms.epsilon, self.terms.delta), history) if budget else math.inf
+        if cost > self.terms.epsilon and len(history) <= 16:
+            cost = min(cost, _fixed_epsilon(history, self.terms.delta))
+        if cost > self.terms.epsilon and (tight := odometer.epsilon(history, self.terms.delta)) is not None:
+            cost = min(cost, tight)
+        return cost
+
+    def _too_dear(self, cost: float) -> bool:
+        return self.terms.epsilon is not None and cost > self.terms.epsilon * (1 + SLACK)
 
     def _not_expired(self, entry: Entry) -> None:
         if datetime.fromisoformat(entry.time) >= datetime.fromisoformat(self.terms.expires):
@@ -814,16 +899,30 @@ class Partner(Book):
         self.budget: Budget | None = None
         self.holds: dict[str, Hold] = {}
         self.spent: Counter[tuple[float, float]] = Counter()
+        self.known: set[tuple[float, float]] = set()  # different events, held or debited
+        self.own_debits: list[tuple[int, tuple[float, float, int]]] = []  # under this bundle's charter: line, event
+        self.debited: Total | None = None  # with the budget: running sums of what was debited,
+        self.charged: Total | None = None  # and of what was debited or is held
         self.unbounded: int | None = None  # line of the first unprotected debit
         self.foreign: set[str] = set()
         self.acts: dict[str, dict[str, Act]] = {t: {} for t in ("hold", "debit", "commit", "public")}  # by request
         self.refusals: list[Act] = []
         self.refused: set[tuple[str, str, str, str]] = set()
         self.rounds: set[tuple[str, int]] = set()
-        self.trajectory: list[tuple[str, int, History | None]] = []
+        self.trajectory: list[tuple[str, int, float | None]] = []  # run, round, the filter's epsilon
 
-    def _budget(self, _: Entry, b: dict[str, Any]) -> None:
-        self.budget = self._new_budget(b, self.budget)
+    def _budget(self, entry: Entry, b: dict[str, Any]) -> None:
+        self.budget = self._new_budget(entry, b, self.budget)
+        self.debited, self.charged = Total(self.budget), Total(self.budget)
+        for (q, sigma), steps in self.spent.items():  # debits before a budget: wrong, but charged
+            self.debited.add((q, sigma, steps))
+            self.charged.add((q, sigma, steps))
+
+    def _remember(self, event: Event) -> None:
+        if event is not None:
+            if event[:2] not in self.known and len(self.known) >= MAX_EVENTS:
+                raise Bad(f"more than {MAX_EVENTS} different events in one ledger")
+            self.known.add(event[:2])
 
     def _act(self, entry: Entry, own: bool) -> None:
         if entry.body["request_id"] in self.acts[entry.type]:
@@ -835,7 +934,12 @@ class Partner(Book):
         own = self._own(b["charter_sha256"])
         if b["run_id"] in self.holds:
             raise Bad("this run was held before")
+        for _, event in plan.values():
+            self._remember(event)
         self.holds[b["run_id"]] = Hold(own, b["charter_sha256"], b["plan_sha256"], plan)
+        if self.charged:
+            for count, event in plan.values():
+                self.charged.add(event, count)
         self._act(entry, own)
         if b["dataset"] != self.dataset:
             raise Bad("another dataset than this ledger's")
@@ -849,41 +953,51 @@ class Partner(Book):
             raise Bad("plan_sha256 is not that of its plan")
         if any(event is None for _, event in plan.values()):
             return  # no protection, by the charter's word: epsilon is unbounded and no filter admits or refuses it
-        if self.budget is None or self.unbounded:
+        if self.budget is None or self.charged is None or self.unbounded:
             raise Bad(
                 "no budget can pay for it: " + ("an unprotected round came before" if self.unbounded else "none set")
             )
-        total = self.spent.copy()
-        for hold in self.holds.values():
-            for count, event in hold.left.values() if hold.open else ():
-                _charge(total, event, count)
-        needed = filter_epsilon(self.budget, _history(total))
+        needed = self.charged.epsilon()
         if needed > self.budget.epsilon * (1 + SLACK):
             raise Bad(f"the filter does not admit it: epsilon {needed:.6g} with all held, cap {self.budget.epsilon:g}")
 
     def _debit(self, entry: Entry, b: dict[str, Any]) -> None:
         event = _event(b["event"])
+        self._remember(event)
         _charge(self.spent, event)
+        if self.debited:
+            self.debited.add(event)
         if event is None:
             self.unbounded = self.unbounded or entry.line
+        elif b["charter_sha256"] == self.terms.sha256:
+            self.own_debits.append((entry.line, event))
         if b["purpose"] == "train":
-            at = (b["run_id"], b["round"], None if self.unbounded else _history(self.spent))
+            at = (b["run_id"], b["round"], self.debited.epsilon() if self.debited and not self.unbounded else None)
             if self.trajectory and self.trajectory[-1][:2] == at[:2]:
                 self.trajectory.pop()  # debited again for the same round: the later state counts
             self.trajectory.append(at)
         hold = self.holds.get(b["run_id"])
+        count, planned = hold.left.get(b["purpose"], (0, None)) if hold else (0, None)
+        within = hold is not None and hold.open and count > 0 and planned == event
+        if self.charged and not within:
+            self.charged.add(event)  # what was held for it stands in the sums already
         if hold is None:
             raise Bad("no hold for its run")
+        if within:
+            hold.left[b["purpose"]] = (count - 1, planned)
         self._act(entry, hold.own)
         if not hold.open:
             raise Bad("after its run was released")
-        if (b["charter_sha256"], b["plan_sha256"], b["dataset"]) != (hold.charter_sha256, hold.plan_sha256, self.dataset):
+        if (b["charter_sha256"], b["plan_sha256"], b["dataset"]) != (
+            hold.charter_sha256,
+            hold.plan_sha256,
+            self.dataset,
+        ):
             raise Bad("another charter, plan or dataset than its hold's")
-        count, planned = hold.left.get(b["purpose"], (0, None))
-        if count < 1 or planned != event:
+        if not within:
             raise Bad("not in its hold: another event than planned, or more of them")
-        hold.left[b["purpose"]] = (count - 1, planned)
         if hold.own:
+            self._not_expired(entry)
             self.terms.check_clip(b["purpose"], b["clip_norm"])
             if b["round"] > self.terms.rounds:
                 raise Bad(f"round {b['round']}, the charter has {self.terms.rounds}")
@@ -905,6 +1019,8 @@ class Partner(Book):
         self._act(entry, hold.own)
         if hold.own and (self.terms.evaluation != "public" or not 1 <= b["round"] <= self.terms.rounds):
             raise Bad("the charter agrees to no public evaluation of this round")
+        if self.held_out != "public":
+            raise Bad(f"this ledger's held-out rows are not public: {self.held_out}")
 
     def _refuse(self, entry: Entry, b: dict[str, Any]) -> None:
         self.refusals.append(Act(entry.line, b, own=True))
@@ -915,6 +1031,9 @@ class Partner(Book):
         if hold is None or not hold.open:
             raise Bad("no open hold of that run")
         hold.open = False
+        if self.charged:
+            for count, event in hold.left.values():
+                self.charged.add(event, -count)
 
     def finish(self) -> None:
         """What only the end shows."""
@@ -928,6 +1047,26 @@ class Partner(Book):
             spent = filter_epsilon(self.budget, _history(self.spent))
             if spent > self.budget.epsilon * (1 + SLACK):
                 self.wrong(None, f"spent epsilon {spent:.6g}, more than the cap {self.budget.epsilon:g}")
+        self._finish_charter()
+
+    def _finish_charter(self) -> None:
+        odometer = Odometer()
+
+        def cost(debits: int) -> float:
+            spent: Counter[tuple[float, float]] = Counter()
+            for _, event in self.own_debits[:debits]:
+                _charge(spent, event)
+            return self._cost(odometer, self.budget, _history(spent))
+
+        total = cost(len(self.own_debits))
+        if not self._too_dear(total):
+            return
+        fits, exceeds = 0, len(self.own_debits)  # how many debits fit, and how many do not: cost only grows
+        while exceeds - fits > 1:
+            middle = (fits + exceeds) // 2
+            fits, exceeds = (fits, middle) if self._too_dear(cost(middle)) else (middle, exceeds)
+        what = f"with this debit, epsilon under the charter is above its {self.terms.epsilon:g} at delta "
+        self.wrong(self.own_debits[exceeds - 1][0], f"{what}{self.terms.delta:g}; all its debits cost {total:.6g}")
 
 
 @dataclass
@@ -1007,6 +1146,9 @@ class Runs(Book):
             raise Bad(f"{b['why']} after {b['rounds']} of {self.terms.rounds} round(s)")
 
 
+DONE = ("ok", "failed")  # outcomes of work that the partner did and committed a reply to
+
+
 class Coordinator(Runs):
     """The coordinator's ledger: what was asked and what came back."""
 
@@ -1045,12 +1187,14 @@ class Coordinator(Runs):
             outcome = reply["outcome"]
             if reply["request_id"] != asked.get(name, {}).get("request_id"):
                 raise Bad(f"an answer of {_show(name)} to another request than was asked")
-            if outcome not in ("ok", "timeout", "invalid") and not outcome.startswith("refused: "):
+            if outcome not in ("ok", "failed", "timeout", "invalid") and not outcome.startswith("refused: "):
                 raise Bad(f"outcome {_show(outcome)}")
+            if (outcome, b["purpose"]) == ("failed", "open"):
+                raise Bad("a run that is opened is held or refused: no work can fail")
             if (reply["reply_sha256"] is None) != (outcome in ("timeout", "invalid")):
                 raise Bad(f"outcome {_show(outcome)} with reply {_show(reply['reply_sha256'])}")
             seen = run.outcomes.setdefault(at, {}).setdefault(name, {})
-            if seen.setdefault(outcome, reply["reply_sha256"]) != reply["reply_sha256"] and outcome == "ok":
+            if seen.setdefault(outcome, reply["reply_sha256"]) != reply["reply_sha256"] and outcome in DONE:
                 raise Bad(f"{name} answered the same request twice, differently")
 
     def _folded(self, run: Run, b: dict[str, Any]) -> None:
@@ -1060,6 +1204,8 @@ class Coordinator(Runs):
         outcomes = run.outcomes.get((b["round"], "train"), {})
         if strangers := [name for name in partners if "ok" not in outcomes.get(name, {})]:
             raise Bad(f"folds an update of {_show(strangers[0])}, who gave no ok answer")
+        if failed := [name for name in partners if "failed" in outcomes[name]]:
+            raise Bad(f"folds an update of {_show(failed[0])}, whose answer was that it failed")
 
 
 def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, Partner]) -> None:
@@ -1077,13 +1223,13 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
                 for outcome, reply in run.outcomes.get((number, purpose), {}).get(name, {}).items():
                     if not partner.whole or outcome in ("timeout", "invalid"):
                         continue
-                    if outcome != "ok":
+                    if outcome not in DONE:
                         if (request_id, digest, run_id, outcome.removeprefix("refused: ")) not in partner.refused:
                             report.wrong(partner.file, None, f"no refusal for '{_show(outcome)}' to {where}")
                     elif (act := partner.acts[kind].get(request_id)) is None:
-                        report.wrong(partner.file, None, f"no {kind} for the ok answer to {where}")
+                        report.wrong(partner.file, None, f"no {kind} for the {outcome} answer to {where}")
                     elif kind != "hold" and act.body["reply_sha256"] != reply:
-                        report.wrong(partner.file, act.line, f"another reply than the ok answer to {where}")
+                        report.wrong(partner.file, act.line, f"another reply than the {outcome} answer to {where}")
     if not coordinator.whole:
         return  # what it asked is not known to the end
     for name, partner in partners.items():
@@ -1095,9 +1241,9 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
                 report.wrong(partner.file, act.line, f"a {kind} that the coordinator's ledger did not ask for")
             elif kind != "debit":
                 seen = coordinator.runs[ask[0]].outcomes.get((ask[1], ask[2]), {}).get(name, {})
-                if "ok" not in seen and set(seen) <= {"timeout", "invalid"}:
+                if set(seen) <= {"timeout", "invalid"}:
                     report.warn(partner.file, act.line, f"a {kind} whose answer the coordinator did not record")
-                elif "ok" not in seen:
+                elif not set(seen) & set(DONE):
                     report.wrong(partner.file, act.line, f"a {kind}, but the coordinator recorded a refusal")
         for act in partner.refusals:
             if act.body["run_id"] in coordinator.runs and (name, act.body["request_id"]) not in asked:
@@ -1131,9 +1277,10 @@ class Population(Runs):
         self.seen: dict[tuple[str, str, int, str], str] = {}  # hash of each debit and commit: a repeat is the same
         self.cohort: dict[tuple[str, str], tuple[int, Ranges]] = {}  # the latest debit of (run, purpose)
         self.committed: Counter[tuple[str, int]] = Counter()  # clients folded in a round
+        self.last_debit: int | None = None  # its line
 
-    def _budget(self, _: Entry, b: dict[str, Any]) -> None:
-        self.budget = self._new_budget(b, self.budget)
+    def _budget(self, entry: Entry, b: dict[str, Any]) -> None:
+        self.budget = self._new_budget(entry, b, self.budget)
         if b["clients"] != self.clients:
             raise Bad(f"for {b['clients']} clients, the charter has {self.clients}")
 
@@ -1192,6 +1339,8 @@ class Population(Runs):
             raise Bad("not in the plan that was held")
         self.cohort[b["run_id"], b["purpose"]] = (b["round"], ranges)
         self._count("debit", b)
+        self.last_debit = entry.line
+        self._not_expired(entry)
         self.terms.check_clip(b["purpose"], b["clip_norm"])
         if b["declared_records"] != self.terms.declared[""]:
             raise Bad("declared_records is not the charter's")
@@ -1234,6 +1383,7 @@ class Population(Runs):
 
     def finish(self) -> None:
         """What only the end shows."""
+        odometer, costs = Odometer(), dict[History, float]()
         for counts, ranges in self.groups().items():
             for (kind, run_id, purpose), n in zip(self.steps, counts, strict=True):
                 if kind == "debit" and n > self.plans[run_id][purpose][0]:
@@ -1242,12 +1392,22 @@ class Population(Runs):
                 spent = filter_epsilon(self.budget, _history(self.spent(counts)))
                 if spent > self.budget.epsilon * (1 + SLACK):
                     self.wrong(None, f"client {ranges[0][0]} spent epsilon {spent:.6g}, cap {self.budget.epsilon:g}")
+            history = _history(self.spent(counts))
+            if history not in costs:
+                costs[history] = self._cost(odometer, self.budget, history)
+            if self._too_dear(costs[history]):
+                what = f"client {ranges[0][0]}: all debits cost epsilon {costs[history]:.6g}, the charter's is "
+                self.wrong(self.last_debit, f"{what}{self.terms.epsilon:g} at delta {self.terms.delta:g}")
 
 
 # -- what closes a bundle ------------------------------------------------------------------------------------
 
 
-def _check_closings(root: Path, report: Report, terms: Terms, books: dict[str, Book], runs: dict[str, Run]) -> None:
+def _check_closings(
+    root: Path, report: Report, terms: Terms, books: dict[str, Book], runs: dict[str, Run]
+) -> str | None:
+    """The run of the newest good checkpoint, if there is one."""
+    latest: tuple[int, str | None] = (0, None)
     newest: dict[str, int] = {}  # owner -> the longest length that was countersigned
     closed: set[str] = set()
     for name in _listing(root, "closing"):
@@ -1284,6 +1444,7 @@ def _check_closings(root: Path, report: Report, terms: Terms, books: dict[str, B
             elif run.close["model_sha256"] != p["model_sha256"]:
                 raise Bad("names another model than the coordinator's ledger")
             closed.add(p["run_id"])
+            latest = max(latest, (lengths[terms.coordinator]["length"], p["run_id"]), key=lambda item: item[0])
         except Bad as bad:
             report.wrong(file, 1, str(bad))
     for run_id in runs:
@@ -1294,6 +1455,7 @@ def _check_closings(root: Path, report: Report, terms: Terms, books: dict[str, B
     for owner, length in newest.items():
         if len(books[owner].hashes) > length:
             report.warn(books[owner].file, length + 1, "entries after the newest checkpoint: nobody countersigned them")
+    return latest[1]
 
 
 def _last(runs: dict[str, Run]) -> dict[str, Any] | None:
@@ -1322,8 +1484,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _check_result(
-    root: Path, report: Report, terms: Terms, last: dict[str, Any] | None, partners: dict[str, Any], coarse: set[str]
+    root: Path,
+    report: Report,
+    terms: Terms,
+    runs: dict[str, Run],
+    refusals: Counter[tuple[Any, ...]],
+    partners: dict[str, Any],
+    coarse: set[str],
 ) -> None:
+    """Compare `result.json` with what was recomputed; `refusals` counts (partner, run_id, round, reason)."""
     file = "result.json"
     if not os.path.lexists(root / file):
         return
@@ -1331,29 +1500,63 @@ def _check_result(
         result = _json(_read(root, file), floats=True)
         if not isinstance(result, dict) or result.get("charter_sha256") != terms.sha256:
             raise Bad("names another charter")
+        privacy = result.get("privacy")
+        if not isinstance(privacy, dict) or privacy.get("kind") != terms.kind:
+            raise Bad(f"privacy is not the charter's, {terms.kind}")
+        for key in ("epsilon", "delta", "noise_multiplier", "clip_norm"):
+            _compare(report, f"privacy: {key}", privacy.get(key, ""), getattr(terms, key))
         said = result.get("partners")
-        if not isinstance(said, dict) or not (
-            set(said) <= set(partners) if terms.clients else set(said) == set(partners)
-        ):
+        if not isinstance(said, dict) or set(said) != set(partners):
             raise Bad("does not name the partners of this bundle")
         for name, claims in said.items():
-            for key in ("epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds"):
-                if not isinstance(claims, dict) or (key not in claims and key in ("epsilon", "delta", "rounds")):
+            for key in ("declared_records", "epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds"):
+                if not isinstance(claims, dict) or (key not in claims and key != "epsilon_filter"):
                     raise Bad(f"{name}: {key} is missing")
-                skip = key not in claims or (key == "epsilon" and name in coarse)
-                if not skip and not _same(claims[key], partners[name][key]):
-                    what = f"{name}: {key} is {_show(claims[key])}, recomputed {partners[name][key]}"
-                    report.wrong(file, None, what)
-        if last:
-            final, metrics = result.get("final"), last["metrics"]
-            if (
-                not isinstance(final, dict)
-                or set(final) != set(metrics)
-                or not all(_same(final[name], _real(value)) for name, value in metrics.items())
-            ):
-                raise Bad(f"final is not the metrics of the last round in the coordinator's ledger, {_show(metrics)}")
+                wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
+                if key in claims and not (key == "epsilon" and name in coarse):
+                    _compare(report, f"{name}: {key}", claims[key], wanted)
+        _check_rounds(result, runs)
+        listed = result.get("refusals")
+        keys = ("partner", "run_id", "round", "reason")
+        if not isinstance(listed, list) or Counter(tuple(r[key] for key in keys) for r in listed) != refusals:
+            raise Bad("refusals are not those in the partners' ledgers")
     except Bad as bad:
         report.wrong(file, None, str(bad))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
+        report.wrong(file, None, f"malformed ({_show(str(err))})")
+
+
+def _compare(report: Report, what: str, said: Any, wanted: float | None) -> None:
+    if not _same(said, wanted):
+        report.wrong("result.json", None, f"{what} is {_show(said)}, here it is {wanted}")
+
+
+def _check_rounds(result: dict[str, Any], runs: dict[str, Run]) -> None:
+    """run_id, rounds and final are those of the first completed run, or of the first."""
+    done = [run_id for run_id, run in runs.items() if run.close and run.close["why"] == "completed"]
+    run_id = next(iter([*done, *runs]), None)
+    if result.get("run_id") != run_id:
+        raise Bad(f"run_id is {_show(result.get('run_id'))}, in the coordinator's ledger it is {run_id}")
+    rounds = [(b["round"], b["metrics"]) for b in runs[run_id].rounds] if run_id else []
+    said = result.get("rounds")
+    if not isinstance(said, list) or len(said) != len(rounds):
+        raise Bad(f"rounds are not the {len(rounds)} of the coordinator's ledger")
+    for one, (number, metrics) in zip(said, rounds, strict=True):
+        if not isinstance(one, dict) or type(one.get("round")) is not int or one["round"] != number:
+            raise Bad(f"round {number} is missing or out of order")
+        if not _same_metrics(one.get("metrics"), metrics):
+            raise Bad(f"round {number}: metrics are not those in the coordinator's ledger, {_show(metrics)}")
+    final = rounds[-1][1] if rounds else {}
+    if not _same_metrics(result.get("final"), final):
+        raise Bad(f"final is not the metrics of the last round in the coordinator's ledger, {_show(final)}")
+
+
+def _same_metrics(said: Any, metrics: dict[str, Any]) -> bool:
+    return (
+        isinstance(said, dict)
+        and set(said) == set(metrics)
+        and all(_same(said[name], _real(value)) for name, value in metrics.items())
+    )
 
 
 # -- the verdict ---------------------------------------------------------------------------------------------
@@ -1387,8 +1590,12 @@ class _Bill:
         self, file: str, names: list[str], budget: Budget | None, unbounded: bool, history: History
     ) -> dict[str, Any]:
         """epsilon, epsilon_filter, epsilon_cap and delta; None where there is no bound."""
-        cap = budget.epsilon if budget else self.terms.epsilon
-        delta = budget.delta if budget else self.terms.delta
+        cap, delta = self.terms.epsilon, self.terms.delta
+        if budget and cap is not None and delta is not None:
+            cap = min(cap, budget.epsilon) if budget.delta == delta else cap
+            budget = budget.at(cap, delta) if budget.delta != delta else budget
+        elif budget:
+            cap, delta = budget.epsilon, budget.delta
         spent: float | None = None if unbounded or (budget is None and (history or cap is None)) else 0.0
         tight = spent
         if spent is not None and budget:
@@ -1414,10 +1621,7 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
         "rounds": len(partner.rounds),
         "refusals": len(partner.refusals),
         "entries": len(partner.hashes),
-        "trajectory": [
-            {"round": number, "epsilon_filter": filter_epsilon(budget, spent) if budget and spent is not None else None}
-            for _, number, spent in partner.trajectory
-        ],
+        "trajectory": [{"round": number, "epsilon_filter": spent} for _, number, spent in partner.trajectory],
     }
 
 
@@ -1481,13 +1685,24 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         if name not in partners:
             report.wrong(f"partners/{name}", None, "no partner of this charter")
     books: dict[str, Book] = {**partners, terms.coordinator: book}
-    _check_closings(root, report, terms, books, book.runs)
+    newest = _check_closings(root, report, terms, books, book.runs)
     _check_model(root, report, _last(book.runs))
     if isinstance(book, Population):
         bills = _client_summaries(book, bill)
     else:
         bills = {name: _partner_summary(partner, bill) for name, partner in partners.items()}
-    _check_result(root, report, terms, _last(book.runs), bills, bill.coarse)
+    refusals = Counter(
+        (name, act.body["run_id"], act.body["round"], act.body["reason"])
+        for name, partner in partners.items()
+        for act in partner.refusals
+    )
+    _check_result(root, report, terms, book.runs, refusals, bills, bill.coarse)
+    complete = (
+        f"The bill is complete as of the newest closing checkpoint in this bundle, run {newest}: whoever made the bundle "
+        "could withhold later runs together with everybody's later entries."
+        if newest
+        else "No good closing checkpoint is in this bundle: nobody vouches that any of it is complete."
+    )
     simulated = ["Simulated: all keys and data were on one machine, so the signatures bind nobody."]
     return {
         "verified": not report.violations,
@@ -1499,7 +1714,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         "partners": bills,
         "violations": report.violations,
         "warnings": report.warnings,
-        "limits": LIMITS + (simulated if terms.simulated else []),
+        "limits": [*LIMITS, complete] + (simulated if terms.simulated else []),
     }
 
 

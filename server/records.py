@@ -71,7 +71,9 @@ class LedgerRecords:
             name: {"request_id": a.request_id, "outcome": a.outcome, "reply_sha256": a.reply_sha256}
             for name, a in replies.items()
         }
-        self._ledger.append("answers", {"run_id": run_id, "round": round_number, "purpose": purpose, "replies": named})
+        body = {"run_id": run_id, "round": round_number, "purpose": purpose, "replies": named}
+        if not any(e.body == body for e in self._ledger.of("answers")[-2:]):  # said again after a crash: once is enough
+            self._ledger.append("answers", body)
 
     def round(
         self,

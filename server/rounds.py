@@ -118,8 +118,9 @@ class Coordinator:
         # A file keeps no order; tensors in another one would make other bytes of the same request.
         state.model = {name: state.model[name] for name in self._initial}
         why = self._records.run(run_id, self._signed.sha256)
-        self._record(state)  # what the checkpoint knows and a crash may have kept from the ledger
-        if why is not None:  # stopped between its last entry and the countersigned checkpoint, or asked for again
+        if why is None:
+            self._record(state)  # what the checkpoint knows and a crash may have kept from the ledger
+        else:  # stopped between its last entry and the countersigned checkpoint, or asked for again
             model = state.model if state.round else None
             return self._close(grid, Outcome(run_id, why, model, state.history, self._refusals))
         if state.accepted is None:

@@ -14,14 +14,14 @@ from rich.table import Table
 
 from ..common import verifier
 from ..common.charter import in_words
-from ..common.cli import Format, FormatOption, print_verdict, show_json
+from ..common.cli import Format, FormatOption, clean, plain, print_verdict, show_json
 from ..common.config import Federation, load_config
-from ..common.errors import OutputError, RunFailed
+from ..common.errors import OutputError, Refusal, RunFailed
 
 if TYPE_CHECKING:
     from .federation import Simulation
 
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def commands(app: typer.Typer) -> None:
@@ -40,26 +40,25 @@ def demo(
 
     Example: hansa demo --out out/demo
     """
-    from .federation import Simulation, private_folder
+    from .federation import Simulation
 
     console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
     began = time.perf_counter()
-    _clear_demo(folder, private_folder(folder))
     with as_file(files("hansa.configs") / "heart.yaml") as path:
         config = load_config(path)
     console.rule("1. Identities and charter", align="left")
     display = _display(console)
     console.print("making keys for four hospitals and a coordinator; drafting the charter; all five sign it")
-    simulation = Simulation(config, Path(), folder, notify=display.notify)
+    simulation = Simulation(config, Path(), folder, notify=display.notify, kind="demo")
     try:
-        console.print(in_words(simulation.signed), markup=False)
+        console.print(plain(in_words(simulation.signed), lines=True))
         console.rule("2. Training", align="left")
         outcome, timings = _train(simulation, display)
         console.rule("3. A second run that the remaining budget cannot pay", align="left")
         asked = next(iter(simulation.nodes))
         second = simulation.run(simulation.another_run(), only=[asked])
-        if second.why == "refused":
-            console.print(f"{asked} read no data for it; the refusal is in its ledger.")
+        _must_be_refused(second.refusals, asked)
+        console.print(f"{plain(asked)} read no data for it; the refusal is in its ledger.")
         console.rule("4. Baselines (only a simulation can have them)", align="left")
         result = _finish(simulation, outcome, [*outcome.refusals, *second.refusals], timings, True, console)
     finally:
@@ -76,9 +75,9 @@ def demo(
     if form is Format.JSON:
         show_json({"result": result, "verdict": verdict})
     console.rule("6. Written", align="left")
-    console.print(f"{folder}/report.html   a page for people; {folder}/ is the bundle that an auditor gets")
-    console.print(f"{simulation.private}/   private keys and node state; never part of the bundle")
-    console.print(f"Check it again: hansa audit {folder}     {time.perf_counter() - began:.1f} s")
+    console.print(plain(f"{folder}/report.html   a page for people; {folder}/ is the bundle that an auditor gets"))
+    console.print(plain(f"{simulation.private}/   private keys and node state; never part of the bundle"))
+    console.print(plain(f"Check it again: hansa audit {folder}") + f"     {time.perf_counter() - began:.1f} s")
     return 0 if verdict["verified"] else 1
 
 
@@ -105,11 +104,17 @@ def simulate(
             show_json({"result": result, "verdict": verdict})
         else:
             print_verdict(verdict)
-            console.print(f"written to {target}; a page for people: {target}/report.html")
+            console.print(plain(f"written to {target}; a page for people: {target}/report.html"))
         if not result["rounds"]:
             raise _refused(config, target)
         return 0 if verdict["verified"] else 1
     return _many(loaded, config, target, resume, with_baselines, seeds, console, form)
+
+
+def _must_be_refused(refusals: list[Any], partner: str) -> None:
+    """Raise RunFailed unless this partner refused for its budget: fewer answers than a quorum alone prove nothing."""
+    if not any((r.partner, r.reason) == (partner, Refusal.BUDGET.value) for r in refusals):
+        raise RunFailed(f"{partner} did not refuse a run that its budget cannot pay", "This is a fault in Hansa.")
 
 
 def _refused(config: Path, folder: Path) -> RunFailed:
@@ -126,14 +131,17 @@ def _one(
     resume: bool,
     with_baselines: bool,
     console: Console,
+    private: Path | None = None,
     quiet: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     from .federation import Simulation
     from .report import write_report
 
     display = _display(console, quiet)
-    simulation = Simulation(config, base, folder, resume=resume, notify=display.notify)
+    simulation = Simulation(config, base, folder, resume=resume, notify=display.notify, private_root=private)
     try:
+        if resume and simulation.fresh and not quiet:
+            _nothing_to_resume(folder)
         outcome, timings = _train(simulation, display)
         result = _finish(simulation, outcome, outcome.refusals, timings, with_baselines, console)
     finally:
@@ -141,6 +149,10 @@ def _one(
     verdict = verifier.verify_bundle(folder)
     write_report(folder / "report.html", result, verdict, in_words(simulation.signed))
     return result, verdict
+
+
+def _nothing_to_resume(folder: Path) -> None:
+    typer.echo(clean(f"nothing to resume in {folder}: starting a new run"), err=True)
 
 
 def _train(simulation: Simulation, display: Any) -> tuple[Any, dict[str, float]]:
@@ -176,9 +188,9 @@ def _finish(
         table = Table(box=None, pad_edge=False, title=_rows_title(result), title_justify="left")
         keys = list(next(iter(rows.values())))
         for title in ("", *keys):
-            table.add_column(title, justify="right" if title else "left")
+            table.add_column(plain(title), justify="right" if title else "left")
         for name, metrics in rows.items():
-            table.add_row(name, *(f"{metrics[k]:.4f}" if k in metrics else "-" for k in keys))
+            table.add_row(plain(name), *(f"{metrics[k]:.4f}" if k in metrics else "-" for k in keys))
         console.print(table)
     return result
 
@@ -197,20 +209,28 @@ def _many(
     gathered: dict[str, list[dict[str, float]]] = {}
     verified = 0
     title = ""
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    from .federation import holds_anything, private_folder
+
+    private = private_folder(folder)
+    taken = holds_anything(folder) or holds_anything(private)
+    if (taken and not resume) or (private / "run.json").exists():
         raise OutputError(f"{folder}: holds another run", "Give another --out, or go on with it: --resume.")
+    if resume and not taken:
+        _nothing_to_resume(folder)
     for number in range(seeds):
         seeded = config.model_copy(update={"seed": config.seed + number})
         began = time.perf_counter()
         own = folder / f"seed-{seeded.seed}"
-        result, verdict = _one(seeded, source.parent, own, resume, with_baselines, Console(quiet=True), quiet=True)
+        result, verdict = _one(
+            seeded, source.parent, own, resume, with_baselines, Console(quiet=True), private / own.name, quiet=True
+        )
         if not result["rounds"]:
             raise _refused(source, own)
         verified += bool(verdict["verified"])
         title = _rows_title(result)
         for name, metrics in _score_rows(result).items():
             gathered.setdefault(name, []).append(metrics)
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
+        shown = "  ".join(f"{plain(k)} {v:.4f}" for k, v in result["final"].items())
         console.print(
             f"seed {seeded.seed:>3}  {shown}  {'verified' if verdict['verified'] else 'NOT VERIFIED'}  {time.perf_counter() - began:.1f} s"
         )
@@ -231,12 +251,12 @@ def _many(
             title_justify="left",
         )
         for column in ("", *keys):
-            table.add_column(column, justify="right" if column else "left")
+            table.add_column(plain(column), justify="right" if column else "left")
         for name, spread in summary.items():
             cells = (f"{spread[k]['mean']:.4f} ± {spread[k]['sd']:.4f}" if k in spread else "-" for k in keys)
-            table.add_row(name, *cells)
+            table.add_row(plain(name), *cells)
         console.print(table)
-        console.print(f"{verified} of {seeds} audits verified; every run is in {folder}/seed-N")
+        console.print(plain(f"{verified} of {seeds} audits verified; every run is in {folder}/seed-N"))
     return 0 if verified == seeds else 1
 
 
@@ -282,17 +302,3 @@ def _display(console: Console, quiet: bool = False) -> Any:
     from .display import Display
 
     return Display(console, quiet or console.quiet)
-
-
-def _clear_demo(folder: Path, private: Path) -> None:
-    """Remove an earlier demo, and nothing else; mark the private folder as a demo's before anything is in it."""
-    import shutil
-
-    from .federation import DEMO_MARK, holds_anything
-
-    if not (private / DEMO_MARK).exists() and (holds_anything(folder) or holds_anything(private)):
-        raise OutputError(f"{folder}: not empty, and not an earlier demo", "Give another --out.")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(private, ignore_errors=True)
-    private.mkdir(parents=True)
-    (private / DEMO_MARK).touch()

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..common.cli import clean, plain
 from .federation import Simulation
 
 _SHOWN = 24
@@ -88,13 +89,13 @@ class Display:
             self._epsilon[name] = spent
 
     def _line(self, facts: dict[str, Any]) -> None:
-        told = "  ".join(f"{k} {v:.4f}" for k, v in facts["metrics"].items())
+        told = "  ".join(f"{plain(k)} {v:.4f}" for k, v in facts["metrics"].items())
         spent = max(self._epsilon.values(), default=None)
         cost = "" if spent is None else f"  epsilon spent {spent:.3f} (filter, the most of any partner)"
         self._console.print(f"round {facts['round']:>4}  {told}{cost}  {facts['seconds']:.2f} s")
 
     def _say(self, text: str, style: str) -> None:
-        self._console.print(Text(text, style=style))
+        self._console.print(Text(clean(text), style=style))
 
     def _table(self) -> Group:
         simulation = self._simulation
@@ -109,11 +110,11 @@ class Display:
             done = f"{self._rounds.get(name, 0)}/{charter.algorithm.rounds}"
             spent = self._epsilon.get(name)
             table.add_row(
-                name,
+                plain(name),
                 done,
                 "-" if spent is None else f"{spent:.3f}",
                 "none" if cap is None else f"{cap:g}",
-                self._status.get(name, ""),
+                plain(self._status.get(name, "")),
             )
         parts: list[Any] = [table]
         if len(simulation.nodes) > _SHOWN:
@@ -121,5 +122,5 @@ class Display:
         if self._metrics:
             rows = "public test rows" if charter.evaluation.kind == "public" else "noisy private histograms"
             told = "  ".join(f"{k} {v:.4f}" for k, v in self._metrics.items())
-            parts.append(Text(f"evaluation on {rows}: {told}", style="bold"))
+            parts.append(Text(clean(f"evaluation on {rows}: {told}"), style="bold"))
         return Group(*parts)

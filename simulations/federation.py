@@ -8,6 +8,8 @@ Every step of setting up can be repeated, so a run that was killed anywhere goes
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -16,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
 from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
 from ..common.flower import Context, RecordDict
-from ..common.identity import Identity, canonical, public_pem, sha256, write_whole
+from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire
 from ..common.plan import SOFTWARE, calibrated
@@ -44,11 +46,16 @@ from .grid import InProcessGrid
 from .population import PopulationGate, PopulationRecords, client_name
 
 COORDINATOR = "coordinator"
-DEMO_MARK = ".demo"
-"""In the private folder: the next demo may replace this run."""
+LOCK = "hansa.lock"
+"""In the private folder: who holds its lock works in both folders."""
 Notify = Callable[..., None]
-# What `write_whole` and its like name the file that they then rename: only a killed process leaves one behind.
-_UNFINISHED = re.compile(r"\.(.+\.[a-z0-9_]{8}|.+\.[0-9]+\.tmp|dataset-[a-z0-9_]{8})")
+# What a killed process had not finished writing: by `write_whole`, and by `write_report`.
+_UNFINISHED = re.compile(re.escape(TEMPORARY) + r".+|\.report\.html\.[0-9]+\.tmp")
+# Every file of a bundle, by its path in it: nothing else in OUT is ever deleted.
+_BUNDLE = re.compile(
+    r"charter\.json|model\.safetensors|result\.json|report\.html|keys/[^/]+\.pem|closing/[^/]+\.json"
+    r"|coordinator/ledger\.jsonl|partners/[^/]+/ledger\.jsonl"
+)
 
 
 def private_folder(out: Path) -> Path:
@@ -60,8 +67,56 @@ def private_folder(out: Path) -> Path:
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether there is more in a folder than a demo's mark and what a killed process had not finished writing."""
-    return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != DEMO_MARK for p in folder.iterdir())
+    """Whether there is more in a folder than our lock and what a killed process had not finished writing."""
+    return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != LOCK for p in folder.iterdir())
+
+
+def _lock(private: Path) -> BinaryIO:
+    """The lock on a run's folders, held until the file is closed."""
+    path = private / LOCK
+    try:
+        private.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab", opener=lambda p, flags: os.open(p, flags, 0o600))  # noqa: SIM115  the lock lives with it
+    except OSError as err:
+        raise output_error(path, err) from err
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have deleted it meanwhile: then this is a lock on nothing.
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError(path)
+    except OSError as err:
+        file.close()
+        raise OutputError(
+            f"another hansa process is working in {private}",
+            "Wait for it to finish, or stop it, or give another --out.",
+        ) from err
+    return file
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _foreign(out: Path) -> list[str]:
+    """What is in an output folder and not part of a bundle."""
+    files = [p for p in out.rglob("*") if not _is_folder(p)]
+    names = [p.relative_to(out).as_posix() for p in files if not _UNFINISHED.fullmatch(p.name)]
+    return sorted(name for name in names if not _BUNDLE.fullmatch(name))
+
+
+def _remove(out: Path, private: Path, keep: tuple[str, ...] = ()) -> None:
+    """Delete a bundle's files, and what the private folder holds but these; folders only when that empties them."""
+    for path in sorted(out.rglob("*"), reverse=True):  # what is inside before its folder
+        if _is_folder(path):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        elif _BUNDLE.fullmatch(path.relative_to(out).as_posix()) or _UNFINISHED.fullmatch(path.name):
+            path.unlink()
+    for path in private.iterdir():
+        if _is_folder(path):
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
 
 
 @dataclass
@@ -125,10 +180,17 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
 
 @dataclass
 class Simulation:
-    """A federation set up in `out`; `run` it, then `close` it.
+    """A federation set up in `out`; `run` it, then `close` it. Until then nobody else can work in its folders.
+
+    Args:
+        kind: which command's run it is. A "demo" replaces an earlier demo, and nothing else.
+        private_root: the private folder, when it is not the one beside `out`.
+
+    Attributes:
+        fresh: there was no run to go on with.
 
     Raises (on creation):
-        OutputError: `out` holds another run.
+        OutputError: `out` holds another run, or another process works in it.
         ConfigError, DataError, TaskError, Refused: what was asked for cannot be run; nothing was trained.
     """
 
@@ -137,23 +199,33 @@ class Simulation:
     out: Path
     resume: bool = False
     notify: Notify = lambda *_, **__: None
+    kind: str = "simulate"
+    private_root: Path | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
     _ledgers: list[Ledger] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.private = private_folder(self.out)
+        self.private = self.private_root or private_folder(self.out)
         self.task = load_task(self.config.task)
-        fresh = not (self.private / "run.json").exists()
-        self._state = self._claim()
+        self._refuse_foreign()  # before anything is written
+        made = [folder for folder in (self.out, self.private) if not folder.exists()]
+        self._held = _lock(self.private)
         try:
-            self._set_up()
-        except BaseException as err:
+            self._state = self._claim()
+            try:
+                self._set_up()
+            except (ConfigError, DataError, TaskError, CharterError, Refused):
+                if self.fresh:
+                    # Bad input: nothing was asked or spent, and both folders were empty, so they are free again.
+                    with contextlib.suppress(OSError):
+                        _remove(self.out, self.private)
+                    for folder in made:
+                        with contextlib.suppress(OSError):
+                            folder.rmdir()
+                raise
+        except BaseException:
             self.close()
-            if isinstance(err, ConfigError | DataError | TaskError | CharterError | Refused) and fresh:
-                # Bad input: nothing was asked or spent, so the folder is free for the corrected one.
-                shutil.rmtree(self.out, ignore_errors=True)
-                shutil.rmtree(self.private, ignore_errors=True)
             raise
 
     @property
@@ -184,23 +256,39 @@ class Simulation:
         write_whole(self.out / "model.safetensors", model_bytes(model))
 
     def close(self) -> None:
-        """Let go of every ledger."""
+        """Let go of every ledger, and of the folders."""
         for ledger in self._ledgers:
             ledger.close()
+        self._held.close()
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
+    def _refuse_foreign(self) -> None:
+        """Raise OutputError when there is something in the folders, and no run."""
+        try:
+            if not (self.private / "run.json").exists() and (holds_anything(self.out) or holds_anything(self.private)):
+                what = "an earlier demo" if self.kind == "demo" else "a run of ours"
+                raise OutputError(f"{self.out}: not empty, and not {what}", "Give another --out, or empty this one.")
+        except OSError as err:
+            raise OutputError(f"{self.out}: {err.strerror}", "Give another --out.") from err
+
     def _claim(self) -> dict[str, Any]:
-        """Make the output folder ours, or find our earlier run in it."""
+        """Make the output folder ours, or find our earlier run in it. What run.json says is whose folder it is."""
         path = self.private / "run.json"
         mine = sha256(canonical(json.loads(self.config.model_dump_json(), parse_float=str)))
         try:
             state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-            taken = holds_anything(self.out) or holds_anything(self.private)
+            if path.exists() and not isinstance(state, dict):
+                raise ValueError("not what a run wrote")
         except (OSError, ValueError) as err:
             raise OutputError(f"{path}: {err}", "Give another --out.") from err
-        if state is None and taken:
-            raise OutputError(f"{self.out}: not empty, and not a run of ours", "Give another --out, or empty this one.")
+        self._refuse_foreign()  # again, now that nobody else can claim it
+        self.fresh = state is None
+        if state is not None and self.kind == "demo":
+            self._clear_demo(state)
+            state = None
+        if state is not None and state.get("kind") == "demo":
+            raise OutputError(f"{self.out}: holds a run of `hansa demo`", "Give another --out.")
         if state is not None and not self.resume:
             raise OutputError(
                 f"{self.out}: holds another run",
@@ -211,10 +299,24 @@ class Simulation:
                 f"{self.out}: holds a run of another configuration", "Give the configuration it began with."
             )
         if state is None:
-            state = {"config_sha256": mine, "runs": [secrets.token_hex(8)]}
+            state = {"kind": self.kind, "config_sha256": mine, "runs": [secrets.token_hex(8)]}
             self._state = state
             self._keep_state()
         return dict(state)
+
+    def _clear_demo(self, state: dict[str, Any]) -> None:
+        """Delete an earlier demo, and nothing else. Its run.json stays: a demo that dies here is still one."""
+        if state.get("kind") != "demo":
+            raise OutputError(f"{self.out}: not empty, and not an earlier demo", "Give another --out.")
+        if foreign := _foreign(self.out):
+            raise OutputError(
+                f"{self.out}: holds files that are not a demo's: {', '.join(foreign[:5])}",
+                "Nothing was deleted. Move them away, or give another --out.",
+            )
+        try:
+            _remove(self.out, self.private, keep=("run.json", LOCK))
+        except OSError as err:
+            raise output_error(self.out, err) from err
 
     def _keep_state(self) -> None:
         write_whole(self.private / "run.json", json.dumps(self._state).encode(), mode=0o600)
@@ -279,7 +381,7 @@ class Simulation:
             self.out / "closing",
             self.notify,
         )
-        # The ledgers' locks say that nobody else writes here, so these are a killed process's.
+        # The lock says that nobody else writes here, so these are a killed process's.
         for path in (*self.out.rglob(".*"), *self.private.rglob(".*")):
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink()

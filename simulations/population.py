@@ -94,7 +94,8 @@ class PopulationRecords:
         if purpose in self._items:
             good = [name for name, answer in replies.items() if answer.outcome == "ok"]
             body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": _ranges(good)}
-            self._ledger.append("cohort-commit", body)
+            if not any(e.body == body for e in self._ledger.of("cohort-commit")[-2:]):  # said again after a crash
+                self._ledger.append("cohort-commit", body)
 
     def round(
         self,

@@ -24,7 +24,7 @@ from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire, to_bytes
 from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, unwrapped, weights
 
-MAY_LEAVE = {"update", "scores", "histogram", "head", "signature", "accepted", "refused"}
+MAY_LEAVE = {"update", "failed", "scores", "histogram", "head", "signature", "accepted", "refused"}
 TYPES = {"open": "query.open", "train": "train", "evaluate": "evaluate", "close": "query.close", "sign": "query.sign"}
 PUBLIC = {"kind": "public"}
 PRIVATE = {"kind": "private", "noise_multiplier": 8.0}
@@ -138,7 +138,8 @@ def test_opening_and_closing_read_nothing(site: Site) -> None:
     reply = desk.send("close", 4)[0]
     assert site.ledger is not None
     assert reply.fields == {"length": site.ledger.length, "head": site.ledger.head}
-    payload = closing_payload("run-1", desk.signed.sha256, None, {"ada": reply.fields})
+    heads = dict.fromkeys(desk.signed.charter.keys(), reply.fields)
+    payload = closing_payload("run-1", desk.signed.sha256, None, heads)
     reply = desk.send("sign", 4, fields={"closing": base64.b64encode(payload).decode()})[0]
     verify(identity("ada").key, CLOSING_TYPE, payload, base64.b64decode(reply.fields["signature"]))
 
@@ -312,7 +313,8 @@ def test_malformed_closings_are_not_signed(site: Site) -> None:
         ask = request(desk.signed, "sign", 4, fields={"closing": closing})
         nothing_happens(desk, "sign", desk.message(ask), "closing checkpoint|JSON")
     assert site.ledger is not None
-    wrong = closing_payload("run-1", desk.signed.sha256, None, {"ada": {"length": 1, "head": site.ledger.head}})
+    head = {"length": 1, "head": site.ledger.head}
+    wrong = closing_payload("run-1", desk.signed.sha256, None, dict.fromkeys(desk.signed.charter.keys(), head))
     ask = request(desk.signed, "sign", 4, fields={"closing": base64.b64encode(wrong).decode()})
     nothing_happens(desk, "sign", desk.message(ask), "does not state this ledger")
 

@@ -175,8 +175,8 @@ def test_a_release_frees_only_what_was_never_debited(site: Site) -> None:
     exhaust(gate, signed)
     asks = [train(gate, signed, n, "full-0") for n in (1, 2)]
     committed(gate, asks[0])
-    gate.close_run("full-0")
-    gate.close_run("full-0")
+    gate.close_run("full-0", signed.sha256)
+    gate.close_run("full-0", signed.sha256)
     assert site.kinds().count("release") == 1
     with refused(Refusal.BUDGET):
         opened(gate, signed, "whole")  # three rounds do not fit into what one left
@@ -238,7 +238,7 @@ def test_expired_after_it_was_accepted(site: Site, monkeypatch: pytest.MonkeyPat
     ):
         with refused(Refusal.CHARTER_EXPIRED, "expired"):
             step()
-    gate.close_run("run-1")
+    gate.close_run("run-1", signed.sha256)
     assert site.kinds()[-1] == "release"
 
 
@@ -303,7 +303,7 @@ def test_rounds(site: Site) -> None:
     gate = site.gate(signed)
     opened(gate, signed)
     for number in (0, -1, 4, 10**9):
-        with refused(Refusal.ROUND, f"round {number} is not next"):
+        with refused(Refusal.ROUND, f"round {number} is not one to train"):
             train(gate, signed, number)
     train(gate, signed, 1)
     with refused(Refusal.ROUND):
@@ -334,7 +334,7 @@ def test_what_needs_an_open_hold(site: Site) -> None:
         gate.admit_public(ask, digest(ask))
     opened(gate, signed)
     pending = train(gate, signed)
-    gate.close_run("run-1")
+    gate.close_run("run-1", signed.sha256)
     for fresh in (gate, site.gate(signed)):
         with refused(Refusal.NOT_HELD, "not open here"):
             train(fresh, signed, 2)
@@ -342,7 +342,7 @@ def test_what_needs_an_open_hold(site: Site) -> None:
             fresh.debit(pending, digest(pending), "train")
         with refused(Refusal.NOT_HELD, "not open here"):
             fresh.admit_public(ask, digest(ask))
-    assert fresh.close_run("unknown") == fresh.close_run("run-1")
+    assert fresh.close_run("unknown", signed.sha256) == fresh.close_run("run-1", signed.sha256)
 
 
 def test_private_evaluation_is_charged_as_its_own_event(site: Site) -> None:
@@ -535,7 +535,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(run=st.integers(0, 3))
     def close_run(self, run: int) -> None:
-        self.attempt(lambda: self.gate.close_run(f"run-{run}"))
+        self.attempt(lambda: self.gate.close_run(f"run-{run}", self.charters[0].sha256))
 
     def held(self) -> list[PrivacyEvent]:
         """What open holds may still spend, replayed from the ledger by other code than the gate's."""

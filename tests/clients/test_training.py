@@ -9,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from hansa.clients import training
 from hansa.clients.datasets import Rows
 from hansa.clients.noise import SecureNoise
 from hansa.clients.training import LocalSettings, check_model, train_locally
 from hansa.common.errors import ConfigError, MessageError, Refusal, Refused, TaskError
-from torch import Tensor, nn
 
 
 def loss(output: Tensor, labels: Tensor) -> Tensor:

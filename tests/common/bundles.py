@@ -179,7 +179,9 @@ def honest(shape: Shape | None = None) -> Draft:
     genesis = {"ledger_id": "x", "simulated": True, "software": "hansa 0.1.0"}
     for name, person in people.items():
         role = "partner" if name != "coordinator" else "population" if shape.clients else "coordinator"
-        data = {"id": f"{name}/train", "commitment": digest(name)} if role == "partner" else None
+        some = shape.evaluation != "none"
+        held_out = {"kind": shape.evaluation, "commitment": digest(name, "held out") if some else None}
+        data = {"id": f"{name}/train", "commitment": digest(name), "held_out": held_out} if role == "partner" else None
         made.books[name] = [
             ("genesis", {**genesis, "owner": name, "role": role, "key": person.key, "dataset": data}),
             (
@@ -422,10 +424,30 @@ def _population(made: Draft, shape: Shape) -> None:
 def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
     """The part of result.json that an audit compares."""
     keys = ("epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds")
-    rounds = [body for kind, body in made.books["coordinator"] if kind == "round"]
+    charter = made.signed.charter
+    declared = {m.name: m.declared_records for m in charter.partners}
+    rounds = {b["round"]: b["metrics"] for kind, b in made.books["coordinator"] if kind == "round"}
+    listed = [
+        {"round": n, "metrics": {name: float(value) for name, value in metrics.items()}}
+        for n, metrics in rounds.items()
+    ]
+    fields = ("run_id", "round", "reason", "detail")
     return {
         "run_id": "run-1",
         "charter_sha256": made.signed.sha256,
-        "partners": {name: {key: p[key] for key in keys} for name, p in verdict["partners"].items()},
-        "final": {name: float(value) for name, value in rounds[-1]["metrics"].items()},
+        "privacy": {
+            key: getattr(charter.privacy, key) for key in ("kind", "epsilon", "delta", "noise_multiplier", "clip_norm")
+        },
+        "partners": {
+            name: {"declared_records": declared.get(name, 100), **{key: p[key] for key in keys}}
+            for name, p in verdict["partners"].items()
+        },
+        "rounds": listed,
+        "final": listed[-1]["metrics"],
+        "refusals": [
+            {"partner": name, **{field: body[field] for field in fields}}
+            for name, book in made.books.items()
+            for kind, body in book
+            if kind == "refuse"
+        ],
     }

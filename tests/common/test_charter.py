@@ -192,7 +192,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 _positive = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
 
 
-@given(_positive, _positive, st.floats(0.3, 1e300), st.floats(5e-324, 1.0), st.floats(1e-300, 0.02))
+@given(st.floats(1e-300, 1e4), _positive, st.floats(0.3, 1e300), st.floats(5e-324, 1.0), st.floats(1e-300, 0.02))
 def test_floats_survive_exactly(lr: float, clip: float, sigma: float, q: float, delta: float) -> None:
     made = terms(privacy={"epsilon": 1.1, "delta": delta, "clip_norm": clip, "noise_multiplier": sigma})
     made["algorithm"]["local"].update(sampling_rate=q, optimizer={"lr": lr})

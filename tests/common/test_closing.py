@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from hansa.common.closing import CLOSING_TYPE, closing_payload, sign_closing
@@ -15,8 +17,11 @@ CHARTER = "c" * 64
 PAYLOAD = closing_payload("run-1", CHARTER, None, {"coordinator": {"length": 9, "head": "b" * 64}, "ada": HEAD})
 
 
-def sign(payload: bytes, run: str = "run-1", charter: str = CHARTER, owner: str = "ada") -> bytes:
-    return sign_closing(ADA, payload, run, charter, owner, HEAD)
+OWNERS = ["coordinator", "ada"]
+
+
+def sign(payload: bytes, run: str = "run-1", charter: str = CHARTER, owners: Sequence[str] = OWNERS) -> bytes:
+    return sign_closing(ADA, payload, run, charter, owners, HEAD)
 
 
 def test_what_is_true_is_signed() -> None:
@@ -27,8 +32,13 @@ def test_what_is_true_is_signed() -> None:
 
 def test_what_is_not_is_refused() -> None:
     body = strict_json(PAYLOAD)
-    mine = body["ledgers"][0]
+    mine, other = body["ledgers"]
     for changed in (
+        {**body, "ledgers": [mine, {**other, "owner": "zeus"}]},
+        {**body, "ledgers": [mine, other, {**other, "owner": "zeus"}]},
+        {**body, "ledgers": [{**mine, "length": 4}, other]},
+        {**body, "ledgers": [{**mine, "head": "d" * 64}, other]},
+        {**body, "ledgers": [{**mine, "extra": 1}, other]},
         {**body, "ledgers": [{**mine, "length": 4}]},
         {**body, "ledgers": [{**mine, "head": "d" * 64}]},
         {**body, "ledgers": [mine, mine]},
@@ -52,4 +62,6 @@ def test_what_is_not_is_refused() -> None:
     with pytest.raises(MessageError):
         sign(PAYLOAD, charter="e" * 64)
     with pytest.raises(MessageError):
-        sign(PAYLOAD, owner="ben")
+        sign(PAYLOAD, owners=["coordinator", "ada", "ben"])
+    with pytest.raises(MessageError):
+        sign_closing(identity("ben"), PAYLOAD, "run-1", CHARTER, OWNERS, HEAD)

@@ -172,7 +172,7 @@ def test_whatever_strict_json_lets_through_has_canonical_bytes(value: Any) -> No
         parsed = strict_json(data)
     except MessageError:
         return
-    assert strict_json(canonical(parsed)) == parsed == value
+    assert strict_json(canonical(parsed)) == parsed
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ SMALL = Shape(partners=2, rounds=1, sigma=20.0)
 FULL = Shape(partners=2, rounds=2, refused_run=True, steps=2)
 PRIVATE = Shape(partners=2, rounds=2, evaluation="private", sigma=20.0)
 NONE = Shape(partners=2, rounds=1, kind="none", evaluation="none")
+DEAR = Shape(partners=2, rounds=1, sigma=0.35)
 SAMPLED = Shape(partners=2, rounds=2, q=0.1, steps=3, sigma=3.0)
 CLIENTS = Shape(clients=1000, rounds=3, participation=0.1, evaluation="none", q=0.2, sigma=3.0)
 
@@ -132,7 +134,8 @@ def test_summary_of_a_partner(tmp_path: Path) -> None:
     partner = verdict_of(fresh(FULL).write(tmp_path / "b"))["partners"][P0]
     assert (partner["debits"], partner["uncommitted_debits"], partner["rounds"], partner["refusals"]) == (2, 0, 2, 1)
     assert [point["round"] for point in partner["trajectory"]] == [1, 2]
-    assert partner["trajectory"][-1]["epsilon_filter"] == partner["epsilon_filter"] <= partner["epsilon_cap"] == 1.0
+    assert math.isclose(partner["trajectory"][-1]["epsilon_filter"], partner["epsilon_filter"], rel_tol=1e-12)
+    assert partner["epsilon_filter"] <= partner["epsilon_cap"] == 1.0
     assert 0 < partner["epsilon"] <= partner["epsilon_filter"]
 
 
@@ -228,6 +231,22 @@ def unprotected_then_protected(d: Draft) -> None:
         d.insert(P0, at_place, kind, entry)
 
 
+def under_another_charter(d: Draft, epsilon: float, delta: float, owner: str = P0) -> None:
+    """The budget of a ledger came with a charter that is not this bundle's."""
+    other, place = digest("another charter"), d.index(owner, "budget")
+    body = d.entry(owner, "budget")
+    body |= {"charter_sha256": other, "budget": Budget.create(epsilon, delta).to_fields()}
+    expires = {"charter_sha256": other, "name": "other", "expires": "2030-01-01T00:00:00+00:00"}
+    d.insert(owner, place, "charter", expires)
+
+
+def fails(d: Draft, purpose: str, reply_sha256: str | None = None) -> None:
+    """P0 answers that its work failed; it is not folded."""
+    reply(d, purpose).update({"outcome": "failed"} | ({"reply_sha256": reply_sha256} if reply_sha256 else {}))
+    if purpose == "train":
+        d.entry(C, "round")["partners"].remove(P0)
+
+
 COORD = "coordinator/ledger.jsonl"
 L0 = f"partners/{P0}/ledger.jsonl"
 LIES: list[tuple[str, Shape, Lie, str, str]] = [
@@ -237,6 +256,87 @@ LIES: list[tuple[str, Shape, Lie, str, str]] = [
     ("genesis_key", SMALL, change(P0, "genesis", key=identity(P1).key), L0, "owner, role, key"),
     ("genesis_not_simulated", SMALL, change(P0, "genesis", simulated=False), L0, "owner, role, key"),
     ("genesis_without_dataset", SMALL, change(P0, "genesis", dataset=None), L0, "dataset"),
+    (
+        "genesis_old_dataset",
+        SMALL,
+        lambda d: d.entry(P0, "genesis")["dataset"].pop("held_out"),
+        L0,
+        "exactly the fields",
+    ),
+    (
+        "genesis_held_out_kind",
+        SMALL,
+        at(lambda d: d.entry(P0, "genesis")["dataset"]["held_out"], kind="some"),
+        L0,
+        "held_out",
+    ),
+    (
+        "genesis_held_out_no_commitment",
+        SMALL,
+        at(lambda d: d.entry(P0, "genesis")["dataset"]["held_out"], commitment=None),
+        L0,
+        "held_out",
+    ),
+    (
+        "genesis_nothing_held_out_but_committed",
+        NONE,
+        at(lambda d: d.entry(P0, "genesis")["dataset"]["held_out"], commitment=digest("x")),
+        L0,
+        "held_out",
+    ),
+    (
+        "public_of_private_rows",
+        SMALL,
+        at(lambda d: d.entry(P0, "genesis")["dataset"]["held_out"], kind="private"),
+        L0,
+        "are not public",
+    ),
+    ("charter_cap", DEAR, lambda d: under_another_charter(d, 200.0, 0.01), L0, "with this debit"),
+    ("charter_cap_same_delta", DEAR, lambda d: under_another_charter(d, 200.0, 1e-4), L0, "with this debit"),
+    (
+        "clients_charter_cap",
+        Shape(clients=200, rounds=2, evaluation="none", sigma=0.35),
+        lambda d: under_another_charter(d, 200.0, 0.01, C),
+        COORD,
+        "the charter's is",
+    ),
+    (
+        "debit_expired",
+        SMALL,
+        lambda d: setattr(d, "start", d.signed.charter.expires - timedelta(seconds=d.index(P0, "debit"))),
+        L0,
+        "debit: after the charter expired",
+    ),
+    (
+        "clients_debit_expired",
+        CLIENTS,
+        lambda d: setattr(d, "start", d.signed.charter.expires - timedelta(seconds=d.index(C, "cohort-debit"))),
+        COORD,
+        "cohort-debit: after the charter expired",
+    ),
+    ("failed_other_reply", SMALL, lambda d: fails(d, "train", digest("x")), L0, "another reply"),
+    (
+        "failed_without_commit",
+        SMALL,
+        lambda d: [fails(d, "train"), without(P0, "commit")(d)],
+        L0,
+        "no commit for the failed answer",
+    ),
+    (
+        "failed_without_reply",
+        SMALL,
+        lambda d: [fails(d, "train"), reply(d, "train").update(reply_sha256=None)],
+        COORD,
+        "outcome",
+    ),
+    (
+        "failed_but_folded",
+        SMALL,
+        lambda d: [again(C, "answers", 1)(d), d.entry(C, "answers", 2)["replies"][P0].update(outcome="failed")],
+        COORD,
+        "that it failed",
+    ),
+    ("failed_open", SMALL, lambda d: reply(d, "open").update(outcome="failed"), COORD, "no work can fail"),
     ("genesis_missing", SMALL, without(P0, "genesis"), L0, "genesis"),
     ("genesis_twice", SMALL, again(P0, "genesis"), L0, "only the first"),
     ("unknown_type", SMALL, before_end(P0, "gift", {}), L0, "unknown type"),
@@ -505,6 +605,145 @@ def test_run_under_another_charter_is_charged_and_said(tmp_path: Path) -> None:
     assert any("another charter" in w["what"] for w in verdict["warnings"])
     assert verdict["partners"][P0]["epsilon"] > before * 1.2
     assert verdict["partners"][P0]["rounds"] == 1
+
+
+def test_charter_cap_names_the_first_debit_that_exceeds(tmp_path: Path) -> None:
+    """One or two rounds fit in epsilon 1 at delta 1e-4, three do not."""
+    made = honest(Shape(partners=2, rounds=3, steps=1, sigma=4.5))
+    under_another_charter(made, 50.0, 1e-3)
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    fits = next(n for n in range(3) if odometer([PrivacyEvent(1.0, 4.5, n + 1)], 1e-4) > 1)  # debits that fit
+    assert fits > 0
+    found = [v for v in verdict["violations"] if "with this debit" in v["what"]]
+    assert [(v["file"], v["line"]) for v in found] == [(L0, made.index(P0, "debit", fits) + 1)]
+    assert verdict["partners"][P1]["epsilon_cap"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "cap"), [(0.9, 1e-4, 0.9), (3.0, 1e-4, 1.0), (5.0, 1e-3, 1.0), (5.0, 1e-6, 1.0)]
+)
+@pytest.mark.parametrize("shape", [Shape(partners=2, rounds=2, q=0.05, steps=5), Shape(partners=2, rounds=2)])
+def test_budget_of_another_charter_is_said_and_no_false_alarm(
+    tmp_path: Path, shape: Shape, epsilon: float, delta: float, cap: float
+) -> None:
+    """Calibrated to the charter's cap, under a filter whose orders fit another one: the charter still pays."""
+    if epsilon < 1:
+        shape = Shape(partners=2, rounds=2, sigma=30.0)
+    made = fresh(shape)
+    under_another_charter(made, epsilon, delta)
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    assert verdict["violations"] == []
+    warned = [w["what"] for w in verdict["warnings"] if "budget of another charter" in w["what"]]
+    assert len(warned) == 1
+    assert all(word in warned[0] for word in (digest("another charter"), repr(epsilon), repr(delta)))
+    partner = verdict["partners"][P0]
+    assert (partner["epsilon_cap"], partner["delta"]) == (cap, 1e-4)
+
+
+@pytest.mark.parametrize("purpose", ["train", "evaluate"])
+def test_failed_answer_is_like_an_ok_one_that_is_not_folded(tmp_path: Path, purpose: str) -> None:
+    for shape in (SMALL, PRIVATE):
+        made = fresh(shape)
+        fails(made, purpose)
+        verdict = verdict_of(made.write(tmp_path / "b"))
+        assert verdict["violations"] == []
+        assert verdict["warnings"] == []
+        assert verdict["partners"][P0]["epsilon"] > 0
+
+
+def test_limits_say_what_is_not_checked(tmp_path: Path) -> None:
+    made = fresh(FULL)
+    folder = made.write(tmp_path / "b")
+    limits = " ".join(verdict_of(folder)["limits"])
+    for word in (
+        "closing checkpoint in this bundle, run run-2:",
+        "withhold",
+        "coordinator's word",
+        "report.html",
+        "timings",
+    ):
+        assert word in limits
+    (folder / "closing/run-2.json").unlink()
+    assert "run run-1:" in " ".join(verdict_of(folder)["limits"])
+    shutil.rmtree(folder / "closing")
+    assert "No good closing checkpoint" in " ".join(verdict_of(folder)["limits"])
+
+
+def test_nothing_hostile_reaches_the_terminal(tmp_path: Path) -> None:
+    nasty = "\x1b[2J\x1b]0;x\x07\u202e\u2066\u200b\x9b31m\n"
+    made = fresh(FULL)
+    before_end(P0, nasty, {})(made)
+    made.entry(P1, "refuse" if P1 == C else "genesis")["owner"] = nasty
+    folder = made.write(tmp_path / "b")
+    (folder / f"keys/{nasty}.pem").write_bytes(b"")
+    (folder / f"closing/{nasty}.json").write_bytes(b"")
+    (folder / f"partners/{nasty}").mkdir()
+    (folder / "partners" / os.fsdecode(b"\xff\xfe")).mkdir()
+    verdict = verdict_of(folder)
+    assert {"unknown type", "no partner"} <= {
+        w for w in ("unknown type", "no partner") if w in str(verdict["violations"])
+    }
+    for found in verdict["violations"] + verdict["warnings"]:
+        assert (found["file"] + found["what"]).isprintable()
+    report = Report()
+    report.wrong("f" * 10_000, None, "w" * 10_000)
+    assert len(report.violations[0]["file"]) < 400 > len(report.violations[0]["what"]) - 200
+    assert str(Unreadable("charter.json", 1, nasty)).isprintable()
+
+
+def _many(made: Draft, count: int) -> None:
+    """As many runs under another charter, each with another event, held, debited and committed."""
+    other, place = digest("another charter"), made.index(P0, "hold")
+    hold, debit, commit = (made.entry(P0, kind) for kind in ("hold", "debit", "commit"))
+    new: list[tuple[str, dict[str, Any]]] = [
+        ("charter", {"charter_sha256": other, "name": "other", "expires": "2030-01-01T00:00:00+00:00"})
+    ]
+    for n in range(count):
+        event = {"mechanism": "poisson-gaussian/1", "q": "1.0", "sigma": str(100_000 + n), "steps": 1}
+        plan = [{"purpose": "train", "count": 1, "event": event}]
+        of = {"run_id": f"x{n}", "charter_sha256": other, "plan_sha256": sha256(canonical(plan))}
+        new.append(("hold", {**hold, **of, "request_id": f"h{n}", "plan": plan}))
+        new.append(("debit", {**debit, **of, "request_id": f"d{n}", "event": event}))
+        new.append(("commit", {**commit, "run_id": f"x{n}", "request_id": f"d{n}"}))
+    made.books[P0][place:place] = new
+    made.closings[0][2][P0] += len(new)
+
+
+def test_two_thousand_holds_and_debits_are_cheap(tmp_path: Path) -> None:
+    made = fresh(SMALL)
+    _many(made, 1999)  # and the bundle's own event
+    folder = made.write(tmp_path / "b")
+    began = time.monotonic()
+    verdict = verdict_of(folder)
+    assert time.monotonic() - began < 10
+    assert verdict["violations"] == []
+    partner = verdict["partners"][P0]
+    assert math.isclose(partner["trajectory"][-1]["epsilon_filter"], partner["epsilon_filter"], rel_tol=1e-9)
+    assert len(partner["trajectory"]) == 2000
+
+
+def test_different_events_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "MAX_EVENTS", 20)
+    made = fresh(SMALL)
+    _many(made, 19)
+    assert verdict_of(made.write(tmp_path / "b"))["violations"] == []
+    made = fresh(SMALL)
+    _many(made, 20)
+    found = verdict_of(made.write(tmp_path / "b"))["violations"]
+    assert any("different events" in v["what"] and v["line"] == made.index(P0, "hold", 20) + 1 for v in found)
+
+
+def test_what_was_held_or_given_back_is_counted_right() -> None:
+    budget = verifier.Budget.parse(Budget.create(1.0, 1e-4).to_fields())
+    total = verifier.Total(budget)
+    rng, spent = random.Random(4), verifier.Counter()  # type: ignore[var-annotated]
+    for _ in range(200):
+        event, times = (rng.choice([0.1, 1.0]), rng.choice([5.0, 9.0]), rng.randint(1, 9)), rng.randint(1, 5)
+        total.add(event, times)
+        back = rng.randint(0, times)
+        total.add(event, -back)
+        verifier._charge(spent, event, times - back)
+    assert math.isclose(total.epsilon(), verifier.filter_epsilon(budget, verifier._history(spent)), rel_tol=1e-9)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -810,6 +1049,31 @@ def test_result_says_something_else(copied: Path, field: str, value: object) -> 
         lambda r: r.update(final={"auc": 0.99}),
         lambda r: r.update(final={}),
         lambda r: r.pop("final"),
+        lambda r: r.update(run_id="run-2"),
+        lambda r: r.pop("run_id"),
+        lambda r: r.update(run_id=[]),
+        lambda r: r.update(rounds=[]),
+        lambda r: r.pop("rounds"),
+        lambda r: r["rounds"].append(r["rounds"][0]),
+        lambda r: r["rounds"][0].update(round=2),
+        lambda r: r["rounds"][0].update(round=True),
+        lambda r: r["rounds"][0].update(metrics={"auc": 0.99}),
+        lambda r: r["rounds"][0].update(metrics={}),
+        lambda r: r["rounds"].__setitem__(0, 7),
+        lambda r: r.pop("refusals"),
+        lambda r: r.update(refusals=[7]),
+        lambda r: r["refusals"].append({"partner": P0, "run_id": "run-1", "round": None, "reason": "budget"}),
+        lambda r: r["refusals"].append({"partner": P0, "run_id": "run-1", "round": [], "reason": "budget"}),
+        lambda r: r["partners"][P0].update(declared_records=1000),
+        lambda r: r["partners"][P0].pop("declared_records"),
+        lambda r: r["partners"][P0].pop("epsilon_cap"),
+        lambda r: r.pop("privacy"),
+        lambda r: r["privacy"].update(kind="none"),
+        lambda r: r["privacy"].update(epsilon=0.5),
+        lambda r: r["privacy"].update(delta=1e-6),
+        lambda r: r["privacy"].update(noise_multiplier=99.0),
+        lambda r: r["privacy"].update(clip_norm=None),
+        lambda r: r["privacy"].pop("clip_norm"),
     ],
 )
 def test_result_damaged(copied: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
@@ -818,6 +1082,25 @@ def test_result_damaged(copied: Path, damage: Callable[[dict[str, Any]], Any]) -
     damage(result)
     path.write_text(json.dumps(result))
     assert files_of(verdict_of(copied)) == {"result.json"}
+
+
+def test_result_of_refusals(tmp_path: Path) -> None:
+    """FULL has a second run that one partner refuses: run-1 is the result's, the refusal is listed once."""
+    made = fresh(FULL)
+    made.result = result_for(made, verdict_of(made.write(tmp_path / "b")))
+    assert len(made.result["refusals"]) == 1
+    assert verdict_of(made.write(tmp_path / "b"))["verified"]
+    for lie in (
+        lambda r: r.update(run_id="run-2"),
+        lambda r: r["refusals"].clear(),
+        lambda r: r["refusals"].append(r["refusals"][0]),
+        lambda r: r["refusals"][0].update(reason="noise"),
+        lambda r: r["refusals"][0].update(partner=P1),
+        lambda r: r["rounds"].reverse(),
+    ):
+        other = copy.deepcopy(made)
+        lie(other.result)
+        assert files_of(verdict_of(other.write(tmp_path / "b"))) == {"result.json"}
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"[" * 100_000, b'{"a":NaN}', b'{"a":1,"a":1}', b"\xff", b"9" * 10_000])
@@ -1103,7 +1386,9 @@ def test_runs_alone_in_an_empty_folder(bundle: Path, tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return python(f"import runpy; sys.argv = {['verifier.py', *arguments]!r}; runpy.run_path('verifier.py', run_name='__main__')")
+        return python(
+            f"import runpy; sys.argv = {['verifier.py', *arguments]!r}; runpy.run_path('verifier.py', run_name='__main__')"
+        )
 
     assert "No module named 'hansa'" in python("import hansa.common").stderr  # really alone
     done = run(str(bundle))

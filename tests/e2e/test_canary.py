@@ -22,7 +22,7 @@ import pytest
 
 from e2e_support import call, contents, federation, write, write_rows
 from hansa.clients.app import Node
-from hansa.clients.datasets import csv_source
+from hansa.clients.datasets import Split, csv_source
 from hansa.clients.gate import Gate
 from hansa.common.errors import Refusal, Refused
 from hansa.common.flower import Message
@@ -38,11 +38,13 @@ CROSSINGS: dict[str, set[str]] = {
     "refused": set(),
     "head": set(),
     "signature": set(),
+    "failed": set(),
 }
 FIELDS = {"refused": {"reason", "detail"}, "head": {"length", "head"}, "signature": {"signature"}}
 
+SEED = 3  # of `federation`
 PARTNERS = ("ebony", "ivory", "umber")
-TRAINED, DECLARED = {"ebony": 2371, "ivory": 2347, "umber": 2393}, 2400
+ROWS, DECLARED = {"ebony": 2953, "ivory": 2939, "umber": 2971}, 2400
 COLUMNS = {"alpha": (0.0, 1000.0), "beta": (-5.0, 5.0), "gamma": (0.0, 1.0e6)}
 CANARIES = {
     "ebony": {"alpha": 123.456, "beta": 2.718281, "gamma": 77777.125, "breed": "xoloitzcuintli"},
@@ -129,9 +131,15 @@ def listen(patch: pytest.MonkeyPatch) -> Traffic:
 
 @dataclass
 class Run:
+    """What a run left behind."""
+
     folder: Path
     traffic: Traffic
     screen: str
+
+    def split(self, partner: str) -> Split:
+        """A partner's rows as its node has them."""
+        return csv_source(self.folder / f"{partner}.csv", load_task("canary"), 0.2, SEED)()
 
     def outside(self, partner: str) -> Iterator[tuple[str, bytes]]:
         """Everything that a partner does not keep to itself: where it is, and its bytes, base64 undone."""
@@ -151,7 +159,7 @@ def make_run(folder: Path, patch: pytest.MonkeyPatch, evaluation: str) -> Run:
     folder.mkdir(exist_ok=True)
     rng = random.Random(5)
     for name in PARTNERS:
-        write_rows(folder / f"{name}.csv", data_of(name, rng, TRAINED[name]))
+        write_rows(folder / f"{name}.csv", data_of(name, rng))
     config = federation(
         rounds=2,
         evaluation=evaluation,
@@ -162,17 +170,14 @@ def make_run(folder: Path, patch: pytest.MonkeyPatch, evaluation: str) -> Run:
     return Run(folder, traffic, done.text)
 
 
-def data_of(name: str, rng: random.Random, trained: int) -> list[dict[str, str]]:
-    """Rows of which exactly `trained` are trained on when a fifth of each class is held out; ten of them canaries."""
-    ill = next(n for n in range(trained) if n - round(n * 0.2) == trained // 2)
-    well = next(n for n in range(trained) if n - round(n * 0.2) == trained - trained // 2)
+def data_of(name: str, rng: random.Random) -> list[dict[str, str]]:
+    """A partner's rows, ten of them canaries (about eight are trained on)."""
     rows = []
-    for number in range(ill + well):
+    for number in range(ROWS[name]):
         row = {c: f"{rng.uniform(low, high):.2f}" for c, (low, high) in COLUMNS.items()}
-        rows.append({**row, "breed": "mongrel", "outcome": "yes" if number < ill else "no"})
+        rows.append({**row, "breed": "mongrel", "outcome": "yes" if number % 2 else "no"})
     for row in rng.sample(rows, 10):
         row.update({column: str(value) for column, value in CANARIES[name].items()})
-    rng.shuffle(rows)
     return rows
 
 
@@ -241,8 +246,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_the_canaries_are_trained_on(run: tuple[str, Run]) -> None:
     assert "VERIFIED" in run[1].screen
     for name in PARTNERS:
-        split = csv_source(run[1].folder / f"{name}.csv", load_task("canary"), 0.2, 3)()
-        assert len(split.train) == TRAINED[name]
+        split = run[1].split(name)
+        told = {DECLARED, 600}  # the declared size, and the deadline in seconds
+        assert not told & {len(split.train), len(split.held_out), ROWS[name]}, "sizes that mean something else as well"
         scaled = np.float32((CANARIES[name]["alpha"] - 0.0) / 1000.0 * 2 - 1)
         assert int((split.train.x == scaled).any(1).sum()) >= 5, "the pattern is what the model sees, and it sees it"
         data = (run[1].folder / f"{name}.csv").read_bytes()
@@ -271,7 +277,7 @@ def test_only_listed_replies_cross(run: tuple[str, Run]) -> None:
         if what == "histogram":
             assert not np.array_equal(tensors["histogram"], tensors["histogram"].round()), "counts without noise"
         if what == "scores":  # of the public rows, and of no other
-            split = csv_source(made.folder / f"{name}.csv", load_task("canary"), 0.2, 3)()
+            split = made.split(name)
             assert np.array_equal(tensors["labels"], split.held_out.y.numpy())
             assert tensors["scores"].shape == (len(split.held_out), 2)
 
@@ -279,8 +285,9 @@ def test_only_listed_replies_cross(run: tuple[str, Run]) -> None:
 def test_sizes_do_not_leave(run: tuple[str, Run]) -> None:
     """The real number of rows stands nowhere; that of public rows is public, that of private ones is not."""
     kind, made = run
-    held_out = {n: len(csv_source(made.folder / f"{n}.csv", load_task("canary"), 0.2, 3)().held_out) for n in PARTNERS}
-    sizes = {n: [trained, trained + held_out[n]] for n, trained in TRAINED.items()}
+    splits = {name: made.split(name) for name in PARTNERS}
+    held_out = {name: len(split.held_out) for name, split in splits.items()}
+    sizes = {name: [len(split.train), ROWS[name]] for name, split in splits.items()}
     if kind == "private":
         sizes = {n: [*numbers, held_out[n]] for n, numbers in sizes.items()}
     else:
@@ -294,7 +301,7 @@ def test_sizes_do_not_leave(run: tuple[str, Run]) -> None:
 
 def leak_text_in_a_field(patch: pytest.MonkeyPatch) -> str:
     close = Gate.close_run
-    patch.setattr(Gate, "close_run", lambda self, run: {**close(self, run), "note": "123.456"})
+    patch.setattr(Gate, "close_run", lambda *args: {**close(*args), "note": "123.456"})
     return "ebony: alpha as text in reply"
 
 
@@ -354,5 +361,6 @@ def test_a_planted_size_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         append(self, kind, {**body, "rows": len(self._dataset.open().train)} if kind == "commit" else body)
 
     monkeypatch.setattr(Gate, "_append", leaky)
-    found = sizes_in(make_run(tmp_path / "run", monkeypatch, EVALUATIONS["public"]), {"ebony": [TRAINED["ebony"]]})
+    made = make_run(tmp_path / "run", monkeypatch, EVALUATIONS["public"])
+    found = sizes_in(made, {"ebony": [len(made.split("ebony").train)]})
     assert "ebony: in out/partners/ebony/ledger.jsonl" in found

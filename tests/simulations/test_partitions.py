@@ -5,13 +5,14 @@ import gzip
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hansa.common.errors import ConfigError, DataError
 from hansa.common.tasks import load_task
 from hansa.simulations import sources
 from hansa.simulations.partitions import dirichlet, iid, quantity_skew
 from hansa.simulations.sources import packaged, population, synthetic
-from hypothesis import given
-from hypothesis import strategies as st
 
 LABELS = np.random.default_rng(0).integers(0, 10, 5000)
 KINDS = {
@@ -138,7 +139,7 @@ def test_unknown_names():
 
 def idx(values, *shape, kind=8):
     sizes = b"".join(size.to_bytes(4, "big") for size in shape)
-    return gzip.compress(bytes([0, 0, kind, len(shape)]) + sizes + bytes(values))
+    return gzip.compress(bytes([0, 0, kind, len(shape)]) + sizes + bytes(values), mtime=0)
 
 
 IMAGES, CLASSES = idx([0, 255] * 784, 2, 28, 28), idx([0, 9], 2)
@@ -155,7 +156,7 @@ IMAGES, CLASSES = idx([0, 255] * 784, 2, 28, 28), idx([0, 9], 2)
         (idx([0] * 1569, 2, 28, 28), CLASSES, "holds 1569 values"),
         (idx([0] * 1568, 2, 28, 28, kind=9), CLASSES, "is not an IDX file of bytes in 3"),
         (CLASSES, CLASSES, "is not an IDX file of bytes in 3"),
-        (gzip.compress(b"\0\0\x08\x03\0"), CLASSES, "is not an IDX file"),
+        (gzip.compress(b"\0\0\x08\x03\0", mtime=0), CLASSES, "is not an IDX file"),
         (idx([0] * 2 * 729, 2, 27, 27), CLASSES, "do not fit together"),
         (IMAGES, idx([0, 1, 2], 3), "do not fit together"),
         (IMAGES, idx([0, 10], 2), "do not fit together"),

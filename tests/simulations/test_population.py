@@ -112,17 +112,17 @@ def test_killed_after_every_entry_with_privacy_it_verifies(tmp_path: Path, evalu
 
 
 def test_killed_before_the_checkpoint_it_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, died = Checkpoint.save, set[int]()
+    original, died = Checkpoint.save, set[tuple[int, bool]]()
 
     def save(self: Checkpoint, path: Path) -> None:
-        if self.round not in died:
-            died.add(self.round)
+        if (self.round, self.trained) not in died:
+            died.add((self.round, self.trained))
             raise Killed
         original(self, path)
 
     monkeypatch.setattr(Checkpoint, "save", save)
     out, settings = tmp_path / "out", population(privacy=LOCAL, evaluation={"kind": "none"})
-    for attempt in range(2):
+    for attempt in range(5):  # who accepted, then two steps a round
         with pytest.raises(Killed):
             run(settings, out, resume=attempt > 0)
     run(settings, out, resume=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hansa.common.errors import OutputError, Refusal
 from hansa.simulations import report
 
