@@ -159,7 +159,7 @@ class RegisteredDataset:
         path = None if folder is None else folder / "dataset.json"
         kept = _load(path) if path is not None and path.exists() else None
         key = secrets.token_bytes(32) if kept is None else bytes.fromhex(kept["key"])
-        some = len(split.held_out) > 0
+        some = public or len(split.held_out) > 0  # a public dataset may turn out empty
         dataset = cls(
             task=task.name,
             dataset_id=secrets.token_hex(16) if kept is None else kept["dataset_id"],
@@ -222,8 +222,9 @@ class RegisteredDataset:
         parts = [(split.train, self.commitment)]
         if self.held_out_commitment is not None:
             parts.append((split.held_out, self.held_out_commitment))
-        same = (len(split.held_out) > 0) == (self.held_out_commitment is not None)
-        return same and all(hmac.compare_digest(_commit(self._key, self.task, rows), stated) for rows, stated in parts)
+        elif len(split.held_out):
+            return False
+        return all(hmac.compare_digest(_commit(self._key, self.task, rows), stated) for rows, stated in parts)
 
     def open(self) -> Split:
         """The rows; read from the source the first time, then kept.

@@ -247,7 +247,7 @@ class Gate:
             return True
         charter = self._charter(request)
         hold = self._open_hold(request)
-        if charter.evaluation.kind != "public":
+        if charter.evaluation.kind != "public" or self._dataset.held_out != "public":
             raise Refused(Refusal.NOT_HELD, "the charter agrees to no public evaluation")
         self._check_round(request, charter, hold, "public")
         return False

@@ -142,7 +142,9 @@ class Site:
         self.source.hook = read
         genesis = {"owner": self.name, "role": "partner", "ledger_id": "0" * 32, "software": "test"}
         self.ledger = Ledger(
-            self.folder / "ledger.jsonl", me, {**genesis, "simulated": self.simulated, "dataset": self.dataset.describe()}
+            self.folder / "ledger.jsonl",
+            me,
+            {**genesis, "simulated": self.simulated, "dataset": self.dataset.describe()},
         )
         made = Gate(
             self.name,

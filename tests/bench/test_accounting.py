@@ -6,6 +6,7 @@ import math
 import time
 
 import pytest
+
 from hansa.common import accounting
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
 

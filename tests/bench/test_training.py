@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from hansa.clients.datasets import Rows
 from hansa.clients.noise import SecureNoise
 from hansa.clients.training import LocalSettings, train_locally
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.bench
 

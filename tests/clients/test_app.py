@@ -189,6 +189,30 @@ def test_a_crash_after_the_debit_is_run_again_with_fresh_noise(
     assert site.kinds().count("debit") == site.kinds().count("commit") == 1
 
 
+@pytest.mark.parametrize("error", [ValueError("4711"), MemoryError("4711"), RuntimeError("4711")])
+def test_work_that_fails_is_answered_once_and_for_all(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It saw data: another attempt would be a second release under one debit, and its words may tell of a record."""
+    from hansa.clients import app
+
+    desk = Desk(site, charter())
+    desk.open()
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "train_locally", fail)
+        reply, tensors, records = desk.send("train", 1, weights())
+    assert (reply.kind, tensors, dict(reply.fields)) == ("failed", {}, {})
+    assert b"4711" not in unwrapped(to_bytes(records))
+    for _ in range(2):
+        assert to_bytes(desk.send("train", 1, weights())[2]) == to_bytes(records)
+        desk.restart()
+    assert site.kinds().count("debit") == site.kinds().count("commit") == 1
+
+
 def test_after_the_close_nothing_is_answered_again(site: Site) -> None:
     desk = Desk(site, charter())
     desk.open()

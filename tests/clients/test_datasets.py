@@ -67,9 +67,7 @@ def test_a_split_is_disjoint_complete_and_repeatable(labels, fraction, seed):
     assert torch.equal(again.held_out.x, split.held_out.x)
 
 
-@given(
-    labels=st.lists(st.integers(0, 1), min_size=2, max_size=40), drop=st.integers(0, 39), seed=st.integers(0, 1000)
-)
+@given(labels=st.lists(st.integers(0, 1), min_size=2, max_size=40), drop=st.integers(0, 39), seed=st.integers(0, 1000))
 def test_adding_or_removing_a_record_moves_no_other(labels, drop, seed):
     """Add-or-remove-one must mean the same before the split as after it; equal rows are told apart by their order."""
     x = torch.tensor(labels, dtype=torch.float32)[:, None] * 0 + torch.arange(len(labels))[:, None] % 7
@@ -78,7 +76,10 @@ def test_adding_or_removing_a_record_moves_no_other(labels, drop, seed):
     whole = split_rows(Rows(x, torch.tensor(labels)), 0.5, seed)
     less = split_rows(Rows(x[keep], torch.tensor(labels)[keep]), 0.5, seed)
     for part in ("train", "held_out"):
-        many, few = (Counter(zip(r.x.flatten().tolist(), r.y.tolist(), strict=True)) for r in (getattr(whole, part), getattr(less, part)))
+        many, few = (
+            Counter(zip(r.x.flatten().tolist(), r.y.tolist(), strict=True))
+            for r in (getattr(whole, part), getattr(less, part))
+        )
         assert sum((few - many).values()) == 0
         assert sum((many - few).values()) <= 1
 

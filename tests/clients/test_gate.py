@@ -242,6 +242,18 @@ def test_expired_after_it_was_accepted(site: Site, monkeypatch: pytest.MonkeyPat
     assert site.kinds()[-1] == "release"
 
 
+def test_a_run_is_closed_under_its_own_charter_alone(site: Site) -> None:
+    """Another charter's coordinator cannot end it."""
+    signed, other = charter(), charter(name="other")
+    gate = site.gate(signed, other)
+    opened(gate, signed)
+    for sha in (other.sha256, "e" * 64):
+        with refused(Refusal.CHARTER_UNKNOWN):
+            gate.close_run("run-1", sha)
+    train(gate, signed)
+    assert "release" not in site.kinds()
+
+
 # -- debits ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from hansa.common.accounting import Budget
 from hansa.common.charter import SignedCharter, SimulatedClients, draft
 from hansa.common.config import Federation

@@ -8,12 +8,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hansa.common import accounting
-from hansa.common.accounting import MIN_NOISE_MULTIPLIER, Budget, PrivacyEvent, odometer
-from hansa.common.errors import ConfigError, LedgerError, Refusal, Refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+
+from hansa.common import accounting
+from hansa.common.accounting import MIN_NOISE_MULTIPLIER, Budget, PrivacyEvent, odometer
+from hansa.common.errors import ConfigError, LedgerError, Refusal, Refused
 
 BUDGET = Budget.create(1.0, 1e-4)
 EVENTS = st.builds(

@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
 from hansa.common.config import load_config
 from hansa.common.errors import DataError, OutputError, RunFailed, SchemaViolation, TaskError
 from hansa.common.tasks import Task, check_model, code_sha256, load_task, task_names
@@ -18,9 +22,6 @@ from hansa.common.tasks import scaffold as scaffold_module
 from hansa.common.tasks.metrics import evaluate, histogram_metrics, score_histogram, scores_of
 from hansa.common.tasks.scaffold import scaffold
 from hansa.common.tasks.schema import ArraySchema, load_schema, parse_table, read_table
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).parents[2]
 HEART = ROOT / "simulations" / "data" / "heart-disease"

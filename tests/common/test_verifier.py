@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from hansa.common import verifier
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
 from hansa.common.identity import Envelope, canonical, sha256, write_envelope
 from hansa.common.ledger import read_ledger
 from hansa.common.verifier import Coordinator, Odometer, Partner, Report, Unreadable, verify_bundle
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))  # `common.bundles` would be looked for in the package of that name
 from bundles import MODEL, Draft, Shape, digest, honest, identity, result_for
@@ -608,14 +609,14 @@ def test_run_under_another_charter_is_charged_and_said(tmp_path: Path) -> None:
 
 
 def test_charter_cap_names_the_first_debit_that_exceeds(tmp_path: Path) -> None:
-    """One or two rounds fit in epsilon 1 at delta 1e-4, three do not."""
+    """One round fits in epsilon 1 at delta 1e-4 (0.677), two do not (1.001); the budget would pay for all three."""
     made = honest(Shape(partners=2, rounds=3, steps=1, sigma=4.5))
     under_another_charter(made, 50.0, 1e-3)
     verdict = verdict_of(made.write(tmp_path / "b"))
     fits = next(n for n in range(3) if odometer([PrivacyEvent(1.0, 4.5, n + 1)], 1e-4) > 1)  # debits that fit
     assert fits > 0
     found = [v for v in verdict["violations"] if "with this debit" in v["what"]]
-    assert [(v["file"], v["line"]) for v in found] == [(L0, made.index(P0, "debit", fits) + 1)]
+    assert [v["line"] for v in found if v["file"] == L0] == [made.index(P0, "debit", fits) + 1]
     assert verdict["partners"][P1]["epsilon_cap"] == 1.0
 
 

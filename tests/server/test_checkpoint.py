@@ -11,6 +11,7 @@ import pytest
 
 from hansa.common.errors import OutputError
 from hansa.server.checkpoint import Checkpoint, model_bytes, model_sha256
+from hansa.server.records import Answer
 from support import same_arrays
 
 MODEL = {
@@ -35,8 +36,19 @@ def test_round_trip(tmp_path: Path) -> None:
     again = Checkpoint.load(path)
     assert again is not None
     assert (again.run_id, again.round, again.history, again.folded) == ("run-1", 1, HISTORY, ["ada", "ben"])
+    assert (again.accepted, again.trained, again.answers) == (None, False, {})
     same_arrays(again.model, MODEL)
     same_arrays(again.strategy, STATE)
+
+
+def test_the_middle_of_a_round(tmp_path: Path) -> None:
+    before = made()
+    before.accepted, before.trained = ["ada"], True
+    before.answers = {"train": {"ada": Answer("q", "ok", "b" * 64, "é"), "ben": Answer("q2", "timeout")}}
+    before.save(tmp_path / "c")
+    again = Checkpoint.load(tmp_path / "c")
+    assert again is not None
+    assert (again.accepted, again.trained, again.answers) == (before.accepted, True, before.answers)
 
 
 def test_every_damage_is_seen(tmp_path: Path) -> None:

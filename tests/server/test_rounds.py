@@ -74,7 +74,9 @@ class Table:
 
     def __init__(self, folder: Path, signed: SignedCharter) -> None:
         self.folder, self.signed = folder, signed
-        self.partners = {m.name: Partner(m.name, float(i), signed.sha256) for i, m in enumerate(signed.charter.partners, start=1)}
+        self.partners = {
+            m.name: Partner(m.name, float(i), signed.sha256) for i, m in enumerate(signed.charter.partners, start=1)
+        }
         self.ledger: Ledger | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.notify: Callable[..., None] = lambda name, **facts: self.events.append((name, facts))
@@ -316,6 +318,29 @@ def test_a_resumed_run_does_not_end_because_partners_stay_away(table: Table) -> 
     assert table.bodies("close") == []
     table.partners["ada"].answers.clear()
     assert table.run().why == "completed"
+
+
+def test_who_does_not_answer_at_first_has_not_refused(table: Table) -> None:
+    """A run that nobody said no to is not closed for good because two nodes were down."""
+    for name in ("ada", "ben"):
+        table.partners[name].answers["open"] = _fail
+    with pytest.raises(RunFailed, match=r"(?s)ada, ben did not answer, and without them the quorum of 2.*--resume"):
+        table.run()
+    assert table.bodies("close") == []
+    for partner in table.partners.values():
+        partner.answers.clear()
+    assert table.run().why == "completed"
+
+
+def test_who_accepted_once_is_not_asked_to_open_again(table: Table) -> None:
+    for name in ("ada", "ben"):
+        table.partners[name].answers["train"] = _refuse
+    with pytest.raises(RunFailed):
+        table.run()
+    for partner in table.partners.values():
+        partner.answers = {"open": _refuse}
+    assert table.run().why == "completed"
+    assert len([b for b in table.bodies("ask") if b["purpose"] == "open"]) == 1
 
 
 # -- deadlines -------------------------------------------------------------------------------------------------------

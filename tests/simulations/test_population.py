@@ -207,7 +207,7 @@ def test_after_a_crash_the_same_debit_pays(ledger: Ledger) -> None:
         made.asked("r", 1, "train", {client_name(1): ("q", "")})
         made.answered("r", 1, "train", {client_name(1): Answer("q", "ok"), client_name(2): Answer("q", "timeout")})
     kinds = [e.type for e in ledger.entries[2:]]
-    assert kinds == ["run", "budget", "cohort-hold", "cohort-debit", "cohort-commit", "cohort-commit"]
+    assert kinds == ["run", "budget", "cohort-hold", "cohort-debit", "cohort-commit"]
     assert ledger.entries[-1].body["clients"] == [[1, 1]]
 
 

@@ -7,9 +7,10 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
+from scipy.stats import norm
+
 from hansa.common import accounting
 from hansa.common.accounting import Budget, PrivacyEvent
-from scipy.stats import norm
 from statistical.oracle_pld import Step, optimistic_epsilon
 
 Case = tuple[list[Step], float]  # history, δ

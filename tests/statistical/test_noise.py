@@ -11,10 +11,11 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from hansa.clients import noise
 from hansa.clients.noise import SecureNoise
 from hansa.common.errors import ConfigError
-from scipy import stats
 
 ALPHA = 1e-6
 N = 200_000
