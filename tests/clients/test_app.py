@@ -189,7 +189,7 @@ def test_a_crash_after_the_debit_is_run_again_with_fresh_noise(
     assert site.kinds().count("debit") == site.kinds().count("commit") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("4711"), MemoryError("4711"), RuntimeError("4711")])
+@pytest.mark.parametrize("error", [ValueError("4711"), RuntimeError("4711")])
 def test_work_that_fails_is_answered_once_and_for_all(
     site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

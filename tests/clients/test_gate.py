@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hansa.clients import gate as module
+from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.gate import Gate
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter
 from hansa.common.errors import CharterError, DataError, LedgerError, Refusal, Refused
 from hansa.common.messages import Manifest
 from hansa.common.plan import plan_of, plan_sha256
-from support import NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request
+from support import EXPIRES, NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request, tiny_task
 
 EVENT = PrivacyEvent(1.0, SIGMA, 1)
 PRIVATE = {"kind": "private", "noise_multiplier": 8.0, "every": 2}
@@ -201,6 +202,67 @@ def test_two_charters_share_one_budget(site: Site) -> None:
     for fresh in (gate, site.gate(greedy, signed)):
         with refused(Refusal.BUDGET, "cap 2"):
             opened(fresh, greedy, "greedy")
+
+
+def test_a_charter_s_own_cap_holds_where_the_dataset_s_is_larger(site: Site) -> None:
+    """What a partner signed is what its charter says, whatever another charter agreed to before."""
+    rich, poor = charter(name="rich", privacy__epsilon=50.0), charter(name="poor", privacy__epsilon=0.1)
+    gate = site.gate(rich, poor)
+    opened(gate, rich, "first")
+    with refused(Refusal.BUDGET, "cap 0.1"):
+        opened(gate, poor, "second")
+    opened(gate, rich, "third")
+
+
+def test_a_refused_run_does_not_fix_the_budget(site: Site) -> None:
+    poor, signed = charter(name="poor", privacy__epsilon=0.01), charter()
+    gate = site.gate(poor, signed)
+    with refused(Refusal.BUDGET):
+        opened(gate, poor, "too much")
+    assert "budget" not in site.kinds()
+    opened(gate, signed)
+    assert site.kinds().count("budget") == 1
+
+
+def test_a_lost_ledger_is_not_a_fresh_budget(site: Site) -> None:
+    signed = charter()
+    opened(site.gate(signed), signed)
+    assert site.ledger is not None
+    site.ledger.close()
+    site.dataset.bind("0" * 32)  # the one that it has: nothing happens
+    with pytest.raises(LedgerError, match="in another ledger"):
+        site.dataset.bind("1" * 32)
+    kept = RegisteredDataset.register(tiny_task(), Source(), site.folder / "data", public=True)
+    with pytest.raises(LedgerError, match="Restore that ledger"):
+        kept.bind("1" * 32)
+
+
+def test_an_expired_hold_comes_free(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that opens runs and stays away must not block the budget for ever."""
+    short, signed = charter(name="short"), charter(expires=EXPIRES + timedelta(days=900))
+    gate = site.gate(short, signed)
+    exhaust(gate, short)
+    with refused(Refusal.BUDGET):
+        opened(gate, signed, "later")
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, zone: object = None) -> datetime:  # type: ignore[override]
+            return EXPIRES + timedelta(days=1)
+
+    monkeypatch.setattr(module, "datetime", Later)
+    opened(gate, signed, "later")
+    released = [e.body["why"] for e in gate.ledger.of("release")]
+    assert len(released) >= FITS
+    assert set(released) == {"expired"}
+
+
+def test_held_out_rows_that_are_private_never_leave_as_public(tmp_path: Path) -> None:
+    site = Site("ada", tmp_path, Source(), public=False)
+    with refused(Refusal.DATA, "not registered as public"):
+        site.gate(charter(evaluation={"kind": "public"}))
+    assert site.ledger is not None
+    site.ledger.close()
 
 
 def test_opening_again_is_the_same_hold(site: Site) -> None:
