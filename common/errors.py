@@ -111,7 +111,6 @@ class Refusal(StrEnum):
 
     BUDGET = "budget"
     NOT_HELD = "not in the accepted plan"
-    CHARTER_UNSIGNED = "charter not signed by everyone"
     CHARTER_EXPIRED = "charter expired"
     CHARTER_UNKNOWN = "unknown charter"
     NOT_A_PARTNER = "not a partner of this charter"
@@ -123,7 +122,6 @@ class Refusal(StrEnum):
     ROUND = "round or run out of order"
     SIMULATED = "simulated charter on a real dataset"
     NUMERIC = "model is not finite or has another shape"
-    INTERNAL = "internal error at the node"
 
 
 class Refused(HansaError):

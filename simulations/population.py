@@ -1,4 +1,4 @@
-"""Above 100 simulated clients: one ledger carries every client's accounting, so a round costs two fsyncs, not thousands.
+"""Above 100 simulated clients: one ledger carries every client's accounting, so a round costs a few fsyncs, not thousands.
 
 There are no identities and no outboxes here, and nothing that this ledger says can debit or vouch for a real dataset: its
 role is "population" and its genesis entry says simulated.
