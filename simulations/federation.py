@@ -50,7 +50,7 @@ LOCK = "hansa.lock"
 """In the private folder: who holds its lock works in both folders."""
 Notify = Callable[..., None]
 # What a killed process had not finished writing: by `write_whole`, and by `write_report`.
-_UNFINISHED = re.compile(re.escape(TEMPORARY) + r".+|\.report\.html\.[0-9]+\.tmp")
+_UNFINISHED = re.compile(re.escape(TEMPORARY) + r".+")
 # Every file of a bundle, by its path in it: nothing else in OUT is ever deleted.
 _BUNDLE = re.compile(
     r"charter\.json|model\.safetensors|result\.json|report\.html|keys/[^/]+\.pem|closing/[^/]+\.json"

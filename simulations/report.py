@@ -9,9 +9,7 @@ places and rows; `templates/report.html.j2` draws them, autoescaped: names come 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import math
-import os
 import shlex
 import unicodedata
 from collections import Counter
@@ -24,7 +22,8 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..common.errors import OutputError, Refusal
+from ..common.errors import Refusal
+from ..common.identity import write_whole
 
 _T = TypeVar("_T")
 
@@ -38,7 +37,6 @@ _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 _BECAUSE = {
     Refusal.BUDGET: "its remaining privacy budget cannot pay for it",
     Refusal.NOT_HELD: "it is not in the plan that the partner accepted",
-    Refusal.CHARTER_UNSIGNED: "the charter is not signed by everyone",
     Refusal.CHARTER_EXPIRED: "the charter has expired",
     Refusal.CHARTER_UNKNOWN: "it does not know the charter",
     Refusal.NOT_A_PARTNER: "the request does not come from, or go to, a partner of this charter",
@@ -50,7 +48,6 @@ _BECAUSE = {
     Refusal.ROUND: "the round or run was out of order",
     Refusal.SIMULATED: "a simulated charter may not touch a real dataset",
     Refusal.NUMERIC: "the model it was sent is not finite or has another shape",
-    Refusal.INTERNAL: "its node had an internal error",
 }
 
 
@@ -76,21 +73,7 @@ def write_report(path: Path, result: Mapping[str, Any], verdict: Mapping[str, An
     )
     environment.filters |= {"fixed": _fixed, "exact": _exact, "short": _short}
     page = environment.get_template("report.html.j2").render(_view(result, verdict, charter_words))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(page.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        # A folder that cannot be written may refuse this too; the first error is the one to tell.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path}: the report cannot be written: {error.strerror or error}",
-            "Free some space or choose a folder you may write to; ledgers and result.json are untouched.",
-        ) from error
+    write_whole(path, page.encode())
 
 
 # Values to words.
