@@ -71,7 +71,7 @@ def test_a_demo_that_died_first_thing_does_not_take_a_later_run_with_it(tmp_path
 def test_a_demo_replaces_a_demo(tmp_path: Path, made: Any) -> None:
     out, private = tmp_path / "out", tmp_path / "out.private"
     made().close()
-    for name in ("result.json", ".report.html.77.tmp", f"keys/{TEMPORARY}x", "partners/gone/ledger.jsonl"):
+    for name in ("result.json", f"{TEMPORARY}report.html.77", f"keys/{TEMPORARY}x", "partners/gone/ledger.jsonl"):
         write(out / name, "old")
     (private / "old").mkdir()
     first = json.loads((private / "run.json").read_text())
