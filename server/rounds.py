@@ -23,7 +23,7 @@ from ..common.closing import CLOSING_TYPE, closing_payload
 from ..common.errors import MessageError, RunFailed
 from ..common.flower import Grid, Message
 from ..common.identity import Envelope, Identity, sha256, verify, write_envelope, write_whole
-from ..common.messages import Manifest, Tensors, Wire
+from ..common.messages import Manifest, Tensors, Wire, squares
 from ..common.plan import evaluated_rounds
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
@@ -32,7 +32,7 @@ from .records import Answer, Records
 from .strategies import ServerOptimizer
 
 MAX_UPDATE = 1e12
-"""No update has larger values; float32 sums of a few of them, and their squares, stay finite."""
+"""No tensor of an update has a larger L2 norm; float32 sums of a few of them, and their squares, stay finite."""
 
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
@@ -193,8 +193,9 @@ class Coordinator:
             ):
                 raise MessageError(f"{partner}'s update has other tensors than the model")
             # Also what is not finite: NaN compares false. A huge value would end the run for all, at every resume.
-            if not all(v.min() > -MAX_UPDATE and v.max() < MAX_UPDATE for v in update.values() if v.size):
-                raise MessageError(f"{partner}'s update is not finite, or larger than {MAX_UPDATE:g}")
+            # The sum of squares bounds every value.
+            if not all(squares(v) < MAX_UPDATE**2 for v in update.values()):
+                raise MessageError(f"{partner}'s update is not finite, or its norm is not below {MAX_UPDATE:g}")
             weight = weights[partner]
             for name, value in update.items():
                 total[name] += value if weight == 1.0 else np.multiply(value, weight, dtype=np.float64)
