@@ -415,6 +415,11 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     if verdict["verified"]:
         out.print(plain(verdict["claim"]))
     partners = verdict["partners"]
+    # An epsilon alone says nothing; whether it holds is the verdict's line above.
+    if any(p["epsilon_filter"] is not None for p in partners.values()):
+        out.print(
+            "recomputed from the ledgers: record level, add-or-remove-one, local noise, against all but the partner"
+        )
     table = Table(box=None, pad_edge=False)
     for title in ("partner", "epsilon (odometer)", "epsilon (filter)", "cap", "delta", "rounds", "refusals"):
         table.add_column(title, justify="left" if title == "partner" else "right")

@@ -37,6 +37,8 @@ class Display:
         self._simulation = simulation
         for name in list(simulation.nodes)[:_SHOWN]:
             self._measure(name)
+        if self._live is None and not self._quiet and simulation.signed.charter.privacy.kind == "local":
+            self._console.print(f"epsilon below: {self._meaning()}", markup=False)
 
     def __enter__(self) -> Display:
         if self._console.is_terminal and not self._quiet:
@@ -94,6 +96,14 @@ class Display:
         cost = "" if spent is None else f"  epsilon spent {spent:.3f} (filter, the most of any partner)"
         self._console.print(f"round {facts['round']:>4}  {told}{cost}  {facts['seconds']:.2f} s")
 
+    def _meaning(self) -> str:
+        """What an epsilon on this screen is about; the charter above it names the adversary."""
+        assert self._simulation is not None
+        delta = self._simulation.signed.charter.privacy.delta or 0.0
+        return (
+            f"filter, delta {delta:g}, record level, add-or-remove-one, local noise, against all but the partner itself"
+        )
+
     def _say(self, text: str, style: str) -> None:
         self._console.print(Text(clean(text), style=style))
 
@@ -117,6 +127,8 @@ class Display:
                 plain(self._status.get(name, "")),
             )
         parts: list[Any] = [table]
+        if cap is not None:
+            parts.append(Text(f"epsilon: {self._meaning()}", style="dim"))
         if len(simulation.nodes) > _SHOWN:
             parts.append(Text(f"... and {len(simulation.nodes) - _SHOWN} more clients; round {self._round}"))
         if self._metrics:
