@@ -10,6 +10,7 @@ HansaError                 exit 2: bad usage or input
 ├── LedgerError            a ledger that is locked, torn or does not chain
 ├── OutputError            an output folder that holds another run, or a disk that is full
 ├── MessageError           a message that is malformed, forged, replayed or bound to another run
+├── LinkError              a connection that cannot be made or is not admitted: address, certificate, version
 ├── RunFailed              exit 1: the run cannot go on (no quorum, all partners failed)
 └── Refused                exit 1: the answer is no; `reason` is one of `Refusal`
 
@@ -100,6 +101,10 @@ class MessageError(HansaError):
     """A round message that is malformed, forged, replayed, or bound to another charter, run or round."""
 
 
+class LinkError(HansaError):
+    """A connection that cannot be made, or that the other side does not admit."""
+
+
 class RunFailed(HansaError):
     """The run cannot go on; what was spent stays on the ledgers and `--resume` goes on from there."""
 
@@ -122,6 +127,14 @@ class Refusal(StrEnum):
     ROUND = "round or run out of order"
     SIMULATED = "simulated charter on a real dataset"
     NUMERIC = "model is not finite or has another shape"
+    TASK = "task not allowed here"
+    COORDINATOR = "coordinator not allowed here"
+    HOURS = "outside this site's hours"
+    NOT_APPROVED = "not approved"
+    PAUSED = "paused"
+    WITHDRAWN = "withdrawn"
+    COHORT = "cohort below this site's minimum"
+    RESTORED = "restored from a backup, spending not proved"
 
 
 class Refused(HansaError):
