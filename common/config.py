@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -228,9 +228,24 @@ def load_config(path: Path) -> Federation:
     Raises:
         ConfigError: naming file, line, key, the value found and what is allowed.
     """
-    root = _compose(path)
+    return load_yaml(path, Federation)
+
+
+Model = TypeVar("Model", bound=Section)
+
+
+def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configurations are in configs/.") -> Model:
+    """Read a YAML file as `model`.
+
+    Args:
+        missing: what to do when there is no such file.
+
+    Raises:
+        ConfigError: naming file, line, key, the value found and what is allowed.
+    """
+    root = _compose(path, missing)
     try:
-        return Federation.model_validate(_construct(path))
+        return model.model_validate(_construct(path))
     except ValidationError as err:
         raise ConfigError(
             "\n".join(_explain(path, root, dict(item)) for item in err.errors()),
@@ -253,11 +268,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _compose(path: Path) -> yaml.Node | None:
+def _compose(path: Path, missing: str) -> yaml.Node | None:
     try:
         return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError as err:
-        raise ConfigError(f"{path}: no such file", "Ready-made configurations are in configs/.") from err
+        raise ConfigError(f"{path}: no such file", missing) from err
     except UnicodeDecodeError as err:
         raise ConfigError(f"{path}: not UTF-8 text ({err})", "Save the file as UTF-8.") from err
     except OSError as err:
@@ -327,6 +342,9 @@ def _find(node: yaml.Node | None, loc: Sequence[str]) -> tuple[yaml.Node | None,
             for key_node, value_node in node.value:
                 if key_node.value == part:
                     child, line = value_node, key_node.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+            child = node.value[int(part)]
+            line = child.start_mark.line + 1
         node = child
         if node is None:
             break
