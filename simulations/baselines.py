@@ -16,9 +16,9 @@ import torch
 from ..clients.datasets import Rows
 from ..clients.training import LocalSettings, train_locally
 from ..common.config import Federation, Privacy
-from ..common.tasks import Task
+from ..common.tasks import Task, initial_model
 from ..common.tasks.metrics import evaluate, scores_of
-from .federation import Simulation, initial_model, parts_of
+from .federation import Simulation, parts_of
 
 
 def baselines(config: Federation, base: Path, task: Task) -> dict[str, Any]:

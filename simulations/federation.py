@@ -36,7 +36,7 @@ from ..common.identity import TEMPORARY, Identity, canonical, output_error, publ
 from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire
 from ..common.plan import SOFTWARE, calibrated
-from ..common.tasks import Task, code_sha256, load_task
+from ..common.tasks import Task, code_sha256, initial_model, load_task
 from ..server.app import make_server_app
 from ..server.checkpoint import Arrays, model_bytes
 from ..server.records import LedgerRecords, Records
@@ -469,13 +469,6 @@ class Simulation:
         signed.verify()
         signed.save(path)
         return signed
-
-
-def initial_model(task: Task, seed: int) -> torch.nn.Module:
-    """The model that everyone starts from; the seed is public and used for nothing else."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return task.build_model()
 
 
 def _context(node: int) -> Context:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import TaskError
 from .schema import ArraySchema, TableSchema
 
-__all__ = ["Task", "check_model", "code_sha256", "cross_entropy", "load_task", "task_names"]
+__all__ = ["Task", "check_model", "code_sha256", "cross_entropy", "initial_model", "load_task", "task_names"]
 
 # Also entry points, but they must work where the package is on the path without being installed.
 _BUILT_IN = {name: f"{__name__}.{name.replace('-', '_')}" for name in ("digits", "fashion-mnist", "heart-disease")}
@@ -97,6 +97,13 @@ def code_sha256(task_name: str) -> str:
         TaskError: as `load_task`, or its files cannot be read.
     """
     return _load(task_name)[1]
+
+
+def initial_model(task: Task, seed: int) -> nn.Module:
+    """The model that everyone starts from; the seed is public and used for nothing else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.build_model()
 
 
 def check_model(task: Task) -> None:
