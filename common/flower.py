@@ -8,11 +8,17 @@ from __future__ import annotations
 import logging
 import os
 
+from google.protobuf.message import DecodeError
+
+from .errors import MessageError
+
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else a line on stderr for whoever knocks without a certificate
 
 from flwr.app import (
+    DEFAULT_TTL,
     Array,
     ArrayRecord,
     ConfigRecord,
@@ -24,6 +30,9 @@ from flwr.app import (
 )
 from flwr.app import Metadata as _Metadata
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode as _ErrorCode
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as _ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as strategies
 from flwr.supercore.run import Run
@@ -41,13 +50,43 @@ for _attribute, _value in (("run_id", 1), ("node_id", SERVER_NODE_ID), ("task_id
         setattr(_TaskIdentity, _attribute, _value)
 
 
+# What an error reply says, as Flower's own Grids do.
+CLIENT_APP_FAILED: int = _ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+MESSAGE_UNAVAILABLE: int = _ErrorCode.MESSAGE_UNAVAILABLE
+NODE_UNAVAILABLE: int = _ErrorCode.NODE_UNAVAILABLE
+
+
 def empty_run() -> Run:
     """The run that a Grid outside of SuperLink operates in."""
     return Run.create_empty(1)
 
 
+def records_to_bytes(records: RecordDict) -> bytes:
+    """Records in Flower's protobuf form."""
+    data: bytes = recorddict_to_proto(records).SerializeToString(deterministic=True)
+    return data
+
+
+def records_from_bytes(data: bytes) -> RecordDict:
+    """Back from `records_to_bytes`.
+
+    Raises:
+        MessageError: not such bytes.
+    """
+    try:
+        return recorddict_from_proto(_ProtoRecordDict.FromString(data))
+    except (DecodeError, ValueError, TypeError, KeyError) as err:
+        raise MessageError("records that cannot be read") from err
+
+
 def addressed(
-    content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float, message_id: str
+    content: RecordDict,
+    message_type: str,
+    dst_node_id: int,
+    group_id: str,
+    ttl: float,
+    message_id: str,
+    created_at: float = 0.0,
 ) -> Message:
     """A message with its identifier set, as only a Grid may do."""
     metadata = _Metadata(
@@ -57,7 +96,7 @@ def addressed(
         dst_node_id=dst_node_id,
         reply_to_message_id="",
         group_id=group_id,
-        created_at=0.0,
+        created_at=created_at,
         ttl=ttl,
         message_type=message_type,
     )
@@ -66,6 +105,10 @@ def addressed(
 
 
 __all__ = [
+    "CLIENT_APP_FAILED",
+    "DEFAULT_TTL",
+    "MESSAGE_UNAVAILABLE",
+    "NODE_UNAVAILABLE",
     "SERVER_NODE_ID",
     "Array",
     "ArrayRecord",
@@ -81,5 +124,7 @@ __all__ = [
     "ServerApp",
     "addressed",
     "empty_run",
+    "records_from_bytes",
+    "records_to_bytes",
     "strategies",
 ]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from .errors import IdentityError, MessageError, OutputError
 
@@ -29,6 +30,8 @@ MAX_DEPTH = 16
 """How deep JSON from a peer may nest; ours stays below 8."""
 TEMPORARY = ".hansa-tmp-"
 """How `write_whole` begins the name of a file that is not finished; only a killed process leaves one behind."""
+PASSPHRASE = "HANSA_PASSPHRASE"  # noqa: S105 (its name, not a secret)
+"""The environment variable in which programs give the passphrase of encrypted key files; people are asked."""
 
 
 def canonical(value: object) -> bytes:
@@ -46,7 +49,7 @@ def real(value: float) -> str:
     return repr(float(value))
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """SHA-256 as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
@@ -102,35 +105,82 @@ class Identity:
         """One envelope with this identity's signature."""
         return write_envelope(Envelope(payload_type, payload, ((self.key, self.sign(payload_type, payload)),)))
 
-    def save(self, path: Path) -> None:
-        """Write the private key as PKCS#8 PEM, mode 0600.
+    def save(self, path: Path, passphrase: str | None = None) -> None:
+        """Write the private key as PKCS#8 PEM, mode 0600, encrypted when there is a passphrase.
 
         Raises:
             OutputError: when the file cannot be written.
         """
-        pem = self._private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        write_whole(path, pem, mode=0o600)
+        write_private_key(path, self._private, passphrase)
 
     @classmethod
-    def load(cls, name: str, path: Path) -> Identity:
-        """Read a private key.
+    def load(cls, name: str, path: Path, passphrase: str | None = None) -> Identity:
+        """Read a private key; the passphrase is used only where the file is encrypted.
 
         Raises:
-            IdentityError: missing, malformed, another kind of key, or readable by others.
+            IdentityError: missing, malformed, another kind of key, readable by others, or not this passphrase.
         """
-        try:
-            if path.stat().st_mode & 0o077:
-                raise IdentityError(f"{path}: private key is readable by others", f"Run: chmod 600 {path}")
-            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-        except OSError as err:
-            raise IdentityError(f"{path}: {err.strerror}", "Give the path of this identity's private key.") from err
-        except (ValueError, TypeError, UnsupportedAlgorithm) as err:
-            raise IdentityError(f"{path}: not a private key in PEM form", "Restore it from a backup.") from err
+        key = read_private_key(path, passphrase)
         if not isinstance(key, Ed25519PrivateKey):
             raise IdentityError(f"{path}: not an Ed25519 key", "Identity keys are Ed25519.")
         return cls(name, key)
+
+
+def write_private_key(path: Path, key: PrivateKeyTypes, passphrase: str | None = None) -> None:
+    """Write any private key as PKCS#8 PEM, mode 0600, encrypted when there is a passphrase.
+
+    Raises:
+        OutputError: when the file cannot be written.
+    """
+    encryption = serialization.BestAvailableEncryption(_secret(passphrase)) if passphrase else None
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption or serialization.NoEncryption()
+    )
+    write_whole(path, pem, mode=0o600)
+
+
+def read_private_key(path: Path, passphrase: str | None = None) -> PrivateKeyTypes:
+    """Read any private key; the passphrase is used only where the file is encrypted.
+
+    Raises:
+        IdentityError: missing, malformed, readable by others, or not this passphrase.
+    """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise IdentityError(f"{path}: private key is readable by others", f"Run: chmod 600 {path}")
+            pem = file.read()
+    except OSError as err:
+        raise IdentityError(f"{path}: {err.strerror}", "Give the path of this identity's private key.") from err
+    encrypted = _ENCRYPTED in pem
+    if encrypted and not passphrase:
+        raise IdentityError(
+            f"{path}: encrypted, so not a private key in PEM form that can be read without its passphrase",
+            f"Set {PASSPHRASE} for programs; on a terminal the commands ask.",
+        )
+    try:
+        return serialization.load_pem_private_key(pem, _secret(passphrase) if passphrase and encrypted else None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+        if encrypted:
+            raise IdentityError(
+                f"{path}: this passphrase does not open it", f"Give the right one (in {PASSPHRASE}, or when asked)."
+            ) from err
+        raise IdentityError(f"{path}: not a private key in PEM form", "Restore it from a backup.") from err
+
+
+def is_encrypted(path: Path) -> bool:
+    """Whether a key file needs a passphrase. A file that cannot be read does not: `read_private_key` says why."""
+    try:
+        return _ENCRYPTED in path.read_bytes()
+    except OSError:
+        return False
+
+
+_ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
+
+
+def _secret(passphrase: str) -> bytes:
+    return passphrase.encode("utf-8", "surrogateescape")  # bytes in the environment need not be UTF-8
 
 
 def public_pem(key: str) -> bytes:
@@ -231,8 +281,11 @@ def read_envelope(data: bytes, payload_type: str) -> Envelope:
     return envelope
 
 
-def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: int = 0o644) -> None:
     """Write a file so that a crash or a full disk leaves either the old bytes or the new ones.
+
+    Args:
+        data: all of it, or one part after the other.
 
     Raises:
         OutputError: with what went wrong; the old file is untouched.
@@ -243,15 +296,18 @@ def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)
-            file.write(data)
+            for part in (data,) if isinstance(data, bytes) else data:
+                file.write(part)
             file.flush()
             os.fsync(handle)
         os.replace(temporary, path)
         fsync_folder(path.parent)
-    except OSError as err:
+    except BaseException as err:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise output_error(path, err) from err
+        if isinstance(err, OSError):
+            raise output_error(path, err) from err
+        raise
 
 
 def fsync_folder(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 A message is a small signed manifest (who, to whom, under which charter, run, round and request; fields; for each tensor
 its name, dtype, shape and chunk hashes) plus raw chunks. The manifest's SHA-256 is what ledgers name. Over any Grid the
-manifest travels as one ConfigRecord and the chunks as byte arrays.
+manifest travels as one ConfigRecord and the chunks as byte arrays, which are read only when they are needed: from the
+model in memory on the way out, from the file that a link spooled them to on the way in.
 
 `SignedWire` is the form between partners; `PlainWire` hands tensors over in process, unsigned, and exists for simulations
 of more than 100 clients only.
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,9 +74,65 @@ class Manifest:
         )
 
 
+class LazyArray(Array):
+    """A Flower Array whose bytes are read when they are asked for: from memory that somebody else owns, or from a file.
+
+    Attributes:
+        length: number of bytes.
+        place: (file, offset) of its first byte; None when it is in memory.
+        checked: its hash was compared with that of a signed manifest when it was written to the file.
+    """
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        stype: str,
+        source: memoryview | tuple[Path, int],
+        length: int,
+        checked: bool = False,
+    ) -> None:
+        # Not Array's own: it would set `data`, which is read here.
+        self.dtype, self.shape, self.stype = dtype, shape, stype
+        self.length = length
+        self.place = None if isinstance(source, memoryview) else source
+        self.checked = checked
+        self._view = source if isinstance(source, memoryview) else None
+
+    @classmethod
+    def of_file(cls, like: Array, path: Path, offset: int, length: int, *, checked: bool) -> LazyArray:
+        """The array `like`, whose bytes are in a file."""
+        return cls(like.dtype, tuple(like.shape), like.stype, (path, offset), length, checked)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Some of its bytes.
+
+        Raises:
+            MessageError: the file is gone or shorter than it was.
+        """
+        if self._view is not None:
+            return bytes(self._view[at : at + size])
+        assert self.place is not None
+        path, offset = self.place
+        try:
+            with open(path, "rb") as file:
+                data = os.pread(file.fileno(), size, offset + at)
+        except OSError as err:
+            raise MessageError("a spooled message that is gone") from err
+        if len(data) != size:
+            raise MessageError("a spooled message that was cut off")
+        return data
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]  # a field of Array's; here it is read each time
+        """All of its bytes."""
+        return self.read(0, self.length)
+
+
 @dataclass(frozen=True)
 class Packed:
-    """Tensors made ready to cross: as immutable bytes (chunks, or one block), and as the manifest describes them."""
+    """Tensors made ready to cross: chunks (which read the tensors: change none of them meanwhile), or one block of bytes;
+    and as the manifest describes them."""
 
     content: ArrayRecord | bytes
     specs: list[dict[str, Any]]
@@ -114,10 +173,11 @@ class SignedWire:
         chunks: dict[str, Array] = {}
         specs = []
         for index, (name, tensor) in enumerate(tensors.items()):
-            data = _bytes(tensor)
-            parts = [bytes(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES)]
+            data = _bytes(tensor).toreadonly()
+            parts = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
             for number, part in enumerate(parts):
-                chunks[f"{index:05d}.{number:06d}"] = Array("uint8", (len(part),), "hansa.chunk", part)
+                key = f"{index:05d}.{number:06d}"
+                chunks[key] = LazyArray("uint8", (len(part),), "hansa.chunk", part, len(part))
             about = {"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
             specs.append({**about, "chunks": [sha256(part) for part in parts]})
         return Packed(ArrayRecord(chunks), specs)
@@ -131,7 +191,30 @@ class SignedWire:
         return RecordDict({"manifest": record, "chunks": packed.content}), sha256(body)
 
     def decode(self, records: RecordDict, sender: str) -> tuple[Manifest, dict[str, npt.NDArray[Any]], str]:
-        """See `Wire`."""
+        """See `Wire`. Tensors of a spooled message are read-only maps of its file."""
+        manifest, specs, digest = self._open(records, sender)
+        return manifest, _gather(specs, _record(records, "chunks", ArrayRecord)), digest
+
+    def inspect(self, records: RecordDict, sender: str) -> list[str]:
+        """What the arrays of a message must hash to, before their bytes are there: nothing else need be taken.
+
+        Args:
+            records: the message, its arrays empty.
+
+        Returns:
+            SHA-256 by array, in the order of the records.
+
+        Raises:
+            MessageError: malformed, forged, by or for somebody else, too large, or with arrays that it does not name.
+        """
+        _, specs, _ = self._open(records, sender)
+        named = {key: expected for _, _, _, parts in _specified(specs) for key, _, expected in parts}
+        chunks = _record(records, "chunks", ArrayRecord)
+        if set(records) != {"manifest", "chunks"} or list(chunks) != list(named):
+            raise MessageError("a message with other chunks than its manifest names")
+        return list(named.values())
+
+    def _open(self, records: RecordDict, sender: str) -> tuple[Manifest, object, str]:
         if sender not in self._keys:
             raise MessageError(f"a message from {sender!r}, who does not stand in the charter")
         sealed = _record(records, "manifest", ConfigRecord).get("sealed")
@@ -150,8 +233,7 @@ class SignedWire:
             raise MessageError(f"a message from {manifest.sender} for {manifest.recipient}, delivered as {sender}'s")
         if manifest.charter_sha256 != self._charter_sha256:
             raise MessageError(f"a message from {sender} under another charter")
-        tensors = _gather(specs, _record(records, "chunks", ArrayRecord))
-        return manifest, tensors, sha256(envelope.payload)
+        return manifest, specs, sha256(envelope.payload)
 
 
 class PlainWire:
@@ -203,7 +285,8 @@ def to_bytes(records: RecordDict) -> bytes:
     chunks = _record(records, "chunks", ArrayRecord)
     parts = [b"hansa-message/1\n", struct.pack("<Q", len(sealed)), sealed]
     for key, array in chunks.items():
-        parts += [key.encode().ljust(16), struct.pack("<Q", len(array.data)), array.data]
+        data = array.data
+        parts += [key.encode().ljust(16), struct.pack("<Q", len(data)), data]
     return b"".join(parts)
 
 
@@ -280,17 +363,17 @@ def _record(records: RecordDict, name: str, kind: type[Any]) -> Any:
     return record
 
 
-def _gather(specs: object, chunks: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
-    """Tensors from verified chunks. Sizes are checked against the manifest before anything is allocated."""
+def _specified(specs: object) -> Iterator[tuple[str, str, list[int], list[tuple[str, int, str]]]]:
+    """Name, dtype, shape and chunks (key, bytes, SHA-256) of each tensor; sizes are checked before any is allocated."""
     if not isinstance(specs, list):
         raise MessageError("a manifest without tensors")
-    tensors: dict[str, npt.NDArray[Any]] = {}
+    seen: set[str] = set()
     total = 0
     for index, spec in enumerate(specs):
         if not isinstance(spec, dict) or set(spec) != {"name", "dtype", "shape", "chunks"}:
             raise MessageError("a malformed tensor in the manifest")
         name, dtype, shape, hashes = spec["name"], spec["dtype"], spec["shape"], spec["chunks"]
-        if not isinstance(name, str) or name in tensors or dtype not in DTYPES or not isinstance(hashes, list):
+        if not isinstance(name, str) or name in seen or dtype not in DTYPES or not isinstance(hashes, list):
             raise MessageError("a malformed tensor in the manifest")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape) or len(shape) > 16:
             raise MessageError(f"tensor {name!r}: malformed shape")
@@ -300,15 +383,53 @@ def _gather(specs: object, chunks: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
         total += size
         if total > MAX_MESSAGE_BYTES or len(hashes) != -(-size // CHUNK_BYTES):
             raise MessageError(f"tensor {name!r}: {size} bytes do not fit its {len(hashes)} chunk(s)")
-        parts = []
-        for number, expected in enumerate(hashes):
-            array = chunks.get(f"{index:05d}.{number:06d}")
+        seen.add(name)
+        yield (
+            name,
+            dtype,
+            shape,
+            [
+                (f"{index:05d}.{number:06d}", min(CHUNK_BYTES, size - number * CHUNK_BYTES), expected)
+                for number, expected in enumerate(hashes)
+            ],
+        )
+
+
+def _gather(specs: object, chunks: ArrayRecord) -> dict[str, npt.NDArray[Any]]:
+    """Tensors from verified chunks."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    named = 0
+    for name, dtype, shape, parts in _specified(specs):
+        named += len(parts)
+        mapped = _mapped(parts, chunks)
+        if mapped is not None:
+            path, offset = mapped
+            tensors[name] = np.memmap(path, dtype, "r", offset, tuple(shape))
+            continue
+        found = []
+        for number, (key, length, expected) in enumerate(parts):
+            array = chunks.get(key)
             data = array.data if array is not None else b""
-            if len(data) != min(CHUNK_BYTES, size - number * CHUNK_BYTES) or sha256(data) != expected:
+            if len(data) != length or sha256(data) != expected:
                 raise MessageError(f"tensor {name!r}: chunk {number} is missing or was altered")
-            parts.append(data)
-        joined = parts[0] if len(parts) == 1 else b"".join(parts)
+            found.append(data)
+        joined = found[0] if len(found) == 1 else b"".join(found)
         tensors[name] = np.frombuffer(joined, dtype=dtype).reshape(shape)
-    if len(chunks) != sum(len(spec["chunks"]) for spec in specs):
+    if len(chunks) != named:
         raise MessageError("chunks that the manifest does not name")
     return tensors
+
+
+def _mapped(parts: Sequence[tuple[str, int, str]], chunks: ArrayRecord) -> tuple[Path, int] | None:
+    """Where a tensor stands in a spool file, if it does: its chunks one behind the other, all of them checked."""
+    first = None
+    at = 0
+    for key, length, _ in parts:
+        array = chunks.get(key)
+        if not isinstance(array, LazyArray) or not array.checked or array.place is None or array.length != length:
+            return None
+        first = first or array.place
+        if array.place != (first[0], first[1] + at):
+            return None
+        at += length
+    return first
