@@ -25,19 +25,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from ..common import link_pb2 as pb
 from ..common.certificates import Home, PeerCertificate, RevocationList, check_chain, check_peer
 from ..common.errors import HansaError, LedgerError, LinkError, MessageError, OutputError
 from ..common.events import EventLog
-from ..common.flower import CLIENT_APP_FAILED, ClientApp, Context, Message, addressed
+from ..common.flower import CLIENT_APP_FAILED, ClientApp, Context, Message, RecordDict, addressed, grpc
 from ..common.frames import (
     FRAME_BYTES,
     KEEPALIVE_S,
     METHOD,
     PROTOCOL,
+    Expected,
+    Inspect,
     Spool,
     Spooled,
     blocks,
@@ -141,7 +142,8 @@ class _Stream:
     call: Any
     out: asyncio.Queue[pb.FromNode | tuple[str, Message]] = field(default_factory=asyncio.Queue)
     incoming: Spool | None = None
-    incoming_s: float = 0.0
+    incoming_s: float = 0.0  # when it began, time.monotonic
+    passing: int = 0  # bytes of a refused request that are still to come
 
     def tell(self, **body: Any) -> None:
         self.out.put_nowait(pb.FromNode(**body))
@@ -157,6 +159,7 @@ class NodeLink:
         app: answers requests.
         inbox: folder for requests that are not answered yet.
         crl: revocation list of the CA, if this node keeps one.
+        inspect: what a request's arrays must hash to, from its signed manifest, or MessageError; None takes any request.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class NodeLink:
         inbox: Path,
         crl: Path | None,
         log: EventLog,
+        inspect: Inspect | None = None,
     ) -> None:
         self.address = address
         self._proxy = proxy_for(address, proxy)
@@ -184,6 +188,7 @@ class NodeLink:
         self._inbox = inbox
         self._crl = crl
         self._log = log
+        self._inspect = inspect
         self._jobs: dict[str, _Job] = {}
         self._stream: _Stream | None = None
         self._work: Callable[[NodeLink, str], None] = lambda *_: None
@@ -296,19 +301,9 @@ class NodeLink:
         while (message := await self._read(stream)) is not None:
             match message.WhichOneof("body"):
                 case "request":
-                    head = message.request
-                    check_head(head)
-                    if stream.incoming is not None or len(self._jobs) >= 2 * CREDIT:
-                        raise MessageError("a request out of order")
-                    path = self._inbox / f"{_safe(head.id)}.request"
-                    stream.incoming = Spool(path, head, None)
-                    stream.incoming_s = time.monotonic()
-                    if not stream.incoming.missing:
-                        self._whole(stream)
-                case "block" if stream.incoming is not None:
-                    stream.incoming.write(message.block.data)
-                    if not stream.incoming.missing:
-                        self._whole(stream)
+                    self._announced(stream, message.request)
+                case "block":
+                    self._block(stream, message.block.data)
                 case "want":
                     self._wanted(stream, message.want)
                 case "grant":
@@ -316,12 +311,52 @@ class NodeLink:
                     if job is not None and job.reply is not None:
                         stream.out.put_nowait((job.id, job.reply))
                 case "done":
-                    if stream.incoming is not None and stream.incoming.id == message.done.id:
+                    if stream.incoming is not None and stream.incoming.head.id == message.done.id:
                         stream.incoming.drop()
                         stream.incoming = None
                     self._forget(message.done.id)
                 case _:
                     raise MessageError("a message out of order")
+
+    def _announced(self, stream: _Stream, head: pb.Head) -> None:
+        """A request begins. One that is not the coordinator's own is refused by its head; its bytes are let pass."""
+        if stream.incoming is not None or len(self._jobs) >= 2 * CREDIT:
+            raise MessageError("a request out of order")
+        records = check_head(head)
+        stream.passing = 0
+        try:
+            expected = self._inspect(records, self._coordinator) if self._inspect is not None else None
+            stream.incoming = Spool(self._inbox / f"{_safe(head.id)}.request", head, expected)
+        except MessageError as err:
+            self._refuse(stream, head, err, sum(head.lengths))
+            return
+        stream.incoming_s = time.monotonic()
+        if not stream.incoming.missing:
+            self._whole(stream)
+
+    def _block(self, stream: _Stream, data: bytes) -> None:
+        if stream.incoming is None:
+            stream.passing -= len(data)
+            if stream.passing < 0:
+                raise MessageError("a message out of order")
+            return
+        incoming = stream.incoming
+        left = incoming.missing - len(data)
+        try:
+            incoming.write(data)
+        except MessageError as err:
+            stream.incoming = None
+            incoming.drop()
+            self._refuse(stream, incoming.head, err, left)
+            return
+        if not incoming.missing:
+            self._whole(stream)
+
+    def _refuse(self, stream: _Stream, head: pb.Head, err: MessageError, passing: int) -> None:
+        self._log.log("refused", coordinator=self._coordinator, request=head.id[:64], reason=err.message)
+        stream.passing = passing
+        failure = pb.Failure(code=CLIENT_APP_FAILED, reason=f"request refused: {err.message}"[:200])
+        stream.tell(offer=pb.Head(id=head.id, failure=failure))
 
     async def _send(self, stream: _Stream) -> None:
         while True:
@@ -342,12 +377,16 @@ class NodeLink:
         drop_unfinished(self._inbox)
         for path in sorted(self._inbox.glob("*.request"), key=lambda p: p.stat().st_mtime):
             try:
-                request = Spooled.load(path)
+                request = Spooled.load(path, self._expect if self._inspect is not None else None)
                 if len(self._jobs) >= CREDIT or _safe(request.head.id) != path.stem:
                     raise MessageError("not wanted")
                 self._jobs[request.head.id] = _Job(request, 0.0)
             except MessageError:
                 path.unlink(missing_ok=True)  # torn by a power cut: it will be sent again
+
+    def _expect(self, records: RecordDict) -> Expected:
+        assert self._inspect is not None
+        return self._inspect(records, self._coordinator)
 
     def _whole(self, stream: _Stream) -> None:
         assert stream.incoming is not None
@@ -387,7 +426,7 @@ class NodeLink:
             return
         head = job.request.head
         message = addressed(
-            job.request.content(checked=False),
+            job.request.content(checked=self._inspect is not None),
             head.message_type,
             1,
             head.group_id,

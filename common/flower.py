@@ -1,4 +1,4 @@
-"""The one module that touches Flower's private parts; everything else of ours imports Flower from here.
+"""The one module that touches Flower's private parts; everything else of ours imports Flower, and gRPC, from here.
 
 Telemetry and update checks are switched off before Flower is imported: nothing leaves this machine unasked.
 """
@@ -17,6 +17,7 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else a line on stderr for whoever knocks without a certificate
 
+import grpc
 from flwr.app import (
     DEFAULT_TTL,
     Array,
@@ -124,6 +125,7 @@ __all__ = [
     "ServerApp",
     "addressed",
     "empty_run",
+    "grpc",
     "records_from_bytes",
     "records_to_bytes",
     "strategies",

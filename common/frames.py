@@ -21,7 +21,7 @@ from . import link_pb2 as pb
 from .errors import MessageError
 from .flower import Array, ArrayRecord, RecordDict, records_from_bytes, records_to_bytes
 from .identity import TEMPORARY, sha256
-from .messages import MAX_MESSAGE_BYTES, LazyArray
+from .messages import MAX_MESSAGE_BYTES, LazyArray, as_they_are
 
 PROTOCOL = 1
 """Version of the link protocol (`link.proto` and docs/link.md); both sides must speak the same."""
@@ -34,6 +34,8 @@ KEEPALIVE_S = 3
 
 Expected = Sequence[str]
 """SHA-256 of each array of a message, in order, as its signed manifest has them."""
+Inspect = Callable[[RecordDict, str], Expected]
+"""(records with empty arrays, sender) -> what the arrays must hash to, or MessageError: see `SignedWire.inspect`."""
 
 
 def take_apart(content: RecordDict) -> tuple[bytes, list[Array]]:
@@ -138,7 +140,7 @@ class Spooled:
                     length = next(lengths)
                     made[key] = LazyArray.of_file(array, self.path, at, length, checked=checked)
                     at += length
-                records[name] = ArrayRecord(made)
+                records[name] = as_they_are(made)
         return records
 
 
@@ -153,7 +155,7 @@ class Spool:
         """
         self._path = path
         self._part = path.with_name(TEMPORARY + path.name)
-        self._head = head
+        self.head = head
         self._check = _Check(head.lengths, expected)
         raw = head.SerializeToString()
         self._body = 4 + len(raw)
@@ -163,11 +165,6 @@ class Spool:
         except OSError:
             self.drop()
             raise
-
-    @property
-    def id(self) -> str:
-        """The message's."""
-        return self._head.id
 
     @property
     def missing(self) -> int:
@@ -188,7 +185,7 @@ class Spool:
         """Give the whole message its name. Not fsynced: what a power cut takes is asked for again (docs/link.md)."""
         self._file.close()
         os.replace(self._part, self._path)
-        return Spooled(self._path, self._head, self._body)
+        return Spooled(self._path, self.head, self._body)
 
     def drop(self) -> None:
         """Forget it."""

@@ -129,6 +129,14 @@ class LazyArray(Array):
         return self.read(0, self.length)
 
 
+def as_they_are(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """A record of exactly these arrays: ArrayRecord's own constructor would read each and copy it."""
+    record = ArrayRecord()
+    for key, array in arrays.items():
+        record[key] = array
+    return record
+
+
 @dataclass(frozen=True)
 class Packed:
     """Tensors made ready to cross: chunks (which read the tensors: change none of them meanwhile), or one block of bytes;
@@ -180,7 +188,7 @@ class SignedWire:
                 chunks[key] = LazyArray("uint8", (len(part),), "hansa.chunk", part, len(part))
             about = {"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
             specs.append({**about, "chunks": [sha256(part) for part in parts]})
-        return Packed(ArrayRecord(chunks), specs)
+        return Packed(as_they_are(chunks), specs)
 
     def encode(self, manifest: Manifest, packed: Packed) -> tuple[RecordDict, str]:
         """See `Wire`."""

@@ -26,7 +26,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from ..common import link_pb2 as pb
@@ -46,6 +45,7 @@ from ..common.flower import (
     Run,
     addressed,
     empty_run,
+    grpc,
 )
 from ..common.frames import (
     FRAME_BYTES,
@@ -53,6 +53,7 @@ from ..common.frames import (
     METHOD,
     PROTOCOL,
     Expected,
+    Inspect,
     Spool,
     Spooled,
     blocks,
@@ -63,8 +64,6 @@ from ..common.frames import (
     take_apart,
 )
 from ..common.plan import SOFTWARE
-
-Inspect = Callable[[RecordDict, str], Expected]
 
 STALL_S = 20.0
 """A granted reply must make progress, and a new stream must say hello, within this time."""
