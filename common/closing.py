@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import MessageError
-from .identity import Identity, canonical, strict_json
+from .identity import Identity, canonical, read_envelope, strict_json
 
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
 
@@ -55,3 +55,30 @@ def sign_closing(
     if not same or mine != [{"owner": identity.name, "length": head["length"], "head": head["head"]}]:
         raise MessageError("a closing checkpoint that does not state this ledger as it is")
     return identity.sign(CLOSING_TYPE, payload)
+
+
+def read_closing(sealed: bytes, keys: Mapping[str, str], charter_sha256: str) -> dict[str, Any]:
+    """What a sealed closing checkpoint says, if everyone who stands in its charter signed it, and nobody else.
+
+    Args:
+        keys: name -> public key of everyone in the charter: the checkpoint names these ledgers and no other.
+
+    Raises:
+        MessageError: malformed, not signed by all of them, or of another charter.
+    """
+    envelope = read_envelope(sealed.removesuffix(b"\n"), CLOSING_TYPE)
+    for key in keys.values():
+        envelope.signed_by(key)
+    if len(envelope.signatures) != len(keys):
+        raise MessageError("a closing checkpoint with a signature too many")
+    body = strict_json(envelope.payload)
+    try:
+        heads = {item["owner"]: {"length": item["length"], "head": item["head"]} for item in body["ledgers"]}
+        again = closing_payload(body["run_id"], body["charter_sha256"], body["model_sha256"], heads)
+    except (KeyError, TypeError) as err:
+        raise MessageError("a malformed closing checkpoint") from err
+    if again != envelope.payload:
+        raise MessageError("a closing checkpoint in an unusual layout")
+    if body["charter_sha256"] != charter_sha256 or sorted(heads) != sorted(keys):
+        raise MessageError("a closing checkpoint of another charter")
+    return dict(body)

@@ -229,7 +229,7 @@ class Table:
 
     Attributes:
         x: float32 [n, features], in [-1, 1].
-        y: int64 [n], index into the label's classes.
+        y: int64 [n], index into the label's classes; all -1 where no labels were read.
         ignored: columns of the file that the schema does not name.
         missing: for each column that may be missing, in how many rows it is.
     """
@@ -253,14 +253,17 @@ def read_table(path: Path | str, schema: TableSchema) -> tuple[npt.NDArray[np.fl
     return table.x, table.y
 
 
-def parse_table(path: Path | str, schema: TableSchema) -> Table:
+def parse_table(path: Path | str, schema: TableSchema, *, labelled: bool = True) -> Table:
     """Read a CSV file (UTF-8, comma, header line; spaces around a cell do not count) and say what was found.
+
+    Args:
+        labelled: read the label; without, its column may be missing, and is ignored where it is there.
 
     Raises:
         SchemaViolation: with every violation in the file.
         DataError: the file is missing or cannot be read.
     """
-    wanted = [*schema.columns, schema.label.column]
+    wanted = [*schema.columns, *([schema.label.column] if labelled else [])]
     header, rows, wrong = _records(path)
     if not set(wanted) & set(header):
         wrong = [(1, "", _show(",".join(header)), f"a header line with commas, naming {', '.join(wanted)}")]
@@ -274,7 +277,7 @@ def parse_table(path: Path | str, schema: TableSchema) -> Table:
 
     place = {name: header.index(name) for name in wanted}
     x = np.zeros((len(rows), *schema.shape), dtype=np.float32)
-    y = np.zeros(len(rows), dtype=np.int64)
+    y = np.full(len(rows), -1, dtype=np.int64)
     for i, (line, cells) in enumerate(rows):
         if len(cells) != len(header):
             wrong.append((line, "", f"{len(cells)} cells", f"{len(header)} cells, as in the header"))
@@ -285,11 +288,12 @@ def parse_table(path: Path | str, schema: TableSchema) -> Table:
                 features += column.encode(cells[place[name]])
             except ValueError:
                 wrong.append((line, name, _show(cells[place[name]]), column.allowed()))
-        try:
-            y[i] = schema.label.encode(cells[place[schema.label.column]])
-        except ValueError:
-            cell = _show(cells[place[schema.label.column]])
-            wrong.append((line, schema.label.column, cell, schema.label.allowed()))
+        if labelled:
+            try:
+                y[i] = schema.label.encode(cells[place[schema.label.column]])
+            except ValueError:
+                cell = _show(cells[place[schema.label.column]])
+                wrong.append((line, schema.label.column, cell, schema.label.allowed()))
         if not wrong:
             x[i] = features
     if wrong:
