@@ -5,14 +5,18 @@ with a signed refusal and reads nothing.
 
 What may leave a node, and nothing else: `update` (a round's model update), `scores` (scores and labels of rows registered
 as public), `histogram` (noisy score histogram, charged), `failed` (that, and nothing else, when the work failed after it was
-paid for), `head` and `signature` (of its ledger), `accepted`, `refused`.
+paid for), `head` and `signature` (of its ledger), `accepted`, `refused`, `kept`.
+
+What is logged holds no record value: of an exception its class and where in the code it was raised, never its words.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +28,12 @@ from ..common.closing import sign_closing
 from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.identity import Identity, sha256
+from ..common.ledger import Ledger
 from ..common.messages import Manifest, Tensors, Wire, is_finite
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
 from .datasets import RegisteredDataset, Rows, Split
+from .models import verified
 from .noise import SecureNoise
 from .outbox import Outbox
 from .training import LocalSettings, train_locally
@@ -39,6 +45,7 @@ class Doorkeeper(Protocol):
     """What the handlers need of a gate; see `gate.Gate`."""
 
     name: str
+    ledger: Ledger
 
     def charter(self, sha256_hex: str) -> Charter | None:
         """An accepted charter."""
@@ -69,6 +76,7 @@ class Node:
         model: an instance of the task's model, used as scratch; one process may share it between its nodes.
         outbox: where finished replies are kept; None in simulations of more than 100 clients.
         identity: signs closing checkpoints; None there as well.
+        keep: where models that closing messages deliver are kept, one folder a run; None there as well.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Node:
         coordinator: str = "coordinator",
         outbox: Outbox | None = None,
         identity: Identity | None = None,
+        keep: Path | None = None,
     ) -> None:
         self._task = task
         self._model = model
@@ -91,6 +100,7 @@ class Node:
         self._coordinator = coordinator
         self._outbox = outbox
         self._identity = identity
+        self._keep = keep
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -157,15 +167,34 @@ class Node:
     def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
         """Sign a closing checkpoint that states this ledger as it is."""
         assert self._identity is not None
-        try:
-            payload = base64.b64decode(str(request.fields.get("closing", "")), validate=True)
-        except ValueError as err:
-            raise MessageError("a closing checkpoint that is not base64") from err
+        payload = _closing(request)
         head = self._gate.close_run(request.run_id, request.charter_sha256)
         owners = self._agreed(request).keys()
         signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, owners, head)
         encoded = base64.b64encode(signature).decode()
         return self._wire.encode(request.reply("signature", digest, signature=encoded), self._wire.pack({}))[0]
+
+    def deliver(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
+        """Verify what a run came to, and keep it: model, manifest and closing checkpoint, on disk before the reply.
+
+        Nothing of this is in the ledger, which was closed and countersigned before.
+        """
+        if self._keep is None:
+            raise MessageError("this node keeps no models")
+        if tensors and not self._fits(tensors):
+            raise MessageError("a model whose tensors are not those of the task, or not finite")
+        delivery = verified(
+            _closing(request),
+            request.fields.get("about"),
+            tensors,
+            request.run_id,
+            self._agreed(request),
+            request.charter_sha256,
+            self._gate.name,
+            self._gate.ledger,
+        )
+        delivery.keep(self._keep, tensors)
+        return self._wire.encode(request.reply("kept", digest), self._wire.pack({}))[0]
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -186,6 +215,7 @@ class Node:
             "evaluate": self.evaluate,
             "close": self.close,
             "sign": self.sign,
+            "deliver": self.deliver,
         }[kind]
         try:
             reply = work(request, digest, tensors)
@@ -208,8 +238,7 @@ class Node:
         except (OutputError, LedgerError, MemoryError):
             raise  # of this machine, like a crash: nothing was answered, the debit stays good
         except Exception as err:
-            # The words may hold record values: they stay here.
-            _log.error("%s: round %s failed: %s", self._gate.name, request.round, err, exc_info=True)
+            _log.error("%s: round %s failed: %s", self._gate.name, request.round, without_words(err))
             kind, tensors = "failed", {}
         reply, reply_sha256 = self._wire.encode(request.reply(kind, digest), self._wire.pack(tensors))
         if self._outbox is not None:
@@ -230,19 +259,21 @@ class Node:
 
     def _check_model(self, tensors: Tensors) -> None:
         """Refuse a model of another shape before anything is spent on it. Looks at the request only."""
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        good = shapes == self._shapes and all(t.dtype == np.float32 for t in tensors.values()) and is_finite(tensors)
-        if not good:
+        if not self._fits(tensors):
             raise Refused(Refusal.NUMERIC, "the model's tensors are not those of the task, or not finite")
+
+    def _fits(self, tensors: Tensors) -> bool:
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        return shapes == self._shapes and all(t.dtype == np.float32 for t in tensors.values()) and is_finite(tensors)
 
     def _rows(self) -> Split:
         """The registered rows. That they cannot be read says nothing of them: refused, and the debit stays good."""
         try:
             return self._dataset.open()
         except DataError as err:
-            # The words may hold record values: they stay here.
-            _log.error("%s: %s", self._gate.name, err)
-            raise Refused(Refusal.DATA, "the registered dataset cannot be read; see the node's own log") from err
+            _log.error("%s: the registered dataset cannot be read: %s", self._gate.name, without_words(err))
+            # Nor as its cause: whoever shows this refusal with its history would show the words.
+            raise Refused(Refusal.DATA, "the registered dataset cannot be read; see the node's own log") from None
 
     def _scores(self, tensors: Tensors, rows: Rows) -> npt.NDArray[np.float32]:
         """Scores [n, classes] in batches, so that memory does not grow with the held-out rows."""
@@ -281,7 +312,21 @@ def make_client_app(find: Callable[[Context], Node]) -> ClientApp:
     def _sign(message: Message, context: Context) -> Message:
         return find(context).handle("sign", message)
 
+    @app.query("deliver")
+    def _deliver(message: Message, context: Context) -> Message:
+        return find(context).handle("deliver", message)
+
     return app
+
+
+def without_words(err: BaseException) -> str:
+    """An exception for a log: its class and the innermost places in the code, not its words: they may hold record values."""
+    frames = traceback.extract_tb(err.__traceback__)[-_PLACES:]
+    places = [f"{Path(f.filename).parent.name}/{Path(f.filename).name}:{f.lineno}" for f in reversed(frames)]
+    return f"{type(err).__name__} at {' < '.join(places) or 'an unknown place'}"
+
+
+_PLACES = 3
 
 
 def local_settings(charter: Charter) -> LocalSettings:
@@ -302,6 +347,18 @@ def local_settings(charter: Charter) -> LocalSettings:
 def round_seed(model_seed: int, round_number: int, name: str) -> int:
     """Seed of the batches of one unprotected round, so that a resumed run repeats them. Never used for noise."""
     return int(sha256(f"{model_seed}:{round_number}:{name}".encode())[:15], 16)
+
+
+def _closing(request: Manifest) -> bytes:
+    """The closing checkpoint that a request carries.
+
+    Raises:
+        MessageError: it is not base64.
+    """
+    try:
+        return base64.b64decode(str(request.fields.get("closing", "")), validate=True)
+    except ValueError as err:
+        raise MessageError("a closing checkpoint that is not base64") from err
 
 
 def _declared(charter: Charter, name: str) -> int:

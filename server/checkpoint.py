@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
-
 from ..common.errors import OutputError
-from ..common.identity import sha256, write_whole
+from ..common.identity import write_whole
+from ..common.model import Arrays, file_sha256, tensor_bytes, tensors_from
 from .records import Answer
 
-Arrays = dict[str, npt.NDArray[Any]]
+_DIGEST_BYTES = 65
+"""The file begins with the SHA-256 of what follows, in hex, and a line break."""
 
 
 @dataclass
@@ -42,19 +41,29 @@ class Checkpoint:
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write, whole or not at all.
+        """Write, whole or not at all; no tensor is copied for it.
 
         Raises:
             OutputError: it could not be written; the previous checkpoint is untouched.
         """
-        tensors = {f"model/{k}": _contiguous(v) for k, v in self.model.items()}
-        tensors |= {f"strategy/{k}": _contiguous(v) for k, v in self.strategy.items()}
+        digest = hashlib.sha256()
+        for part in self._parts():
+            digest.update(part)
+
+        def whole() -> Iterator[bytes | memoryview]:
+            yield digest.hexdigest().encode() + b"\n"
+            yield from self._parts()
+
+        write_whole(path, whole())
+
+    def _parts(self) -> Iterator[bytes | memoryview]:
+        tensors = {f"model/{k}": v for k, v in self.model.items()}
+        tensors |= {f"strategy/{k}": v for k, v in self.strategy.items()}
         # asdict would copy every tensor.
         answers = {p: {n: asdict(a) for n, a in given.items()} for p, given in self.answers.items()}
         about = {"run_id": self.run_id, "round": self.round, "history": self.history, "folded": self.folded}
         about |= {"accepted": self.accepted, "trained": self.trained, "answers": answers}
-        data = save(tensors, metadata={"hansa": json.dumps(about)})
-        write_whole(path, sha256(data).encode() + b"\n" + data)
+        return tensor_bytes(tensors, json.dumps(about))
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint | None:
@@ -66,32 +75,18 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            digest, _, data = path.read_bytes().partition(b"\n")
-            if sha256(data).encode() != digest:
+            with path.open("rb") as file:
+                stated = file.read(_DIGEST_BYTES)
+            if file_sha256(path, _DIGEST_BYTES).encode() + b"\n" != stated:
                 raise ValueError("its bytes have changed")
-            tensors = load(data)
-            size = int.from_bytes(data[:8], "little")
-            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["hansa"])
-        except (OSError, SafetensorError, ValueError, KeyError) as err:
+            tensors, text = tensors_from(path, _DIGEST_BYTES)
+            about = json.loads(text or "")
+            about["answers"] = {
+                purpose: {name: Answer(**answer) for name, answer in answers.items()}
+                for purpose, answers in about["answers"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as err:
             raise OutputError(f"{path}: the checkpoint is damaged", "Start the run again in a new folder.") from err
         model = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         strategy = {k.removeprefix("strategy/"): v for k, v in tensors.items() if k.startswith("strategy/")}
-        about["answers"] = {
-            purpose: {name: Answer(**answer) for name, answer in answers.items()}
-            for purpose, answers in about["answers"].items()
-        }
         return cls(**about, model=model, strategy=strategy)
-
-
-def model_bytes(model: Arrays) -> bytes:
-    """A model as the bytes of a safetensors file: the same arrays give the same bytes."""
-    return save({name: _contiguous(model[name]) for name in sorted(model)})
-
-
-def _contiguous(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.asarray(value, order="C")  # np.ascontiguousarray would make a vector of a scalar
-
-
-def model_sha256(model: Arrays) -> str:
-    """The name of a model in ledgers and closing checkpoints."""
-    return sha256(model_bytes(model))

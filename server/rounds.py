@@ -3,38 +3,55 @@
 One round: requests are recorded, sent, and answered by a deadline; each reply is verified and folded into a running sum as
 it comes; the mean is the strategy's one virtual reply; the model is measured as the charter's evaluation says; the round is
 recorded and checkpointed. A killed coordinator asks the same round again with the same bytes, and gets committed replies
-from the partners' outboxes.
+from the partners' outboxes. At the end everyone signs where its ledger stands, and gets the model with that.
+
+Memory, in sizes of the model, whatever the number of partners: the model (1), the running sum in float64 (2), and one
+more: a reply, or the new model, which is made tensor by tensor while the sum is let go of. Requests share the model's
+memory and are forgotten once the Grid has them.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ..common.charter import Charter, SignedCharter
-from ..common.closing import CLOSING_TYPE, closing_payload
+from ..common.closing import CLOSING_TYPE, closing_payload, read_closing
 from ..common.errors import MessageError, RunFailed
-from ..common.flower import Grid, Message
-from ..common.identity import Envelope, Identity, sha256, verify, write_envelope, write_whole
+from ..common.flower import Grid, Message, RecordDict
+from ..common.identity import Envelope, Identity, real, sha256, verify, write_envelope, write_whole
 from ..common.messages import Manifest, Tensors, Wire, squares
+from ..common.model import Arrays, model_manifest, model_sha256
 from ..common.plan import evaluated_rounds
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
-from .checkpoint import Arrays, Checkpoint, model_sha256
+from .checkpoint import Checkpoint
 from .records import Answer, Records
 from .strategies import ServerOptimizer
 
 MAX_UPDATE = 1e12
 """No tensor of an update has a larger L2 norm; float32 sums of a few of them, and their squares, stay finite."""
 
+BLOCK = 2**20
+"""Values of an update that are weighted at a time: a few megabytes, not another copy of a tensor in float64."""
+
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """A Grid that can tell when there is something to pull; of any other one it is asked again and again."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when a reply may be there, after `timeout_s` seconds at the latest."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,8 @@ class Outcome:
         model: final parameters by name, None when no round was run.
         history: {"round", "metrics", "partners"} a completed round.
         why: "completed", or "refused" when too few accepted the run.
+        undelivered: partners that did not confirm in time that they keep the model and the closing checkpoint; the same
+            run again delivers again.
     """
 
     run_id: str
@@ -63,6 +82,7 @@ class Outcome:
     model: Arrays | None
     history: list[dict[str, Any]]
     refusals: list[Refusing] = field(default_factory=list)
+    undelivered: list[str] = field(default_factory=list)
 
 
 class Coordinator:
@@ -70,7 +90,7 @@ class Coordinator:
 
     Args:
         roster: partner name -> the Grid's node id, in the order in which updates are asked for.
-        initial: the model to start from, float32 by name.
+        initial: makes the model to start from, float32 by name, the same one each time; it is not kept.
         folder: where the checkpoint is kept.
         closing: the folder of closing checkpoints.
         notify: called with an event's name and facts, for a display.
@@ -84,7 +104,7 @@ class Coordinator:
         wire: Wire,
         roster: Mapping[str, int],
         records: Records,
-        initial: Arrays,
+        initial: Callable[[], Arrays],
         folder: Path,
         closing: Path,
         notify: Callable[..., None] = lambda *_, **__: None,
@@ -114,15 +134,14 @@ class Coordinator:
         """
         self._refusals = []
         path = self._folder / f"{run_id}.checkpoint"
-        state = Checkpoint.load(path) or Checkpoint(run_id, 0, dict(self._initial))
-        # A file keeps no order; tensors in another one would make other bytes of the same request.
-        state.model = {name: state.model[name] for name in self._initial}
+        state = self._standing(path, run_id)
         why = self._records.run(run_id, self._signed.sha256)
         if why is None:
             self._record(state)  # what the checkpoint knows and a crash may have kept from the ledger
         else:  # stopped between its last entry and the countersigned checkpoint, or asked for again
             model = state.model if state.round else None
-            return self._close(grid, Outcome(run_id, why, model, state.history, self._refusals))
+            outcome = Outcome(run_id, why, model, state.history, self._refusals)
+            return self._close(grid, outcome, closed_before=True)
         if state.accepted is None:
             state.accepted = self._open(grid, run_id, only or list(self._roster))
             if len(state.accepted) < self._charter.quorum:
@@ -152,6 +171,16 @@ class Coordinator:
             self._record(state)
             self._notify("done", round=number, metrics=metrics, seconds=time.perf_counter() - began)
         return self._close(grid, Outcome(run_id, "completed", state.model, state.history, self._refusals))
+
+    def _standing(self, path: Path, run_id: str) -> Checkpoint:
+        """Where the run stands: at its checkpoint, or at its beginning."""
+        initial = self._initial()
+        state = Checkpoint.load(path)
+        if state is None:
+            return Checkpoint(run_id, 0, initial)
+        # A file keeps no order; tensors in another one would make other bytes of the same request.
+        state.model = {name: state.model[name] for name in initial}
+        return state
 
     def _record(self, state: Checkpoint) -> None:
         """Write down what the checkpoint has: the answers of its last step and, at the end of a round, the round."""
@@ -196,10 +225,9 @@ class Coordinator:
             # The sum of squares bounds every value.
             if not all(squares(v) < MAX_UPDATE**2 for v in update.values()):
                 raise MessageError(f"{partner}'s update is not finite, or its norm is not below {MAX_UPDATE:g}")
-            weight = weights[partner]
             for name, value in update.items():
-                total[name] += value if weight == 1.0 else np.multiply(value, weight, dtype=np.float64)
-            mass += weight
+                _add(total[name], value, weights[partner])
+            mass += weights[partner]
             folded.append(partner)
 
         cohort = self._cohort(number, accepted)
@@ -207,7 +235,9 @@ class Coordinator:
         if len(folded) < self._charter.quorum:
             self._records.answered(run_id, number, "train", answers)
             raise self._no_quorum(number, len(folded), answers)
-        return {name: value / mass for name, value in total.items()}, folded, answers
+        for value in total.values():
+            value /= mass
+        return total, folded, answers
 
     def _evaluate(
         self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
@@ -239,39 +269,71 @@ class Coordinator:
         labels = np.concatenate([p["labels"] for p in ordered])
         return evaluate(self._task, scores, labels) if len(labels) else {}, answers
 
-    def _close(self, grid: Grid, outcome: Outcome) -> Outcome:
-        """Close every ledger and have everyone sign where it ends."""
-        run_id = outcome.run_id
+    def _close(self, grid: Grid, outcome: Outcome, *, closed_before: bool = False) -> Outcome:
+        """Close every ledger, have everyone sign where it ends, and give everyone the model with that."""
         name = model_sha256(outcome.model) if outcome.model is not None else None
-        partners = [m.name for m in self._charter.partners]  # a population has one ledger, the coordinator's
+        sealed = self._sealed(outcome.run_id, name) if closed_before else None
+        if sealed is None:
+            sealed = self._seal(grid, outcome, name)
+            write_whole(self._closing / f"{outcome.run_id}.json", sealed)
+        self._notify("closed", why=outcome.why)
+        if self._charter.partners:  # a population has one ledger, the coordinator's, and nobody who keeps a model
+            self._hand_out(grid, outcome, name, sealed)
+        return outcome
+
+    def _sealed(self, run_id: str, name: str | None) -> bytes | None:
+        """The closing checkpoint that everyone signed already: to deliver it again nobody has to close or sign again."""
+        path = self._closing / f"{run_id}.json"
+        try:
+            sealed = path.read_bytes()
+            body = read_closing(sealed, self._charter.keys(), self._signed.sha256)
+        except (OSError, MessageError):
+            return None
+        return sealed if (body["run_id"], body["model_sha256"]) == (run_id, name) else None
+
+    def _seal(self, grid: Grid, outcome: Outcome, name: str | None) -> bytes:
+        """Every ledger closed, and everyone's signature under where it ends: the closing checkpoint's bytes."""
+        run_id = outcome.run_id
         heads: dict[str, Mapping[str, Any]] = {}
-        if partners:
 
-            def head(partner: str, reply: Manifest, _: Tensors) -> None:
-                length, digest = reply.fields.get("length"), reply.fields.get("head")
-                if type(length) is not int or not isinstance(digest, str):
-                    raise MessageError(f"{partner}'s head is malformed")
-                heads[partner] = {"length": length, "head": digest}
+        def head(partner: str, reply: Manifest, _: Tensors) -> None:
+            length, digest = reply.fields.get("length"), reply.fields.get("head")
+            if type(length) is not int or not isinstance(digest, str):
+                raise MessageError(f"{partner}'s head is malformed")
+            heads[partner] = {"length": length, "head": digest}
 
-            self._ask(grid, run_id, "close", "query.close", partners, {}, head)
+        self._must(self._ask(grid, run_id, "close", {}, {}, head))
         heads[self._charter.coordinator.name] = self._records.close(run_id, len(outcome.history), name, outcome.why)
         payload = closing_payload(run_id, self._signed.sha256, name, heads)
         keys = self._charter.keys()
         signatures = {self._identity.key: self._identity.sign(CLOSING_TYPE, payload)}
-        if partners:
 
-            def signature(partner: str, reply: Manifest, _: Tensors) -> None:
-                made = base64.b64decode(str(reply.fields.get("signature", "")))
-                verify(keys[partner], CLOSING_TYPE, payload, made)
-                signatures[keys[partner]] = made
+        def signature(partner: str, reply: Manifest, _: Tensors) -> None:
+            made = base64.b64decode(str(reply.fields.get("signature", "")))
+            verify(keys[partner], CLOSING_TYPE, payload, made)
+            signatures[keys[partner]] = made
 
-            fields = {"closing": base64.b64encode(payload).decode()}
-            self._ask(grid, run_id, "sign", "query.sign", partners, fields, signature)
+        fields = {"closing": base64.b64encode(payload).decode()}
+        self._must(self._ask(grid, run_id, "sign", fields, {}, signature))
         ordered = tuple((key, signatures[key]) for key in keys.values())
-        sealed = write_envelope(Envelope(CLOSING_TYPE, payload, ordered)) + b"\n"
-        write_whole(self._closing / f"{run_id}.json", sealed)
-        self._notify("closed", why=outcome.why)
-        return outcome
+        return write_envelope(Envelope(CLOSING_TYPE, payload, ordered)) + b"\n"
+
+    def _hand_out(self, grid: Grid, outcome: Outcome, name: str | None, sealed: bytes) -> None:
+        """The closing message: final model, its manifest and the closing checkpoint, to be verified and kept by everyone.
+
+        Who does not confirm in time is reported; the run is over all the same.
+        """
+        fields: dict[str, Any] = {"closing": base64.b64encode(sealed).decode()}
+        if name is not None:
+            last = outcome.history[-1]["metrics"]
+            metrics = {n: real(value) for n, value in last.items() if math.isfinite(value)}
+            charter, sha, rounds = self._charter, self._signed.sha256, len(outcome.history)
+            fields["about"] = model_manifest(charter, sha, outcome.run_id, name, rounds, metrics)
+        answers = self._ask(grid, outcome.run_id, "deliver", fields, outcome.model or {}, lambda *_: None)
+        for partner, answer in answers.items():
+            if answer.outcome != "ok":
+                outcome.undelivered.append(partner)
+                self._notify("undelivered", partner=partner, answer=answer)
 
     # -- exchanges ---------------------------------------------------------------------------------------------------
 
@@ -287,18 +349,10 @@ class Coordinator:
         sink: Sink,
     ) -> dict[str, Answer]:
         """One question to a cohort: requests on the ledger, then sent, answers folded; the caller records them."""
-        packed = self._wire.pack(model)
-        encoded = {}
-        for name in cohort:
-            manifest = self._manifest(purpose, name, run_id, number, {})
-            encoded[name] = (manifest, *self._wire.encode(manifest, packed))
-        self._records.asked(
-            run_id,
-            number,
-            purpose,
-            {name: (m.request_id, digest) for name, (m, _, digest) in encoded.items()},
-        )
-        answers = self._deliver(grid, message_type, encoded, sink)
+        requests, records = self._encoded(purpose, cohort, run_id, number, {}, model)
+        asked = {name: (manifest.request_id, digest) for name, (manifest, digest) in requests.items()}
+        self._records.asked(run_id, number, purpose, asked)
+        answers = self._deliver(grid, message_type, requests, records, sink)
         for name, answer in answers.items():
             if answer.outcome.startswith("refused: "):
                 reason = answer.outcome.removeprefix("refused: ")
@@ -308,21 +362,16 @@ class Coordinator:
         return answers
 
     def _ask(
-        self,
-        grid: Grid,
-        run_id: str,
-        kind: str,
-        message_type: str,
-        partners: list[str],
-        fields: dict[str, Any],
-        sink: Sink,
-    ) -> None:
-        """A question that everybody must answer, outside of the ledgers (closing them is what it is about)."""
-        encoded = {}
-        for name in partners:
-            manifest = self._manifest(kind, name, run_id, self._charter.algorithm.rounds + 1, fields)
-            encoded[name] = (manifest, *self._wire.encode(manifest, self._wire.pack({})))
-        answers = self._deliver(grid, message_type, encoded, sink)
+        self, grid: Grid, run_id: str, kind: str, fields: dict[str, Any], tensors: Arrays, sink: Sink
+    ) -> dict[str, Answer]:
+        """A question to every partner outside of the ledgers (closing them is what it is about)."""
+        partners = [m.name for m in self._charter.partners]
+        number = self._charter.algorithm.rounds + 1
+        requests, records = self._encoded(kind, partners, run_id, number, fields, tensors)
+        return self._deliver(grid, f"query.{kind}", requests, records, sink)
+
+    def _must(self, answers: Mapping[str, Answer]) -> None:
+        """Raise RunFailed unless everybody answered."""
         if bad := {n: a for n, a in answers.items() if a.outcome != "ok"}:
             told = "; ".join(f"{name}: {answer.outcome} {answer.detail}".strip() for name, answer in bad.items())
             raise RunFailed(
@@ -330,17 +379,38 @@ class Coordinator:
                 "All rounds are done and recorded. Run the same command with --resume to close it.",
             )
 
+    def _encoded(
+        self, kind: str, partners: list[str], run_id: str, number: int, fields: dict[str, Any], tensors: Arrays
+    ) -> tuple[dict[str, tuple[Manifest, str]], dict[str, RecordDict]]:
+        """By partner: the request and its hash, and its records. All records share the tensors' bytes."""
+        packed = self._wire.pack(tensors)
+        requests, records = {}, {}
+        for name in partners:
+            manifest = self._manifest(kind, name, run_id, number, fields)
+            records[name], digest = self._wire.encode(manifest, packed)
+            requests[name] = (manifest, digest)
+        return requests, records
+
     def _deliver(
-        self, grid: Grid, message_type: str, encoded: Mapping[str, tuple[Manifest, Any, str]], sink: Sink
+        self,
+        grid: Grid,
+        message_type: str,
+        requests: Mapping[str, tuple[Manifest, str]],
+        records: dict[str, RecordDict],
+        sink: Sink,
     ) -> dict[str, Answer]:
-        """Send, and fold replies as they come until all are in or the deadline has passed."""
+        """Send, and fold replies as they come until all are in or the deadline has passed.
+
+        Args:
+            records: emptied: what was sent is the Grid's.
+        """
         deadline = time.monotonic() + self._charter.round_deadline_s
         answers: dict[str, Answer] = {}
 
-        def outgoing() -> Any:
-            for name, (manifest, records, _) in encoded.items():
+        def outgoing() -> Iterator[Message]:
+            for name, (manifest, _) in requests.items():
                 yield grid.create_message(
-                    records,
+                    records.pop(name),
                     message_type,
                     self._roster[name],
                     str(manifest.round),
@@ -348,7 +418,7 @@ class Coordinator:
                 )
 
         pending = set(grid.push_messages(outgoing()))
-        while pending and time.monotonic() < deadline:
+        while pending and (left_s := deadline - time.monotonic()) > 0:
             came = False
             for reply in grid.pull_messages(list(pending)):
                 if time.monotonic() >= deadline:
@@ -357,13 +427,16 @@ class Coordinator:
                 pending.discard(reply.metadata.reply_to_message_id)
                 name = self._names.get(reply.metadata.src_node_id, "")
                 # What is not signed by the partner must not keep its own answer out.
-                if name in encoded and (name not in answers or answers[name].outcome == "invalid"):
-                    manifest, _, digest = encoded[name]
+                if name in requests and (name not in answers or answers[name].outcome == "invalid"):
+                    manifest, digest = requests[name]
                     answers[name] = self._receive(name, manifest, digest, reply, sink)
                     self._notify("answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name])
-            if not came:
+                del reply  # before the next one is there
+            if not came and isinstance(grid, Waiting):
+                grid.wait(left_s)
+            elif not came:
                 time.sleep(0.01)
-        for name, (manifest, _, _) in encoded.items():
+        for name, (manifest, _) in requests.items():
             answers.setdefault(name, Answer(manifest.request_id, "timeout"))
         return answers
 
@@ -429,10 +502,19 @@ class Coordinator:
         )
 
 
+def _add(total: npt.NDArray[np.float64], value: npt.NDArray[Any], weight: float) -> None:
+    """total += weight * value, in float64, block by block."""
+    to, of = total.reshape(-1), value.reshape(-1)
+    for at in range(0, len(of), BLOCK):
+        part = of[at : at + BLOCK]
+        to[at : at + BLOCK] += part if weight == 1.0 else np.multiply(part, weight, dtype=np.float64)
+
+
 _REPLIES = {
     "open": ("accepted",),
     "train": ("update",),
     "evaluate": ("scores", "histogram"),
     "close": ("head",),
     "sign": ("signature",),
+    "deliver": ("kept",),
 }

@@ -3,6 +3,9 @@
 A strategy asks "its" Grid for nodes, makes one training message a node and aggregates the replies. Ours sees one virtual
 node: its training message is the request for the whole cohort, and the mean of the cohort's updates is its reply. So any
 strategy that works on the mean runs unmodified, and none ever holds every reply in memory.
+
+FedAvg and FedProx give back the one reply that they get, bit by bit, so that reply is made here without them: through
+Flower's serialisation it would stand in memory five times.
 """
 
 from __future__ import annotations
@@ -28,12 +31,11 @@ from ..common.flower import (
     empty_run,
     strategies,
 )
+from ..common.messages import is_finite
+from ..common.model import Arrays
 
-Arrays = dict[str, npt.NDArray[Any]]
-
+_IDENTITIES = ("fedavg", "fedprox")
 _CLASSES = {
-    "fedavg": strategies.FedAvg,
-    "fedprox": strategies.FedProx,
     "fedavgm": strategies.FedAvgM,
     "fedadam": strategies.FedAdam,
     "fedyogi": strategies.FedYogi,
@@ -45,36 +47,44 @@ class ServerOptimizer:
     """A Flower strategy as a step: global arrays and the mean of updates in, new global arrays out."""
 
     def __init__(self, chosen: Strategy) -> None:
-        self._strategy: Any = _CLASSES[chosen.name](
-            min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1, **chosen.parameters()
-        )
+        self._strategy: Any = None
+        if chosen.name not in _IDENTITIES:
+            self._strategy = _CLASSES[chosen.name](
+                min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1, **chosen.parameters()
+            )
 
-    def step(self, round_number: int, arrays: Arrays, mean_update: Mapping[str, npt.NDArray[np.float64]]) -> Arrays:
-        """New global arrays, float32.
+    def step(self, round_number: int, arrays: Arrays, mean_update: dict[str, npt.NDArray[np.float64]]) -> Arrays:
+        """New global arrays, float32, in the order of `arrays`.
+
+        Args:
+            mean_update: float64; emptied, so that each of its tensors is gone from memory once it was used.
 
         Raises:
             RunFailed: the strategy gave no model, or one that is not finite.
         """
+        mean = {name: _sum(value, mean_update.pop(name)) for name, value in arrays.items()}
+        new = mean if self._strategy is None else self._aggregate(round_number, arrays, mean)
+        if not is_finite(new):
+            raise RunFailed(
+                f"round {round_number}: the model is no longer finite",
+                "Lower the learning rate (local or server).",
+            )
+        return new
+
+    def _aggregate(self, round_number: int, arrays: Arrays, mean: Arrays) -> Arrays:
         names = sorted(arrays)  # FedAvgM matches its momentum to arrays by place; a checkpoint keeps no order
         record = ArrayRecord({name: Array(np.asarray(arrays[name])) for name in names})
         (request,) = self._strategy.configure_train(round_number, record, ConfigRecord(), _OneNode())
-        mean = {name: np.asarray(arrays[name] + mean_update[name], dtype=np.float32) for name in names}
         content = RecordDict(
             {
-                "arrays": ArrayRecord({name: Array(value) for name, value in mean.items()}),
+                "arrays": ArrayRecord({name: Array(mean.pop(name)) for name in names}),
                 "metrics": MetricRecord({"num-examples": 1}),
             }
         )
         made, _ = self._strategy.aggregate_train(round_number, [Message(content, reply_to=request)])
         if not made:
             raise RunFailed(f"round {round_number}: the strategy gave no model")
-        new = {name: np.asarray(made[name].numpy(), dtype=np.float32) for name in arrays}
-        if not all(np.isfinite(value).all() for value in new.values()):
-            raise RunFailed(
-                f"round {round_number}: the model is no longer finite",
-                "Lower the learning rate (local or server).",
-            )
-        return new
+        return {name: np.asarray(made[name].numpy(), dtype=np.float32) for name in arrays}
 
     def state(self) -> Arrays:
         """Everything that the strategy carries from round to round, by name."""
@@ -105,6 +115,13 @@ class ServerOptimizer:
                 case _:
                     made = values
             setattr(self._strategy, attribute, made)
+
+
+def _sum(value: npt.NDArray[Any], update: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """float32(value + update), added in float64: NumPy converts piece by piece, so nothing is copied whole."""
+    new = np.empty(value.shape, np.float32)
+    np.add(value, update, out=new, dtype=np.float64, casting="same_kind")
+    return new
 
 
 class _OneNode(Grid):

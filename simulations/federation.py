@@ -1,7 +1,8 @@
 """One federation in this process and one output folder: the parts that real nodes run, wired together.
 
     OUT/           the bundle: charter, public keys, ledgers, closing checkpoints, model, result; an auditor gets this
-    OUT.private/   what never enters the bundle: private keys (0600), dataset registrations, outboxes, checkpoints
+    OUT.private/   what never enters the bundle: private keys (0600), dataset registrations, outboxes, checkpoints, and the
+                   model as each partner verified and kept it
 
 Every step of setting up can be repeated, so a run that was killed anywhere goes on with `resume`.
 """
@@ -35,10 +36,10 @@ from ..common.flower import Context, RecordDict
 from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire
+from ..common.model import Arrays, write_model
 from ..common.plan import SOFTWARE, calibrated
 from ..common.tasks import Task, code_sha256, initial_model, load_task
 from ..server.app import make_server_app
-from ..server.checkpoint import Arrays, model_bytes
 from ..server.records import LedgerRecords, Records
 from ..server.rounds import Coordinator, Outcome
 from . import partitions, sources
@@ -253,7 +254,7 @@ class Simulation:
 
     def save_model(self, model: Arrays) -> None:
         """Write the final model into the bundle."""
-        write_whole(self.out / "model.safetensors", model_bytes(model))
+        write_model(self.out / "model.safetensors", model)
 
     def close(self) -> None:
         """Let go of every ledger, and of the folders."""
@@ -329,7 +330,6 @@ class Simulation:
         parts = parts_of(self.config, self.base, self.task)
         model = initial_model(self.task, self.config.seed)
         check_model(model)
-        initial = {n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad}
         signed_form = len(parts) <= SIGNED_PARTNERS_MAX
         me = self._identity(COORDINATOR)
         who = {name: self._identity(name) for name in parts} if signed_form else {}
@@ -376,7 +376,7 @@ class Simulation:
             wire,
             {name: number for number, name in enumerate(parts, start=1)},
             records,
-            initial,
+            self._initial,
             self.private / COORDINATOR,
             self.out / "closing",
             self.notify,
@@ -385,6 +385,10 @@ class Simulation:
         for path in (*self.out.rglob(".*"), *self.private.rglob(".*")):
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink()
+
+    def _initial(self) -> Arrays:
+        model = initial_model(self.task, self.config.seed)  # of its own: nodes train on theirs
+        return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
 
     def _partner(self, name: str, identity: Identity, model: torch.nn.Module) -> None:
         charter, dataset = self.signed.charter, self.datasets[name]
@@ -417,6 +421,7 @@ class Simulation:
             SignedWire(identity, {COORDINATOR: charter.coordinator.key}, self.signed.sha256),
             outbox=Outbox(self.private / name / "outbox"),
             identity=identity,
+            keep=self.private / name / "models",
         )
 
     def _ledger(self, path: Path, identity: Identity, genesis: Mapping[str, Any]) -> Ledger:

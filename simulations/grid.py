@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..clients.app import without_words
 from ..common.errors import LedgerError, OutputError
 from ..common.flower import (
     Array,
@@ -104,9 +105,8 @@ class InProcessGrid(Grid):
             return self._app(_own(message), self._context(node))
         except (OutputError, LedgerError):
             raise  # this process cannot record what it does: stop everything
-        except Exception:
-            # The words may hold record values: they stay in the node's own log.
-            _log.exception("node %s failed", node)
+        except Exception as err:
+            _log.error("node %s failed: %s", node, without_words(err))
             return Message(Error(CLIENT_FAILED, "the node failed"), reply_to=message)
 
 

@@ -27,7 +27,7 @@ class PopulationRecords:
     """The coordinator's `Records` and every client's hold, debit and commit, in one ledger."""
 
     def __init__(self, ledger: Ledger, signed: SignedCharter) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
         self._own = LedgerRecords(ledger)
         self._charter = signed.charter
         assert signed.charter.population is not None
@@ -45,7 +45,7 @@ class PopulationRecords:
             Refused: the plan does not fit.
         """
         why = self._own.run(run_id, charter_sha256)
-        if self._charter.privacy.kind == "local" and not self._ledger.of("budget"):
+        if self._charter.privacy.kind == "local" and not self.ledger.of("budget"):
             budget = budget_of(self._charter.privacy)
             # A population's budget begins with its run, so nothing was spent before.
             if not budget.admits(events_of(self._plan)):
@@ -54,7 +54,7 @@ class PopulationRecords:
                     f"the plan costs epsilon {budget.spent(events_of(self._plan)):.3f}, the cap is {budget.epsilon:g}",
                     "Ask for fewer rounds or more noise; `hansa plan CONFIG` shows what fits.",
                 )
-            self._ledger.append(
+            self.ledger.append(
                 "budget",
                 {
                     "dataset": None,
@@ -65,8 +65,8 @@ class PopulationRecords:
                     "budget": budget.to_fields(),
                 },
             )
-        if not any(e.body["run_id"] == run_id for e in self._ledger.of("cohort-hold")):
-            self._ledger.append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
+        if not any(e.body["run_id"] == run_id for e in self.ledger.of("cohort-hold")):
+            self.ledger.append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
         return why
 
     def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
@@ -75,7 +75,7 @@ class PopulationRecords:
         if item is None or (run_id, round_number, purpose) in self.debited:
             return  # opening and public evaluation cost nothing; after a crash the same debit pays
         protected_training = purpose == "train" and item.event is not None
-        self._ledger.append(
+        self.ledger.append(
             "cohort-debit",
             {
                 "run_id": run_id,
@@ -94,8 +94,8 @@ class PopulationRecords:
         if purpose in self._items:
             good = [name for name, answer in replies.items() if answer.outcome == "ok"]
             body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": _ranges(good)}
-            if not any(e.body == body for e in self._ledger.of("cohort-commit")[-2:]):  # said again after a crash
-                self._ledger.append("cohort-commit", body)
+            if not any(e.body == body for e in self.ledger.of("cohort-commit")[-2:]):  # said again after a crash
+                self.ledger.append("cohort-commit", body)
 
     def round(
         self,
@@ -118,6 +118,7 @@ class PopulationGate:
 
     def __init__(self, name: str, charter: Charter, records: PopulationRecords) -> None:
         self.name = name
+        self.ledger = records.ledger
         self._charter = charter
         self._records = records
 

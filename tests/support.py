@@ -170,6 +170,7 @@ class Site:
             SignedWire(identity(self.name), {"coordinator": identity("coordinator").key}, charters[0].sha256),
             outbox=Outbox(self.folder / "outbox"),
             identity=identity(self.name),
+            keep=self.folder / "models",
         )
 
     def kinds(self) -> list[str]:

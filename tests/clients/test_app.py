@@ -24,8 +24,8 @@ from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire, to_bytes
 from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, unwrapped, weights
 
-MAY_LEAVE = {"update", "failed", "scores", "histogram", "head", "signature", "accepted", "refused"}
-TYPES = {"open": "query.open", "train": "train", "evaluate": "evaluate", "close": "query.close", "sign": "query.sign"}
+MAY_LEAVE = {"update", "failed", "scores", "histogram", "head", "signature", "accepted", "refused", "kept"}
+TYPES = {"train": "train", "evaluate": "evaluate"} | {k: f"query.{k}" for k in ("open", "close", "sign", "deliver")}
 PUBLIC = {"kind": "public"}
 PRIVATE = {"kind": "private", "noise_multiplier": 8.0}
 
@@ -191,7 +191,7 @@ def test_a_crash_after_the_debit_is_run_again_with_fresh_noise(
 
 @pytest.mark.parametrize("error", [ValueError("4711"), RuntimeError("4711")])
 def test_work_that_fails_is_answered_once_and_for_all(
-    site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     """It saw data: another attempt would be a second release under one debit, and its words may tell of a record."""
     from hansa.clients import app
@@ -207,6 +207,8 @@ def test_work_that_fails_is_answered_once_and_for_all(
         reply, tensors, records = desk.send("train", 1, weights())
     assert (reply.kind, tensors, dict(reply.fields)) == ("failed", {}, {})
     assert b"4711" not in unwrapped(to_bytes(records))
+    assert "4711" not in caplog.text
+    assert f"round 1 failed: {type(error).__name__} at clients/test_app.py:" in caplog.text
     for _ in range(2):
         assert to_bytes(desk.send("train", 1, weights())[2]) == to_bytes(records)
         desk.restart()
@@ -289,7 +291,8 @@ def test_data_that_cannot_be_read_is_refused_without_its_words(
     for written in (unwrapped(to_bytes(records)), kept):
         assert Refusal.DATA.value.encode() in written, "the search looks into envelopes"
         assert b"4711" not in written
-    assert "4711" in caplog.text, "its owner must learn why"
+    assert "4711" not in caplog.text, "logs are shipped and kept: no record value in them either"
+    assert f"ada: the registered dataset cannot be read: {type(error).__name__} at clients/test_app.py:" in caplog.text
     site.source.hook = lambda: None
     assert desk.send("train", 1, weights())[0].kind == "update", "mended, the same debit pays"
     assert site.kinds().count("debit") == 1

@@ -19,9 +19,10 @@ from hansa.common.flower import ClientApp, Context, Message, RecordDict
 from hansa.common.identity import read_envelope, strict_json
 from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire
+from hansa.common.model import model_sha256
 from hansa.server import rounds
 from hansa.server.app import make_server_app
-from hansa.server.checkpoint import Checkpoint, model_sha256
+from hansa.server.checkpoint import Checkpoint
 from hansa.server.records import LedgerRecords
 from hansa.server.rounds import Coordinator, Outcome
 from hansa.simulations.grid import InProcessGrid
@@ -53,6 +54,8 @@ class Partner:
                 return "scores", {"scores": np.full((2, 2), 0.5, np.float32), "labels": np.array([0, 1])}, {}
             case "close":
                 return "head", {}, HEAD
+            case "deliver":
+                return "kept", {}, {}
             case _:
                 payload = base64.b64decode(ask.fields["closing"])
                 me, sha = identity(self.name), ask.charter_sha256
@@ -95,7 +98,7 @@ class Table:
             SignedWire(me, {m.name: m.key for m in self.signed.charter.partners}, self.signed.sha256),
             {name: i for i, name in enumerate(self.partners, start=1)},
             LedgerRecords(self.ledger),
-            weights(),
+            weights,
             self.folder / "private",
             self.folder / "closing",
             lambda name, **facts: self.notify(name, **facts),
@@ -103,7 +106,14 @@ class Table:
 
     def run(self, run_id: str = "run-1", only: list[str] | None = None) -> Outcome:
         app, partners = ClientApp(), list(self.partners.values())
-        for register in (app.train(), app.evaluate(), app.query("open"), app.query("close"), app.query("sign")):
+        for register in (
+            app.train(),
+            app.evaluate(),
+            app.query("open"),
+            app.query("close"),
+            app.query("sign"),
+            app.query("deliver"),
+        ):
             register(lambda message, context: partners[context.node_id - 1].handle(message))
         grid = InProcessGrid(app, len(partners), context)
         return self.coordinator().run(grid, run_id, only)
@@ -211,7 +221,7 @@ def test_a_server_app_runs_it(table: Table) -> None:
     done: list[Outcome] = []
     app = ClientApp()
     partners = list(table.partners.values())
-    for register in (app.train(), app.query("open"), app.query("close"), app.query("sign")):
+    for register in (app.train(), app.query("open"), app.query("close"), app.query("sign"), app.query("deliver")):
         register(lambda message, c: partners[c.node_id - 1].handle(message))
     make_server_app(table.coordinator(), "run-1", done.append)(InProcessGrid(app, 3, context), context(1))
     assert [o.why for o in done] == ["completed"]
@@ -374,7 +384,7 @@ def test_who_never_answers_times_out(tmp_path: Path) -> None:
 
     app = ClientApp()
     partners = list(table.partners.values())
-    for register in (app.train(), app.query("open"), app.query("close"), app.query("sign")):
+    for register in (app.train(), app.query("open"), app.query("close"), app.query("sign"), app.query("deliver")):
         register(lambda message, c: partners[c.node_id - 1].handle(message))
     began = time.monotonic()
     outcome = table.coordinator().run(Lossy(app, 3, context), "run-1")
@@ -651,6 +661,6 @@ def test_a_crash_between_checkpoint_and_ledger(table: Table, monkeypatch: pytest
 
 
 def test_replies_have_a_kind_for_every_request() -> None:
-    assert set(rounds._REPLIES) == {"open", "train", "evaluate", "close", "sign"}
+    assert set(rounds._REPLIES) == {"open", "train", "evaluate", "close", "sign", "deliver"}
     with pytest.raises(MessageError):
         SignedWire(identity("ada"), {}, "").decode(RecordDict(), "ada")
