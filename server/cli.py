@@ -196,11 +196,12 @@ def _shown(found: dict[str, Any]) -> Group:
         gone = f"the process {found['pid']} is gone since {found['updated']}; go on with: hansa server run --resume"
         parts.append(Text(clean(gone), style="bold red"))
     table = Table(box=None, pad_edge=False)
-    for title in ("partner", "connected", "last answer", ""):
+    for title in ("partner", "connected", "last answer"):
         table.add_column(title)
     for name, partner in found["partners"].items():
-        table.add_row(plain(name), plain(_connected(partner)), plain(_answer(partner)), plain(_trouble(partner)))
+        table.add_row(plain(name), plain(_connected(partner)), plain(_answer(partner)))
     parts.append(table)
+    parts += [Text(clean(f"{name} {told}"), style="yellow") for name, told in _trouble(found["partners"])]
     if found["metrics"]:
         told = "  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
         parts.append(Text(clean(f"evaluation: {told}")))
@@ -211,7 +212,7 @@ def _shown(found: dict[str, Any]) -> Group:
 
 def _connected(partner: dict[str, Any]) -> str:
     link = partner["connected"]
-    return "no" if link is None else f"since {link['since']} from {link['address']}"
+    return "no" if link is None else f"{link['since'][:16].replace('T', ' ')} UTC, {link['address']}"
 
 
 def _answer(partner: dict[str, Any]) -> str:
@@ -219,18 +220,18 @@ def _answer(partner: dict[str, Any]) -> str:
     if answer is None:
         return "-"
     place = f"round {answer['round']} " if answer["kind"] in ("train", "evaluate") else ""
-    return f"{place}{answer['kind']}: {answer['outcome']}"
+    return f"{place}{answer['kind']}: {answer['outcome'].partition(':')[0]}"
 
 
-def _trouble(partner: dict[str, Any]) -> str:
-    told = []
-    if no := partner["refused"]:
-        told.append(f"refused: {no['reason']}: {no['detail']}")
-    if (answer := partner["answer"]) and answer["outcome"] in ("invalid", "failed") and answer["detail"]:
-        told.append(answer["detail"])
-    if partner["undelivered"] is not None:
-        told.append(f"has not got the model: {partner['undelivered']}")
-    return "; ".join(told)
+def _trouble(partners: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Partner and what is wrong there, in words."""
+    for name, partner in partners.items():
+        if no := partner["refused"]:
+            yield name, f"refused: {no['reason']}: {no['detail']}"
+        if (answer := partner["answer"]) and answer["outcome"] in ("invalid", "failed"):
+            yield name, f"{answer['kind']}: {answer['outcome']}: {answer['detail']}"
+        if partner["undelivered"] is not None:
+            yield name, f"has not got the model: {partner['undelivered']}"
 
 
 def _ending(settings: Path, loaded: ServerSettings, outcome: Outcome) -> None:

@@ -128,7 +128,7 @@ def test_it_goes_on_with_a_quorum_when_the_time_for_the_others_is_over(place):
 
 
 def test_too_few_partners_cost_nothing_and_the_run_keeps_its_name(place):
-    with pytest.raises(RunFailed, match="2 of 4 partners connected .* missing: switzerland, va-long-beach"):
+    with pytest.raises(RunFailed, match=r"2 of 4 partners connected .* missing: switzerland, va-long-beach"):
         place.run(place.link(here=["cleveland", "hungary"]))
     failed = read_status(place.settings.status)
     assert failed["phase"] == "failed"
