@@ -26,10 +26,20 @@ from rich.table import Table
 
 from . import verifier
 from .accounting import Budget, PrivacyEvent, odometer
+from .certificates import Home
 from .charter import SignedCharter, draft, in_words
 from .config import Federation, load_config
 from .errors import CharterError, ConfigError, HansaError, IdentityError, LedgerError, RunFailed
-from .identity import Identity, canonical, fingerprint, key_from_pem, output_error, strict_json
+from .identity import (
+    PASSPHRASE,
+    Identity,
+    canonical,
+    fingerprint,
+    is_encrypted,
+    key_from_pem,
+    output_error,
+    strict_json,
+)
 from .ledger import Entry, owner_line, read_ledger
 from .plan import budget_of, calibrated, event_from, events_of, plan_of
 
@@ -141,6 +151,18 @@ def show_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
 
+def passphrase_for(key: Path) -> str | None:
+    """The passphrase of a key file: from the environment (HANSA_PASSPHRASE), or asked for where the file needs one.
+
+    None where there is nobody to ask; reading the key then says what to do.
+    """
+    if given := os.environ.get(PASSPHRASE):
+        return given
+    if is_encrypted(key) and sys.stdin.isatty():
+        return str(typer.prompt(f"Passphrase of {clean(str(key))}", hide_input=True))
+    return None
+
+
 def commands(app: typer.Typer) -> None:
     """Register this floor's commands."""
     charter = typer.Typer(help="Draft, read, sign and check the agreement.", no_args_is_help=True)
@@ -171,10 +193,14 @@ def charter_new(
         Path, typer.Option(help="folder with NAME.pem, the public key of each partner, and coordinator.pem")
     ],
     to: Annotated[Path, typer.Option("--out", help="the file to write")] = Path("charter.json"),
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="for demos and tests: all keys are on one machine")
+    ] = False,
 ) -> None:
     """Draft a charter from a configuration and everyone's public keys.
 
-    A key pair: openssl genpkey -algorithm ed25519 -out NAME.key; openssl pkey -in NAME.key -pubout -out NAME.pem
+    Each partner makes its keys with `hansa identity new --name NAME` and sends NAME.pem; you make those of the
+    coordinator with `hansa identity new --name coordinator`.
 
     Example: hansa charter new federation.yaml --keys keys/ --out charter.json
     """
@@ -195,14 +221,14 @@ def charter_new(
         coordinator_key=coordinator,
         partner_keys=found,
         noise_multiplier=calibrated(federation.algorithm, federation.privacy, federation.evaluation),
-        simulated=False,
+        simulated=simulated,
     )
     signed = SignedCharter.unsigned(drafted)
     if to.exists():
         raise ConfigError(f"{to}: exists", "Give another --out; a charter is never overwritten.")
     signed.save(to)
     out.print(plain(in_words(signed), lines=True))
-    out.print(plain(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --key NAME.key", lines=True))
+    out.print(plain(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --home HOME", lines=True))
 
 
 def _public_key(path: Path, hint: str) -> str:
@@ -232,15 +258,18 @@ def charter_show(
 
 def charter_sign(
     file: Annotated[Path, typer.Argument(help="a charter file; your signature is added to it")],
-    key: Annotated[Path, typer.Option(help="your private identity key (PEM, mode 0600)")],
+    key: Annotated[Path | None, typer.Option(help="your private identity key (PEM, mode 0600)")] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="instead of --key: the folder of your identity; else $HANSA_HOME")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Read a charter in words, compare fingerprints, and sign it.
 
-    Example: hansa charter sign charter.json --key cleveland.key
+    Example: hansa charter sign charter.json --home cleveland
     """
     signed = SignedCharter.load(file)
-    identity = Identity.load(key.stem, key)
+    identity = _signer(signed, key, home)
     out.print(plain(in_words(signed), lines=True))
     out.print("\nCompare every fingerprint above with its owner by phone before you sign.")
     out.print(f"You sign with {fingerprint(identity.key)}")
@@ -250,6 +279,24 @@ def charter_sign(
     made.save(file)
     missing = made.missing()
     out.print("Signed. " + (plain(f"Still to sign: {', '.join(missing)}") if missing else "Signed by everyone now."))
+
+
+def _signer(signed: SignedCharter, key: Path | None, home: Path | None) -> Identity:
+    if key is not None and home is not None:
+        raise IdentityError("--key and --home are both given", "Give one of them.")
+    if key is not None:
+        return Identity.load(key.stem, key, passphrase_for(key))
+    where = home or (Path(os.environ["HANSA_HOME"]) if os.environ.get("HANSA_HOME") else None)
+    if where is None:
+        raise IdentityError("nobody to sign as", "Give --home HOME (the folder of `hansa identity new`) or --key KEY.")
+    identity = Home(where).identity(passphrase_for(Home(where).identity_key))
+    called = {key: name for name, key in signed.charter.keys().items()}.get(identity.key)
+    if called not in (None, identity.name):  # its certificates are in its own name: no peer would admit them
+        raise CharterError(
+            f"this charter calls your key {called}; your identity is {identity.name}",
+            f"Ask for a charter that calls you {identity.name}.",
+        )
+    return identity
 
 
 def charter_verify(
