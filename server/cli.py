@@ -205,8 +205,11 @@ def _shown(found: dict[str, Any]) -> Group:
     if found["metrics"]:
         told = "  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
         parts.append(Text(clean(f"evaluation: {told}")))
-    if found["phase"] not in ("completed", "refused", "failed", "stopped"):
-        parts.append(Text(clean(f"at {found['address']}, process {found['pid']}"), style="dim"))
+    links = [partner["connected"] for partner in found["partners"].values() if partner["connected"]]
+    spoken = sorted({f"{link['version']}, {link['tls']}" for link in links})
+    parts.append(
+        Text(clean(f"at {found['address']}, process {found['pid']}; nodes: {'; '.join(spoken) or '-'}"), style="dim")
+    )
     return Group(*parts)
 
 

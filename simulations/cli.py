@@ -1,8 +1,10 @@
-"""The commands of this floor: demo and simulate. Torch and Flower are imported only when one of them runs."""
+"""The commands of this floor: demo, simulate and network. Torch and Flower are imported only when one of them runs."""
 
 from __future__ import annotations
 
+import signal
 import statistics
+import sys
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -20,6 +22,7 @@ from ..common.errors import OutputError, Refusal, RunFailed
 
 if TYPE_CHECKING:
     from .federation import Simulation
+    from .network import LocalNetwork
 
 _console = Console(highlight=False, soft_wrap=True, emoji=False)
 
@@ -28,6 +31,7 @@ def commands(app: typer.Typer) -> None:
     """Register this floor's commands."""
     app.command("demo")(demo)
     app.command("simulate")(simulate)
+    app.command("network")(network)
 
 
 def demo(
@@ -109,6 +113,83 @@ def simulate(
             raise _refused(config, target)
         return 0 if verdict["verified"] else 1
     return _many(loaded, config, target, resume, with_baselines, seeds, console, form)
+
+
+def network(
+    config: Annotated[
+        Path | None, typer.Argument(help="the federation's YAML file; default: four hospitals, heart disease")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="where everyone works; an earlier network is replaced")] = Path(
+        "out/network"
+    ),
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """A coordinator and a node a partner as processes of their own, over mutual TLS on loopback: from keys to audit.
+
+    Every command that an organisation would really use is shown before it runs.
+
+    Example: hansa network configs/heart.yaml --out out/network
+    """
+    from .network import COORDINATOR, LocalNetwork
+
+    console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: every process is ended on the way out
+    began = time.perf_counter()
+    seconds = {}
+    with as_file(files("hansa.configs") / "heart.yaml") as packaged:
+        net = LocalNetwork(config or packaged, folder, say=lambda text: console.print(plain(text, lines=True)))
+        with net:
+            console.rule("1. Identities, charter, data", align="left")
+            net.set_up()
+            console.rule("2. Training", align="left")
+            seconds["set up"] = time.perf_counter() - began
+            net.start_server()
+            for name in net.partners:
+                net.start_node(name)
+            seconds |= _follow(net, console)
+            if code := net.wait(60):
+                raise RunFailed(
+                    f"the server ended with exit code {code}\n{net.log(COORDINATOR)[-2000:]}",
+                    f"What every process said is in {folder}/logs.",
+                )
+            net.stop()
+            console.rule("3. The model at every partner", align="left")
+            models = net.models()
+            for name, told in models.items():
+                console.print(plain(f"{name}: sha-256 {told['sha256']}, signed for by everyone: {told['verified']}"))
+            console.rule("4. Audit, from bytes and public keys alone", align="left")
+            bundle = net.bundle()
+    console.print(plain(f"$ hansa audit {bundle}"))
+    verdict = verifier.verify_bundle(bundle)
+    seconds["all"] = time.perf_counter() - began
+    if form is Format.JSON:
+        show_json({"verdict": verdict, "models": models, "seconds": seconds})
+    else:
+        print_verdict(verdict)
+        console.print(plain(", ".join(f"{what} {value:.1f} s" for what, value in seconds.items())))
+        console.print(
+            plain(f"everyone's folder and {folder}/logs stay; docs/partner-nodes.md walks through these commands")
+        )
+    same = len({told["sha256"] for told in models.values()}) == 1 and all(told["verified"] for told in models.values())
+    return 0 if verdict["verified"] and same else 1
+
+
+def _follow(net: LocalNetwork, console: Console) -> dict[str, float]:
+    """Show the run until its server ends; seconds until all were connected, and from then on."""
+    from .network import COORDINATOR
+
+    began = connected = time.perf_counter()
+    shown = (-1, "")
+    while net.runs(COORDINATOR):
+        status = net.status()
+        if status is not None and (status["round"], status["phase"]) != shown:
+            if status["phase"] == "opening":
+                connected = time.perf_counter()
+            shown = (status["round"], status["phase"])
+            told = "  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items())
+            console.print(plain(f"round {shown[0]} of {status['rounds']}  {shown[1]}  {told}"))
+        time.sleep(0.05)
+    return {"start-up": connected - began, "training and closing": time.perf_counter() - connected}
 
 
 def _must_be_refused(refusals: list[Any], partner: str) -> None:

@@ -1,0 +1,179 @@
+"""The whole on one machine: real commands, real processes, mutual TLS on loopback, from keys to a verified audit."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from e2e_support import DATA, HOSPITALS, call, federation, of_type, process, rows_of, write
+from hansa.clients.datasets import csv_source
+from hansa.common.errors import OutputError, RunFailed
+from hansa.common.tasks import load_task
+from hansa.common.tasks.schema import read_table
+from hansa.common.verifier import verify_bundle
+from hansa.simulations.network import COORDINATOR, LocalNetwork, write_parts
+
+BAR_S = 60.0
+"""From the moment when all are connected to the closed run, on two cores."""
+
+
+@pytest.mark.slow
+def test_four_hospitals_end_with_a_verified_audit_and_the_model_at_each(tmp_path):
+    config = write(tmp_path / "c.yaml", federation(rounds=3))
+    result = process("network", config, "--out", tmp_path / "net", "--format", "json").expect(0)
+    told = json.loads(result.out)
+    print({what: round(value, 1) for what, value in told["seconds"].items()})
+    assert told["seconds"]["training and closing"] < BAR_S
+    assert told["verdict"]["verified"] is True
+    assert told["verdict"]["warnings"] == []
+    assert told["verdict"]["simulated"] is True
+    assert {p["rounds"] for p in told["verdict"]["partners"].values()} == {3}
+    assert all(0.5 < p["epsilon"] <= p["epsilon_filter"] <= 1.0 for p in told["verdict"]["partners"].values())
+    assert sorted(told["models"]) == sorted(HOSPITALS)
+    assert all(model["verified"] is True for model in told["models"].values())
+    files = [
+        *tmp_path.glob("net/*/state/models/*/model.safetensors"),
+        tmp_path / "net" / "bundle" / "model.safetensors",
+    ]
+    assert len(files) == 6
+    assert len({path.read_bytes() for path in files}) == 1
+    call("audit", tmp_path / "net" / "bundle").expect(0)
+    # Private keys are where they were made, and nowhere else.
+    keys = [path.relative_to(tmp_path / "net") for path in tmp_path.rglob("*.key")]
+    assert sorted({path.parts[0] for path in keys}) == sorted([*HOSPITALS, COORDINATOR])
+    assert not any(b"PRIVATE KEY" in p.read_bytes() for p in (tmp_path / "net" / "bundle").rglob("*") if p.is_file())
+    # It can be done again in the same folder, and not beside something of the user's.
+    (tmp_path / "net" / "notes.txt").write_text("mine")
+    call("network", config, "--out", tmp_path / "net").expect(2).says("holds what no earlier network left: notes.txt")
+
+
+@pytest.mark.slow
+def test_without_noise_its_weights_are_those_of_the_simulation(tmp_path):
+    config = write(tmp_path / "c.yaml", federation(rounds=3, privacy=None, rate=0.5))
+    with LocalNetwork(config, tmp_path / "net") as net:
+        net.set_up()
+        net.start_server("first")
+        for name in net.partners:
+            net.start_node(name)
+        assert net.wait(120) == 0, net.log(COORDINATOR)
+        net.stop()
+        verdict = verify_bundle(net.bundle())
+    assert verdict["violations"] == []
+    assert all(p["epsilon"] is None for p in verdict["partners"].values())
+    call("simulate", config, "--out", tmp_path / "sim").expect(0)
+    ours, theirs = (load_file(tmp_path / place / "model.safetensors") for place in ("net/bundle", "sim"))
+    assert sorted(ours) == sorted(theirs)
+    for name in ours:
+        assert np.abs(ours[name] - theirs[name]).max() <= 1e-6, name
+
+
+@pytest.mark.slow
+def test_who_was_not_approved_refuses_and_the_others_go_on(tmp_path):
+    config = write(tmp_path / "c.yaml", federation(rounds=2, privacy=None))
+    with LocalNetwork(config, tmp_path / "net", sites={"hungary": {"approval": True}}) as net:
+        net.set_up()
+        net.start_server("first")
+        for name in net.partners:
+            net.start_node(name)
+        assert net.wait(120) == 0, net.log(COORDINATOR)
+        assert "hungary refused: not approved" in net.log(COORDINATOR)
+        net.stop()
+        told = net.command(COORDINATOR, "server", "status", "server.yaml", "--format", "json")
+        partners = json.loads(told)["partners"]
+        assert partners["hungary"]["refused"]["reason"] == "not approved"
+        assert [name for name in net.partners if partners[name]["refused"]] == ["hungary"]
+        bundle = net.bundle()
+        models = net.models()
+    assert verify_bundle(bundle)["violations"] == []
+    assert of_type(bundle / "partners" / "hungary" / "ledger.jsonl", "debit") == []
+    rounds = of_type(bundle / COORDINATOR / "ledger.jsonl", "round")
+    assert [sorted(r["partners"]) for r in rounds] == [["cleveland", "switzerland", "va-long-beach"]] * 2
+    # It is a partner all the same: it signed the closing and has the model.
+    assert len({model["sha256"] for model in models.values()}) == 1
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_processes_finish_the_run(tmp_path):
+    config = write(tmp_path / "c.yaml", federation(rounds=40, privacy=None))
+    with LocalNetwork(config, tmp_path / "net") as net:
+        net.set_up()
+        net.start_server("first")
+        for name in net.partners:
+            net.start_node(name)
+        until(net, 2)
+        net.kill(COORDINATOR)
+        assert not net.runs(COORDINATOR)
+        with pytest.raises(RunFailed, match="runs already"):
+            net.start_node("cleveland")
+        net.kill("cleveland")
+        net.start_node("cleveland")
+        net.start_server("first", resume=True)
+        assert net.wait(120) == 0, net.log(COORDINATOR)
+        net.stop()
+        bundle = net.bundle()
+    assert verify_bundle(bundle)["violations"] == []
+    for name in HOSPITALS:
+        assert len(of_type(bundle / "partners" / name / "ledger.jsonl", "debit")) == 40, name
+
+
+def until(net: LocalNetwork, round_number: int) -> None:
+    """Wait for a round of the run."""
+    deadline = time.monotonic() + 120
+    while (net.status() or {"round": 0})["round"] < round_number:
+        assert net.runs(COORDINATOR), net.log(COORDINATOR)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", HOSPITALS)
+def test_the_files_of_a_partner_are_the_rows_of_the_simulation(tmp_path, name):
+    task = load_task("heart-disease")
+    held_out = write_parts(DATA / f"{name}.csv", tmp_path, task, 0.2, 3)
+    split = csv_source(DATA / f"{name}.csv", task, 0.2, 3)()
+    for file, rows in (("train.csv", split.train), ("public.csv", split.held_out)):
+        x, y = read_table(tmp_path / file, task.schema)
+        assert np.array_equal(x, rows.x.numpy())
+        assert np.array_equal(y, rows.y.numpy())
+    assert held_out == len(split.held_out) > 0
+
+
+def test_records_on_several_lines_stay_whole(tmp_path):
+    task = load_task("heart-disease")
+    rows = rows_of(DATA / "cleveland.csv")[:40]
+    head = [*rows[0], "note"]
+    lines = [",".join(head)] + [",".join([*row.values(), f'"row {i}\r\nof, ""forty"""']) for i, row in enumerate(rows)]
+    source = write(tmp_path / "source.csv", "\ufeff" + "\r\n".join(lines) + "\r\n\r\n")
+    write_parts(source, tmp_path, task, 0.5, 0)
+    notes = [row["note"] for file in ("train.csv", "public.csv") for row in rows_of(tmp_path / file)]
+    assert sorted(notes) == sorted(f'row {i}\r\nof, "forty"' for i in range(40))
+
+
+def test_nothing_held_out_writes_no_public_file(tmp_path):
+    assert write_parts(DATA / "cleveland.csv", tmp_path, load_task("heart-disease"), 0.0, 3) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+
+
+def test_what_is_in_the_folder_is_not_deleted(tmp_path):
+    config = write(tmp_path / "c.yaml", federation())
+    (tmp_path / "net" / COORDINATOR).mkdir(parents=True)
+    (tmp_path / "net" / COORDINATOR / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds what no earlier network left: coordinator"):
+        LocalNetwork(config, tmp_path / "net")
+    assert (tmp_path / "net" / COORDINATOR / "thesis.txt").read_text() == "mine"
+    with LocalNetwork(config, tmp_path / "other") as first:
+        with pytest.raises(OutputError, match="another network runs here"):
+            LocalNetwork(config, tmp_path / "other")
+        assert first.folder("cleveland").is_dir()
+    LocalNetwork(config, tmp_path / "other").__exit__(None, None, None)
+
+
+def test_a_population_has_no_network(tmp_path):
+    population = federation(who="task: digits\npopulation: {dataset: digits, clients: 3}")
+    result = call("network", write(tmp_path / "c.yaml", population), "--out", tmp_path / "net").expect(2)
+    result.says("a population has no organisations")
+    assert not Path(tmp_path / "net").exists()
