@@ -33,6 +33,21 @@ _MAX_HEADER_BYTES = 100_000_000
 _BUFFER_BYTES = 2**20
 
 
+def zeros_like(model: Mapping[str, npt.NDArray[Any]], dtype: npt.DTypeLike) -> Arrays:
+    """Zeros by the same names, of the same shapes, in one block of memory.
+
+    One block goes back to the operating system when it is let go of. Tensors of a few megabytes that come and go one by
+    one leave holes, which the C library keeps: half a model more, measured.
+    """
+    block = np.zeros(sum(array.size for array in model.values()), dtype)
+    made: Arrays = {}
+    at = 0
+    for name, array in model.items():
+        made[name] = block[at : at + array.size].reshape(array.shape)
+        at += array.size
+    return made
+
+
 # -- bytes ---------------------------------------------------------------------------------------------------------------
 
 

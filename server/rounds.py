@@ -6,8 +6,8 @@ recorded and checkpointed. A killed coordinator asks the same round again with t
 from the partners' outboxes. At the end everyone signs where its ledger stands, and gets the model with that.
 
 Memory, in sizes of the model, whatever the number of partners: the model (1), the running sum in float64 (2), and one
-more: a reply, or the new model, which is made tensor by tensor while the sum is let go of. Requests share the model's
-memory and are forgotten once the Grid has them.
+more: a reply, or the new model (so with the strategies that are no more than the mean; the others keep more themselves).
+Requests share the model's memory and are forgotten once the Grid has them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..common.errors import MessageError, RunFailed
 from ..common.flower import Grid, Message, RecordDict
 from ..common.identity import Envelope, Identity, real, sha256, verify, write_envelope, write_whole
 from ..common.messages import Manifest, Tensors, Wire, squares
-from ..common.model import Arrays, model_manifest, model_sha256
+from ..common.model import Arrays, model_manifest, model_sha256, zeros_like
 from ..common.plan import evaluated_rounds
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
@@ -40,8 +40,8 @@ from .strategies import ServerOptimizer
 MAX_UPDATE = 1e12
 """No tensor of an update has a larger L2 norm; float32 sums of a few of them, and their squares, stay finite."""
 
-BLOCK = 2**20
-"""Values of an update that are weighted at a time: a few megabytes, not another copy of a tensor in float64."""
+BLOCK = 2**18
+"""Values of an update that are weighted at a time: two megabytes, not another copy of a tensor in float64."""
 
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
@@ -210,7 +210,7 @@ class Coordinator:
     ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer]]:
         """The weighted mean of the cohort's updates (float64), who is in it, and what everybody answered."""
         weights = self._weights()
-        total = {name: np.zeros(value.shape, np.float64) for name, value in model.items()}
+        total = zeros_like(model, np.float64)
         expected = {name: value.shape for name, value in model.items()}
         folded: list[str] = []
         mass = 0.0

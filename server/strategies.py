@@ -32,7 +32,7 @@ from ..common.flower import (
     strategies,
 )
 from ..common.messages import is_finite
-from ..common.model import Arrays
+from ..common.model import Arrays, zeros_like
 
 _IDENTITIES = ("fedavg", "fedprox")
 _CLASSES = {
@@ -57,12 +57,15 @@ class ServerOptimizer:
         """New global arrays, float32, in the order of `arrays`.
 
         Args:
-            mean_update: float64; emptied, so that each of its tensors is gone from memory once it was used.
+            mean_update: float64; emptied, so that it is gone from memory once it was used.
 
         Raises:
             RunFailed: the strategy gave no model, or one that is not finite.
         """
-        mean = {name: _sum(value, mean_update.pop(name)) for name, value in arrays.items()}
+        mean = zeros_like(arrays, np.float32)
+        for name, value in arrays.items():
+            # Added in float64; NumPy converts piece by piece, so nothing is copied whole.
+            np.add(value, mean_update.pop(name), out=mean[name], dtype=np.float64, casting="same_kind")
         new = mean if self._strategy is None else self._aggregate(round_number, arrays, mean)
         if not is_finite(new):
             raise RunFailed(
@@ -115,13 +118,6 @@ class ServerOptimizer:
                 case _:
                     made = values
             setattr(self._strategy, attribute, made)
-
-
-def _sum(value: npt.NDArray[Any], update: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """float32(value + update), added in float64: NumPy converts piece by piece, so nothing is copied whole."""
-    new = np.empty(value.shape, np.float32)
-    np.add(value, update, out=new, dtype=np.float64, casting="same_kind")
-    return new
 
 
 class _OneNode(Grid):

@@ -5,26 +5,30 @@ from __future__ import annotations
 import base64
 import json
 import time
+import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from hansa.common.charter import SignedCharter
-from hansa.common.closing import CLOSING_TYPE, sign_closing
+from hansa.common.closing import CLOSING_TYPE, read_closing, sign_closing
+from hansa.common.config import Strategy
 from hansa.common.errors import MessageError, RunFailed
 from hansa.common.flower import ClientApp, Context, Message, RecordDict
 from hansa.common.identity import read_envelope, strict_json
 from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire
-from hansa.common.model import model_sha256
+from hansa.common.model import checked_manifest, model_sha256, zeros_like
 from hansa.server import rounds
 from hansa.server.app import make_server_app
 from hansa.server.checkpoint import Checkpoint
 from hansa.server.records import LedgerRecords
 from hansa.server.rounds import Coordinator, Outcome
+from hansa.server.strategies import ServerOptimizer
 from hansa.simulations.grid import InProcessGrid
 from support import NO_PRIVACY, charter, digest, identity, same_arrays, tiny_task, weights
 
@@ -658,6 +662,189 @@ def test_a_crash_between_checkpoint_and_ledger(table: Table, monkeypatch: pytest
     table.run()
     assert table.bodies("round")[0]["model_sha256"] == model_sha256(saved.model)
     assert table.bodies("round")[0]["partners"] == list(NAMES)
+
+
+# -- the closing message -----------------------------------------------------------------------------------------------
+
+
+def delivered(partner: Partner) -> list[tuple[Manifest, dict[str, Any]]]:
+    return [(a, m) for a, m in zip(partner.asked, partner.models, strict=True) if a.kind == "deliver"]
+
+
+def test_everyone_gets_the_model_its_manifest_and_the_closing_checkpoint(tmp_path: Path) -> None:
+    table = Table(tmp_path, agreed(evaluation={"kind": "public"}))
+    outcome = table.run()
+    assert outcome.model is not None
+    assert outcome.undelivered == []
+    sealed = (tmp_path / "closing" / "run-1.json").read_bytes()
+    charter, sha = table.signed.charter, table.signed.sha256
+    for partner in table.partners.values():
+        ((ask, model),) = delivered(partner)
+        same_arrays(model, outcome.model)
+        assert base64.b64decode(ask.fields["closing"]) == sealed
+        about = checked_manifest(ask.fields["about"], charter, sha, "run-1", model_sha256(outcome.model))
+        assert (about["rounds"], float(about["metrics"]["accuracy"])) == (2, 0.5)
+    assert read_closing(sealed, charter.keys(), sha)["model_sha256"] == model_sha256(outcome.model)
+
+
+def test_a_refused_run_delivers_its_end_and_no_model(table: Table) -> None:
+    for name in ("ada", "ben"):
+        table.partners[name].answers["open"] = _refuse
+    assert table.run().undelivered == []
+    for partner in table.partners.values():
+        ((ask, model),) = delivered(partner)
+        assert (set(ask.fields), model) == ({"closing"}, {})
+
+
+@pytest.mark.parametrize("how", [_refuse, _fail, lambda *_: ("head", {}, HEAD)], ids=["refuses", "fails", "misspeaks"])
+def test_who_does_not_keep_it_is_reported_and_gets_it_again(
+    table: Table, how: Callable[[Manifest, str], Reply]
+) -> None:
+    """Also when others are away by then: nobody has to close or sign a second time."""
+    table.partners["ben"].answers["deliver"] = how
+    outcome = table.run()
+    assert (outcome.why, outcome.undelivered, outcome.refusals) == ("completed", ["ben"], [])
+    (facts,) = [f for name, f in table.events if name == "undelivered"]
+    assert (facts["partner"], facts["answer"].outcome == "ok") == ("ben", False)
+    assert table.ledger is not None
+    length = table.ledger.length
+    before = {name: len(partner.asked) for name, partner in table.partners.items()}
+    table.partners["ben"].answers.clear()
+    table.partners["cy"].answers = dict.fromkeys(("close", "sign", "deliver"), _fail)
+    again = table.run()
+    assert (again.why, again.undelivered) == ("completed", ["cy"])
+    for name, partner in table.partners.items():
+        assert [a.kind for a in partner.asked[before[name] :]] == ["deliver"]
+    first, second = delivered(table.partners["ada"])
+    assert first[0] == second[0], "the same request, byte for byte"
+    assert table.ledger.length == length
+
+
+def test_who_is_too_slow_to_keep_it_is_reported(tmp_path: Path) -> None:
+    table = Table(tmp_path, agreed(round_deadline_s=0.2, algorithm__rounds=1))
+
+    def slow(ask: Manifest, _: str) -> Reply:
+        time.sleep(0.3)
+        return "kept", {}, {}
+
+    table.partners["cy"].answers["deliver"] = slow
+    assert table.run().undelivered == ["cy"]
+
+
+def _other_run(path: Path) -> None:
+    path.write_bytes(path.with_name("run-2.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: p.write_bytes(b""), _other_run],
+    ids=["gone", "cut off", "empty", "of another run"],
+)
+def test_a_closing_checkpoint_that_is_spoilt_is_signed_again(table: Table, spoil: Callable[[Path], object]) -> None:
+    table.run()
+    table.run("run-2")
+    path = table.folder / "closing" / "run-1.json"
+    spoil(path)
+    for partner in table.partners.values():
+        partner.asked.clear()
+        partner.models.clear()
+    assert table.run().undelivered == []
+    assert [a.kind for a in table.partners["ada"].asked] == ["close", "sign", "deliver"]
+    assert read_closing(path.read_bytes(), table.signed.charter.keys(), table.signed.sha256)["run_id"] == "run-1"
+
+
+# -- what a round holds on to --------------------------------------------------------------------------------------------
+
+
+def _grid(table: Table, kind: type[InProcessGrid] = InProcessGrid) -> Any:
+    app, partners = ClientApp(), list(table.partners.values())
+    for register in (app.train(), *(app.query(k) for k in ("open", "close", "sign", "deliver"))):
+        register(lambda message, c: partners[c.node_id - 1].handle(message))
+    return kind(app, len(partners), context)
+
+
+def test_requests_are_the_grids_once_they_are_sent(tmp_path: Path) -> None:
+    """The coordinator keeps a hash of each, not the model that they carry."""
+    table = Table(tmp_path, agreed(round_deadline_s=0.2))
+
+    class Forgetful(InProcessGrid):
+        alive: ClassVar[list[weakref.ref[RecordDict]]] = []
+        looked = 0
+
+        def push_messages(self, messages: Any) -> Any:
+            def watched() -> Iterator[Message]:
+                for message in messages:
+                    self.alive.append(weakref.ref(message.content))
+                    yield message
+
+            pushed = super().push_messages(watched())
+            if self._queue[pushed[0]].metadata.message_type == "train":
+                self._queue.clear()
+            return pushed
+
+        def pull_messages(self, message_ids: Any) -> Iterator[Message]:
+            if not self._queue:
+                assert [r for r in self.alive if r() is not None] == []
+                self.looked += 1
+            yield from super().pull_messages(message_ids)
+
+    grid = _grid(table, Forgetful)
+    with pytest.raises(RunFailed, match="round 1: 0 of 3"):
+        table.coordinator().run(grid, "run-1")
+    assert grid.looked
+
+
+def test_a_grid_that_can_wait_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(tmp_path, agreed(round_deadline_s=5.0, algorithm__rounds=1))
+    waits: list[float] = []
+
+    class Slow(InProcessGrid):
+        ready = False
+
+        def pull_messages(self, message_ids: Any) -> Iterator[Message]:
+            if self.ready:
+                yield from super().pull_messages(message_ids)
+            self.ready = False
+
+        def wait(self, timeout_s: float) -> None:
+            waits.append(timeout_s)
+            self.ready = True
+
+    monkeypatch.setattr(rounds.time, "sleep", lambda _: pytest.fail("slept"))
+    assert table.coordinator().run(_grid(table, Slow), "run-1").why == "completed"
+    assert len(waits) == 5, "open, train, close, sign, deliver"
+    assert all(4 < s <= 5 for s in waits)
+
+
+def test_updates_are_added_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "BLOCK", 7)
+    rng = np.random.default_rng(1)
+    for shape in ((), (0, 3), (7,), (3, 5), (40,)):
+        for weight in (1.0, 40.0, 0.1):
+            first, value = np.asarray(rng.normal(size=shape)), np.asarray(rng.normal(size=shape), np.float32)
+            total = first.copy()
+            rounds._add(total, value, weight)
+            np.testing.assert_array_equal(total, first + value.astype(np.float64) * weight)
+
+
+def test_a_round_makes_no_copy_but_the_sum_and_the_new_model() -> None:
+    model = {"a": np.zeros(3_000_000, np.float32), "b": np.zeros((1000, 1000), np.float32)}  # 16 MB
+    total = zeros_like(model, np.float64)
+    update = {name: np.ones_like(value) for name, value in model.items()}
+    optimizer = ServerOptimizer(Strategy())
+    tracemalloc.start()
+    try:
+        for name, value in update.items():
+            rounds._add(total[name], value, 3.0)
+        folding = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        new = optimizer.step(1, model, total)
+        stepping = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (new["a"] == 3).all()
+    assert folding < 4e6
+    assert stepping < 16e6 + 2e6
 
 
 def test_replies_have_a_kind_for_every_request() -> None:
