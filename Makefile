@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Three commands do everything on a fresh machine: `make demo`, `make network` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,10 +8,11 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench soak table data clean help
+.PHONY: demo network test lint bench soak table data clean help
 
 help:
 	@echo "make demo    the main job: four hospitals, one model, a privacy bill that verifies (out/demo)"
+	@echo "make network four hospitals and a coordinator as processes of their own, over mutual TLS (out/network)"
 	@echo "make test    the tests (under 10 minutes on two cores)"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make table   the accuracy table of README (10 seeds)"
@@ -32,6 +33,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 demo: $(VENV)/.train
 	$(BIN)/hansa demo --out out/demo
+
+network: $(VENV)/.train
+	$(BIN)/hansa network --out out/network
 
 # Fashion-MNIST comes from a Debian package; where it cannot be installed its test says so and is skipped.
 data:
@@ -58,5 +62,12 @@ bench: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m soak tests
 
+# The link's messages, after an edit of common/link.proto. The tool has a virtual environment of its own: it wants another protobuf.
+proto:
+	$(PYTHON) -m venv .proto && .proto/bin/pip install -q 'grpcio-tools==1.76.0' 'setuptools<81'
+	mkdir -p .proto/src/hansa/common && cp common/link.proto .proto/src/hansa/common/
+	cd .proto/src && ../bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. hansa/common/link.proto
+	cp .proto/src/hansa/common/link_pb2.py* common/
+
 clean:
-	rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .proto out .mypy_cache .ruff_cache .pytest_cache .hypothesis

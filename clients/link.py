@@ -236,6 +236,7 @@ class NodeLink:
             ("grpc.max_send_message_length", FRAME_BYTES),
             ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 1000),
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_S * 1000),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.ssl_target_name_override", self._coordinator),
             ("grpc.enable_http_proxy", int(self._proxy is not None)),

@@ -67,6 +67,8 @@ from ..common.plan import SOFTWARE
 
 STALL_S = 20.0
 """A granted reply must make progress, and a new stream must say hello, within this time."""
+RECHECK_S = 30.0
+"""How often connected certificates are looked at again: one may have expired."""
 SPARE_BYTES = 256 * 1024 * 1024
 """A reply is granted only if so much of the disk stays free behind it."""
 MOST_CREDIT = 64
@@ -77,8 +79,10 @@ _OPTIONS = [
     ("grpc.max_send_message_length", FRAME_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 1000),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_S * 1000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_concurrent_streams", 4),  # of one connection; a node needs one
     ("grpc.max_connection_idle_ms", 30_000),  # a connection without a stream
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -725,7 +729,7 @@ class GrpcGrid(Grid):
             if (stamp := self._crl_stamp()) != seen:
                 seen, checked = stamp, -math.inf
                 self._read_revocations()
-            if time.monotonic() < checked + 30:
+            if time.monotonic() < checked + RECHECK_S:
                 continue
             checked = time.monotonic()
             for peer in list(self._peers.values()):

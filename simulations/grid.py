@@ -8,12 +8,17 @@ immutable bytes.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..clients.app import without_words
 from ..common.errors import LedgerError, OutputError
 from ..common.flower import (
+    CLIENT_APP_FAILED,
+    MESSAGE_UNAVAILABLE,
+    NODE_UNAVAILABLE,
     Array,
     ArrayRecord,
     ClientApp,
@@ -28,7 +33,6 @@ from ..common.flower import (
 )
 
 _log = logging.getLogger("hansa.node")
-CLIENT_FAILED = 3  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 class InProcessGrid(Grid):
@@ -94,20 +98,31 @@ class InProcessGrid(Grid):
             yield self._deliver(self._queue.pop(identifier))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push, then pull everything."""
-        return list(self.pull_messages(self.push_messages(messages)))
+        """Push, then pull until all is there or the time is over; a client that has begun is waited for."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        for reply in self.pull_messages(self.push_messages(messages)):
+            if time.monotonic() < end:
+                replies.append(reply)
+            else:
+                break
+        return replies
 
     def _deliver(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         if not 1 <= node <= self._nodes:
-            return Message(Error(CLIENT_FAILED, f"no node {node}"), reply_to=message)
+            return Message(Error(NODE_UNAVAILABLE, f"no node {node}"), reply_to=message)
+        began = time.monotonic()
         try:
-            return self._app(_own(message), self._context(node))
+            reply = self._app(_own(message), self._context(node))
+            if time.monotonic() - began >= message.metadata.ttl:
+                return Message(Error(MESSAGE_UNAVAILABLE, "no answer in time"), reply_to=message)
+            return reply
         except (OutputError, LedgerError):
             raise  # this process cannot record what it does: stop everything
         except Exception as err:
             _log.error("node %s failed: %s", node, without_words(err))
-            return Message(Error(CLIENT_FAILED, "the node failed"), reply_to=message)
+            return Message(Error(CLIENT_APP_FAILED, "the node failed"), reply_to=message)
 
 
 def _own(message: Message) -> Message:

@@ -82,7 +82,9 @@ class Net:
             "coordinator": "coordinator",
             "coordinator_key": self.keys.home("coordinator").key(),
             "app": app,
-            "context": lambda: Context(run_id=1, node_id=1, node_config={"name": name}, state=RecordDict(), run_config={}),
+            "context": lambda: Context(
+                run_id=1, node_id=1, node_config={"name": name}, state=RecordDict(), run_config={}
+            ),
             "inbox": self.keys.root / f"inbox-{name}",
             "crl": None,
             "log": self.events(),
@@ -146,7 +148,9 @@ def plain_app(calls: list[tuple[str, str]] | None = None) -> ClientApp:
         name = next(k for k, v in message.content.items() if isinstance(v, ArrayRecord))
         record = message.content[name]
         made = ArrayRecord({key: Array(np.asarray(a.numpy() + 1)) for key, a in record.items()})
-        return Message(RecordDict({name: made, "metrics": MetricRecord({"num-examples": 3, "loss": 0.5})}), reply_to=message)
+        return Message(
+            RecordDict({name: made, "metrics": MetricRecord({"num-examples": 3, "loss": 0.5})}), reply_to=message
+        )
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
@@ -156,6 +160,8 @@ def plain_app(calls: list[tuple[str, str]] | None = None) -> ClientApp:
     def _query(message: Message, context: Context) -> Message:
         if message.content.get("fail"):
             raise ValueError("a record value: 4711")
+        if (slow := message.content.get("slow")) is not None:
+            time.sleep(slow["value"])
         return Message(RecordDict({"who": ConfigRecord({"name": context.node_config["name"]})}), reply_to=message)
 
     return app
@@ -163,4 +169,6 @@ def plain_app(calls: list[tuple[str, str]] | None = None) -> ClientApp:
 
 def model(value: float = 0.0, size: int = 6) -> RecordDict:
     """One record of arrays."""
-    return RecordDict({"arrays": ArrayRecord({"w": Array(np.full(size, value, np.float32)), "b": Array(np.zeros((), np.float32))})})
+    return RecordDict(
+        {"arrays": ArrayRecord({"w": Array(np.full(size, value, np.float32)), "b": Array(np.zeros((), np.float32))})}
+    )
