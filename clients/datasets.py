@@ -7,7 +7,7 @@ import hmac
 import json
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 from ..common.errors import ConfigError, DataError, LedgerError
 from ..common.identity import write_whole
 from ..common.tasks import Task
-from ..common.tasks.schema import TableSchema, read_table
+from ..common.tasks.schema import TableSchema, parse_table, read_table
 
-__all__ = ["RegisteredDataset", "Rows", "Split", "csv_source", "fingerprint", "split_rows"]
+__all__ = ["RegisteredDataset", "Rows", "Split", "csv_files", "csv_source", "fingerprint", "rows_in_both", "split_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,8 @@ def split_rows(rows: Rows, test_fraction: float, seed: int) -> Split:
         raise ConfigError(f"test_fraction is {test_fraction}", "Allowed is 0 (nothing held out) to below 1.")
     seen: Counter[bytes] = Counter()
     held_out = np.zeros(len(rows), dtype=bool)
-    features, labels = np.ascontiguousarray(rows.x.numpy(), "<f4"), rows.y.numpy().astype("<i8")
-    for number in range(len(rows)):
-        row = hashlib.sha256(features[number].tobytes() + labels[number].tobytes()).digest()
+    for number, content in enumerate(_row_bytes(rows)):
+        row = hashlib.sha256(content).digest()
         coin = hashlib.sha256(f"hansa split {seed} {seen[row]}\0".encode() + row).digest()
         seen[row] += 1
         held_out[number] = int.from_bytes(coin[:8], "big") < test_fraction * 2**64
@@ -88,6 +87,42 @@ def csv_source(path: Path | str, task: Task, test_fraction: float, seed: int) ->
         return split_rows(Rows(torch.from_numpy(x), torch.from_numpy(y)), test_fraction, seed)
 
     return read
+
+
+def csv_files(data: Path, held_out: Path | None, task: Task) -> Callable[[], Split]:
+    """A source that reads two CSV files by the task's schema each time it is called: rows to train on, rows held out.
+
+    Raises:
+        DataError: at once, when the task's records are not rows of a table; in the call, as `parse_table`.
+    """
+    schema = task.schema
+    if not isinstance(schema, TableSchema):
+        raise DataError(
+            f"task {task.name} takes arrays, not a CSV file: {data}", "Only tasks of tables read CSV files."
+        )
+
+    def rows(path: Path) -> Rows:
+        table = parse_table(path, schema)
+        return Rows(torch.from_numpy(table.x), torch.from_numpy(table.y))
+
+    def read() -> Split:
+        train = rows(data)
+        if held_out is None:
+            return Split(train, train.take(torch.zeros(0, dtype=torch.int64)))
+        return Split(train, rows(held_out))
+
+    return read
+
+
+def rows_in_both(split: Split) -> list[int]:
+    """Which held-out rows (from 1) equal a row to train on, class and all."""
+    known = set(_row_bytes(split.train))
+    return [number for number, row in enumerate(_row_bytes(split.held_out), start=1) if row in known]
+
+
+def _row_bytes(rows: Rows) -> Iterator[bytes]:
+    features, labels = np.ascontiguousarray(rows.x.numpy(), "<f4"), rows.y.numpy().astype("<i8")
+    return (features[number].tobytes() + labels[number].tobytes() for number in range(len(rows)))
 
 
 def fingerprint(rows: Rows) -> bytes:
@@ -181,6 +216,39 @@ class RegisteredDataset:
         if kept is None:
             dataset._save()
         return dataset
+
+    @classmethod
+    def load(cls, task: Task, source: Callable[[], Split], folder: Path) -> RegisteredDataset:
+        """The dataset that `folder`/dataset.json registers. Reads no data: `open` checks it against the commitments.
+
+        Raises:
+            DataError: nothing is registered there, it cannot be read, or it is registered for another task.
+        """
+        path = folder / "dataset.json"
+        if not path.exists():
+            raise DataError(
+                f"{folder}: no data is registered", "Register it: hansa node dataset add FILE.csv --task TASK"
+            )
+        kept = _load(path)
+        if kept["task"] != task.name:
+            raise DataError(f"{path} is registered for task {kept['task']}", f"It cannot serve {task.name}.")
+        return cls(
+            task=task.name,
+            dataset_id=kept["dataset_id"],
+            commitment=kept["commitment"],
+            held_out=kept["held_out"],
+            held_out_commitment=kept["held_out_commitment"],
+            _key=bytes.fromhex(kept["key"]),
+            _train_size=kept["train_size"],
+            _source=source,
+            _path=path,
+            _ledger_id=kept["ledger_id"],
+        )
+
+    @property
+    def bound(self) -> bool:
+        """Whether a ledger holds its budget already."""
+        return self._ledger_id is not None
 
     def describe(self) -> dict[str, Any]:
         """What the genesis entry of its ledger says about it."""
@@ -279,7 +347,8 @@ def _load(path: Path) -> dict[str, Any]:
         kept = json.loads(path.read_bytes())
         if len(bytes.fromhex(kept["key"])) != 32 or not all(kept[k] for k in ("task", "dataset_id", "commitment")):
             raise ValueError
-        kept["ledger_id"]
+        if not {"ledger_id", "held_out", "held_out_commitment", "train_size"} <= set(kept):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is not a dataset registration that can be read",

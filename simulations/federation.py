@@ -405,8 +405,6 @@ class Simulation:
             ledger,
             code_sha256(self.task.name),
             simulated=True,
-            # The configuration that asks for no privacy is written by the owner of all this simulated data.
-            allow_unprotected=charter.privacy.kind == "none",
         )
         try:
             gate.accept(self.signed)

@@ -93,7 +93,7 @@ class LocalNetwork:
         self._server = dict(server or {})
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._mark = self._claim()
-        self.port = _free_port()
+        self.address = f"127.0.0.1:{_free_port()}"
 
     def __enter__(self) -> LocalNetwork:
         return self
@@ -172,6 +172,7 @@ class LocalNetwork:
             held_out = write_parts(source, self.folder(name), self.task, fraction, self.config.seed)
             command = [name, "node", "dataset", "add", "train.csv", "--task", self.config.task]
             if held_out:
+                command.append("--allow-equal-rows")  # rows are held out by hash and place, whatever they equal
                 command += ["--public" if evaluation.kind == "public" else "--held-out", "public.csv"]
             if entry.allow_single_class:
                 command.append("--allow-single-class")
@@ -179,26 +180,23 @@ class LocalNetwork:
         self.commands(commands)
 
     def _write_settings(self) -> None:
-        address = f"127.0.0.1:{self.port}"
+        for name in self.partners:
+            self.configure(name, **self._sites.get(name, {}))
+        server = {"home": ".", "charter": "charter.json", "listen": self.address, "revoked": "ca/revoked.crl"}
+        self._settings(self.folder(COORDINATOR) / "server.yaml", server | self._server)
+
+    def configure(self, name: str, **site: Any) -> None:
+        """Write a partner's node.yaml with these settings in its section `site`; its node heeds them when it starts."""
         # The configuration that asks for no privacy is written by the owner of all this simulated data.
         unprotected = {"allow_unprotected": True} if self.config.privacy.kind == "none" else {}
-        for name in self.partners:
-            node = {
-                "home": ".",
-                "state": "state",
-                "simulated": True,
-                "federations": [{"charter": "charter.json", "server": address}],
-                "site": {"threads": 1, **unprotected, **self._sites.get(name, {})},
-            }
-            self._settings(self.folder(name) / "node.yaml", node)
-        server = {
+        node = {
             "home": ".",
-            "charter": "charter.json",
-            "listen": address,
-            "revoked": "ca/revoked.crl",
             "state": "state",
+            "simulated": True,
+            "federations": [{"charter": "charter.json", "server": self.address}],
+            "site": {"threads": 1, **unprotected, **site},
         }
-        self._settings(self.folder(COORDINATOR) / "server.yaml", server | self._server)
+        self._settings(self.folder(name) / "node.yaml", node)
 
     def _settings(self, path: Path, value: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(value), sort_keys=False)

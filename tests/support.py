@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hansa.clients.app import Node
 from hansa.clients.datasets import RegisteredDataset, Rows, Split
 from hansa.clients.gate import Gate
+from hansa.clients.law import Control, SiteLaw
 from hansa.clients.outbox import Outbox
+from hansa.clients.settings import SiteSettings
 from hansa.common.charter import Charter, SignedCharter
 from hansa.common.config import Federation
 from hansa.common.identity import Identity
@@ -130,6 +132,12 @@ class Site:
     allow_unprotected: bool = False
     public: bool = True
     ledger: Ledger | None = None
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def control(self) -> Control:
+        """What `hansa node` commands write to."""
+        return Control(self.folder / "control")
 
     def gate(self, *charters: SignedCharter, code: str = CODE) -> Gate:
         """(Re)start the node: everything but the files is forgotten."""
@@ -153,7 +161,9 @@ class Site:
             self.ledger,
             code,
             simulated=self.simulated,
-            allow_unprotected=self.allow_unprotected,
+            law=SiteLaw(
+                SiteSettings(**{"allow_unprotected": self.allow_unprotected, **self.rules}), self.control, "tiny"
+            ),
         )
         for signed in charters:
             made.accept(signed)

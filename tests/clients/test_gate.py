@@ -97,7 +97,6 @@ def test_expired_when_accepted(site: Site) -> None:
     [
         ({"simulated": False}, Refusal.SIMULATED, "simulated charter never"),
         ({"task__code_sha256": "d" * 64}, Refusal.TASK_CODE, "pins task code dddd"),
-        ({"privacy": NO_PRIVACY}, Refusal.UNPROTECTED, "without privacy"),
         (
             {"partners": [{"name": n, "key": identity(n).key, "declared_records": 40} for n in ("ben", "cy")]},
             Refusal.NOT_A_PARTNER,

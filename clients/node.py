@@ -1,0 +1,323 @@
+"""The parts of a partner's node, put together from node.yaml, and the daemon that runs them.
+
+    state/dataset.json    what is registered (0600)         state/source.json   where its files are (0600; never logged)
+    state/ledger.jsonl    everything decided and spent      state/outbox/       finished replies, until their run closes
+    state/inbox/          requests that are worked on       state/models/       final models, one folder a run
+    state/control/        what commands tell the daemon (law.py)
+
+One gate, ledger and dataset; for each charter one ClientApp with a wire of its own, so that no coordinator can speak under
+another's charter.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..common.certificates import Home
+from ..common.charter import SignedCharter
+from ..common.errors import CharterError, ConfigError, DataError, LedgerError, LinkError, Refused
+from ..common.events import EventLog
+from ..common.flower import ClientApp, Context, RecordDict
+from ..common.identity import Identity, write_whole
+from ..common.ledger import Ledger
+from ..common.messages import SignedWire
+from ..common.plan import SOFTWARE
+from ..common.tasks import Task, code_sha256, initial_model, load_task
+from .app import Node, make_client_app
+from .datasets import RegisteredDataset, Split, csv_files, rows_in_both
+from .gate import Gate
+from .law import Control, SiteLaw
+from .outbox import Outbox
+from .settings import FederationEntry, NodeSettings
+from .training import check_model
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One federation that this node serves."""
+
+    signed: SignedCharter
+    entry: FederationEntry
+    app: ClientApp
+
+    @property
+    def coordinator(self) -> tuple[str, str]:
+        """Name and identity key, as the charter has them."""
+        return self.signed.charter.coordinator.name, self.signed.charter.coordinator.key
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node that is put together and not connected. It holds the ledger's lock until `close`."""
+
+    identity: Identity
+    gate: Gate
+    ledger: Ledger
+    joined: tuple[Joined, ...]
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        self.ledger.close()
+
+
+# -- the registered data -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """Where the registered rows are.
+
+    Attributes:
+        held_out: a separate file of rows that are not trained on; None: there are none.
+    """
+
+    task: str
+    data: Path
+    held_out: Path | None
+
+    def source(self, task: Task) -> Callable[[], Split]:
+        """Reads them each time it is called."""
+        return csv_files(self.data, self.held_out, task)
+
+    def save(self, state: Path) -> None:
+        """Keep it beside the registration, mode 0600."""
+        held_out = None if self.held_out is None else str(self.held_out)
+        said = {"task": self.task, "data": str(self.data), "held_out": held_out}
+        write_whole(state / "source.json", json.dumps(said).encode(), mode=0o600)
+
+    @classmethod
+    def load(cls, state: Path) -> DataFiles:
+        """What `save` kept.
+
+        Raises:
+            DataError: nothing is registered, or the file is damaged.
+        """
+        hint = "Register the data (the same again is fine): hansa node dataset add FILE.csv --task TASK"
+        try:
+            said = json.loads((state / "source.json").read_bytes())
+            return cls(said["task"], Path(said["data"]), None if said["held_out"] is None else Path(said["held_out"]))
+        except FileNotFoundError:
+            raise DataError(f"{state}: no data is registered", hint) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"{state / 'source.json'}: does not say where the data is", hint) from None
+
+
+def register(
+    state: Path, files: DataFiles, task: Task, *, public: bool, allow_single_class: bool, allow_equal_rows: bool
+) -> RegisteredDataset:
+    """Check rows, commit to them, and remember where they are. The same rows again, also from other places, are fine.
+
+    Args:
+        public: the owner declared the held-out rows public.
+        allow_equal_rows: a held-out row may equal one to train on: two records that look the same.
+
+    Raises:
+        DataError: rows that cannot be used, or another dataset is registered in `state`.
+        LedgerError: `state` has a ledger whose registration is lost.
+        OutputError: it cannot be written.
+    """
+    if (state / "ledger.jsonl").exists() and not (state / "dataset.json").exists():
+        raise LedgerError(
+            f"{state}: holds a ledger, but not the registration that its budget belongs to",
+            "Restore dataset.json from a backup, or register the data in another state folder.",
+        )
+    read = files.source(task)
+
+    def apart() -> Split:
+        split = read()
+        if not allow_equal_rows and (both := rows_in_both(split)):
+            first = ", ".join(map(str, both[:10])) + (", ..." if len(both) > 10 else "")
+            raise DataError(
+                f"{len(both)} row(s) of {files.held_out} stand in {files.data} as well (rows {first})",
+                "A record is either trained on or held out: remove it from one of the files. If they are different "
+                "records that look the same: --allow-equal-rows",
+            )
+        return split
+
+    dataset = RegisteredDataset.register(task, apart, state, allow_single_class, public=public)
+    files.save(state)
+    return dataset
+
+
+# -- putting it together -------------------------------------------------------------------------------------------------
+
+
+def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> Site:
+    """Everything but the connections. Reads no data.
+
+    A charter that does not fit is logged and not joined; the others are. What only the site's law refuses is joined: each
+    of its runs is refused with the reason, which the coordinator then sees, and runs from before can be closed.
+
+    Raises:
+        ConfigError, IdentityError, DataError, TaskError, LedgerError, OutputError: the node cannot work at all.
+        CharterError: no charter is left, or a file is none.
+    """
+    home = Home(settings.home)
+    identity = home.identity(passphrase)
+    files = DataFiles.load(settings.state)
+    task = load_task(files.task)
+    dataset = RegisteredDataset.load(task, files.source(task), settings.state)
+    charters = [(entry, SignedCharter.load(entry.charter)) for entry in settings.federations]
+    if len({signed.sha256 for _, signed in charters}) < len(charters):
+        raise ConfigError("two entries of federations are the same charter", "List each charter once.")
+    model = initial_model(task, 0)  # its weights come with each request
+    check_model(model)
+    law = SiteLaw(settings.site, Control(settings.control), task.name)
+    ledger = _ledger(settings, identity, dataset)
+    try:
+        if ledger.recovered:
+            log.log("ledger recovered", partner=identity.name, bytes=ledger.recovered)
+        gate = Gate(
+            identity.name,
+            identity.key,
+            dataset,
+            ledger,
+            code_sha256(task.name),
+            simulated=settings.simulated,
+            law=law,
+        )
+        outbox = Outbox(settings.state / "outbox")
+        joined, refused = [], []
+        for entry, signed in charters:
+            about = {"federation": signed.charter.name, "charter": signed.sha256}
+            try:
+                gate.accept(signed)
+            except (CharterError, Refused) as err:
+                reason = err.reason.value if isinstance(err, Refused) else err.message
+                log.log("charter refused", reason=reason, **about)
+                refused.append(f"{entry.charter}: {err.message}")
+                continue
+            log.log("charter joined", coordinator=signed.charter.coordinator.name, **about)
+            try:
+                law.agree(signed.charter)
+            except Refused as err:
+                log.log("runs will be refused", reason=err.reason.value, **about)
+            wire = SignedWire(
+                identity, {signed.charter.coordinator.name: signed.charter.coordinator.key}, signed.sha256
+            )
+            node = Node(
+                task,
+                model,
+                dataset,
+                gate,
+                wire,
+                coordinator=signed.charter.coordinator.name,
+                outbox=outbox,
+                identity=identity,
+                keep=settings.models,
+            )
+            joined.append(Joined(signed, entry, make_client_app(_always(node))))
+        if not joined:
+            raise CharterError("no charter can be joined:\n  " + "\n  ".join(refused), "See: hansa node check")
+    except BaseException:
+        ledger.close()
+        raise
+    return Site(identity, gate, ledger, tuple(joined))
+
+
+def _ledger(settings: NodeSettings, identity: Identity, dataset: RegisteredDataset) -> Ledger:
+    if dataset.bound and not settings.ledger.exists():
+        # Before a new one is made: nothing could be restored over that.
+        raise LedgerError(
+            f"{settings.ledger}: missing, and it holds what the registered dataset has spent",
+            "Restore it: hansa node restore BACKUP",
+        )
+    genesis = {
+        "owner": identity.name,
+        "role": "partner",
+        "dataset": dataset.describe(),
+        "ledger_id": secrets.token_hex(16),
+        "simulated": settings.simulated,
+        "software": SOFTWARE,
+    }
+    return Ledger(settings.ledger, identity, genesis)
+
+
+def _always(node: Node) -> Callable[[Context], Node]:
+    return lambda _: node
+
+
+# -- the daemon ----------------------------------------------------------------------------------------------------------
+
+
+def run(settings: NodeSettings, passphrase: str | None, log: EventLog) -> None:
+    """Serve every federation until SIGTERM or SIGINT. A request that is worked on then is finished first.
+
+    Raises:
+        As `assemble`; LinkError: the connections ended by themselves.
+        LedgerError, OutputError: this node can no longer record what it does.
+    """
+    from .link import NodeLink, run_links  # gRPC, which nothing else here needs
+
+    limit(settings)
+    site = assemble(settings, passphrase, log)
+    try:
+        links = [
+            NodeLink(
+                one.entry.server,
+                one.entry.proxy,
+                Home(settings.home),
+                passphrase,
+                *one.coordinator,
+                one.app,
+                _context,
+                # A folder each: a link takes whatever it finds in its inbox for a request of its own coordinator.
+                settings.state / "inbox" / one.signed.sha256,
+                settings.revoked,
+                log,
+            )
+            for one in site.joined
+        ]
+        with _until_signal() as stop:
+            log.log("started", partner=site.identity.name, version=SOFTWARE)
+            run_links(links, stop)
+            if not stop.is_set():
+                raise LinkError("the connections ended by themselves", "This is a fault in Hansa; start it again.")
+            log.log("stopped", partner=site.identity.name)
+    finally:
+        site.close()
+
+
+def limit(settings: NodeSettings) -> None:
+    """Hold this process to the site's CPU threads and memory."""
+    torch.set_num_threads(settings.site.threads)
+    if settings.site.memory_mb is not None:
+        most = settings.site.memory_mb * 1024 * 1024
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
+@contextmanager
+def _until_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once, which is as safe as a crash."""
+    stop = threading.Event()
+
+    def asked(*_: object) -> None:
+        stop.set()
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, asked)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _context() -> Context:
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
