@@ -47,8 +47,8 @@ from .identity import (
 ENDORSEMENT_TYPE = "application/vnd.hansa.endorsement+json"
 ENDORSEMENT_OID = x509.ObjectIdentifier("2.25.151277365957606221743317446433421328108")
 """From the arc of UUIDs (ITU-T X.667), which needs no registration."""
-SKEW = timedelta(minutes=5)
-"""How far a partner's clock may be behind; it never lengthens a lifetime."""
+SKEW = timedelta(hours=25)
+"""How far a partner's clock may be behind, a wrong time zone included; it never lengthens a lifetime."""
 CA_DAYS = 3650
 
 
