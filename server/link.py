@@ -261,7 +261,7 @@ class GrpcGrid(Grid):
     def wait(self, timeout_s: float) -> None:
         """Return when a reply may be there, a peer came or went, or the time is over."""
         with self._changed:
-            if not any(r.state is State.REPLIED for r in self._requests.values()):
+            if not any(r.state in (State.REPLIED, State.EXPIRED) for r in self._requests.values()):
                 self._changed.wait(timeout_s)
 
     def state(self, message_id: str) -> State | None:
@@ -384,9 +384,15 @@ class GrpcGrid(Grid):
             return None
 
     def _forget_folded(self) -> None:
-        """Drop what was folded before: a coordinator pushes again only once it has written down what it folded."""
+        """Drop what was folded before: a coordinator pushes again only once it has written down what it folded.
+
+        And what came, or expired, and nobody pulled before its time was over.
+        """
+        now = time.monotonic()
         with self._changed:
-            for request in [r for r in self._requests.values() if r.state is State.FOLDED]:
+            for request in [
+                r for r in self._requests.values() if r.state is State.FOLDED or (not r.open and now >= r.deadline)
+            ]:
                 del self._requests[request.id]
                 if request.spooled is not None:
                     request.spooled.path.unlink(missing_ok=True)
