@@ -142,8 +142,10 @@ def network(
             console.rule("1. Identities, charter, data", align="left")
             net.set_up()
             console.rule("2. Training", align="left")
-            seconds["set up"] = time.perf_counter() - began
             net.start_server()
+            net.ready(60)
+            console.print(plain(net.commands((n, "node", "check", "node.yaml") for n in net.partners)[0], lines=True))
+            seconds["set up"] = time.perf_counter() - began
             for name in net.partners:
                 net.start_node(name)
             seconds |= _follow(net, console)
@@ -175,21 +177,26 @@ def network(
 
 
 def _follow(net: LocalNetwork, console: Console) -> dict[str, float]:
-    """Show the run until its server ends; seconds until all were connected, and from then on."""
+    """Show what the server says until it ends; seconds until all were connected, and from then on."""
     from .network import COORDINATOR
 
-    began = connected = time.perf_counter()
-    shown = (-1, "")
-    while net.runs(COORDINATOR):
+    began = time.perf_counter()
+    connected: float | None = None
+    shown, living = 0, True
+    while living:
+        living = net.runs(COORDINATOR)
+        lines = net.log(COORDINATOR).splitlines(keepends=True)
+        for line in lines[shown:] if not lines or lines[-1].endswith("\n") else lines[shown:-1]:
+            console.print(plain(line.rstrip("\n")))
+            shown += 1
         status = net.status()
-        if status is not None and (status["round"], status["phase"]) != shown:
-            if status["phase"] == "opening":
-                connected = time.perf_counter()
-            shown = (status["round"], status["phase"])
-            told = "  ".join(f"{name} {value:.4f}" for name, value in status["metrics"].items())
-            console.print(plain(f"round {shown[0]} of {status['rounds']}  {shown[1]}  {told}"))
+        if connected is None and status is not None and status["phase"] not in ("starting", "waiting for partners"):
+            connected = time.perf_counter()
         time.sleep(0.05)
-    return {"start-up": connected - began, "training and closing": time.perf_counter() - connected}
+    return {
+        "start-up": (connected or began) - began,
+        "training and closing": time.perf_counter() - (connected or began),
+    }
 
 
 def _must_be_refused(refusals: list[Any], partner: str) -> None:

@@ -218,6 +218,19 @@ class LocalNetwork:
         """Start a partner's node; it runs until it is stopped."""
         return self._start(name, ("node", "run", "node.yaml"), env)
 
+    def ready(self, timeout_s: float) -> None:
+        """Until the server can be reached.
+
+        Raises:
+            RunFailed: it ended, or was not in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        pid = self._processes[COORDINATOR].pid
+        while (status := self.status()) is None or status["pid"] != pid or status["phase"] == "starting":
+            if not self.runs(COORDINATOR) or time.monotonic() >= deadline:
+                raise self._no_server(f"the server was not ready within {timeout_s:g} s")
+            time.sleep(0.05)
+
     def wait(self, timeout_s: float) -> int:
         """Until the server has ended; its exit code.
 
@@ -227,9 +240,11 @@ class LocalNetwork:
         try:
             return self._processes[COORDINATOR].wait(timeout_s)
         except subprocess.TimeoutExpired as err:
-            raise RunFailed(
-                f"the server still runs after {timeout_s:g} s\n{self.log(COORDINATOR)[-2000:]}", f"See {self.out}/logs."
-            ) from err
+            raise self._no_server(f"the server still runs after {timeout_s:g} s") from err
+
+    def _no_server(self, what: str) -> RunFailed:
+        said = self.log(COORDINATOR)[-2000:]
+        return RunFailed(f"{what}\n{said}", f"What every process said is in {self.out / 'logs'}.")
 
     def status(self) -> dict[str, Any] | None:
         """What the server's status.json says now; None when there is none yet."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,82 +54,101 @@ def test_four_hospitals_end_with_a_verified_audit_and_the_model_at_each(tmp_path
     call("network", config, "--out", tmp_path / "net").expect(2).says("holds what no earlier network left: notes.txt")
 
 
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
+    """Four hospitals without noise, set up once: their budgets are unbounded, so each test has runs of its own."""
+    root = tmp_path_factory.mktemp("network")
+    made = LocalNetwork(write(root / "c.yaml", federation(rounds=20, privacy=None, rate=0.5)), root / "net")
+    with made:
+        made.set_up()
+        yield made
+
+
+@pytest.fixture
+def nodes(net: LocalNetwork) -> Iterator[LocalNetwork]:
+    """All nodes are started, and stopped after the test."""
+    for name in net.partners:
+        net.start_node(name)
+    yield net
+    net.stop()
+    for name in net.partners:
+        net.configure(name)
+
+
+@pytest.fixture(scope="module")
+def simulated(net: LocalNetwork) -> dict[str, Any]:
+    """The weights of `hansa simulate` with the same configuration."""
+    out = net.out.parent / "sim"
+    call("simulate", net.out.parent / "c.yaml", "--out", out).expect(0)
+    return load_file(out / "model.safetensors")
+
+
+def same_weights(net: LocalNetwork, run: str, wanted: dict[str, Any]) -> None:
+    for name in net.partners:
+        found = load_file(net.folder(name) / "state" / "models" / run / "model.safetensors")
+        assert sorted(found) == sorted(wanted)
+        for tensor in wanted:
+            assert np.abs(found[tensor] - wanted[tensor]).max() <= 1e-6, (name, tensor)
+
+
 @pytest.mark.slow
-def test_without_noise_its_weights_are_those_of_the_simulation(tmp_path):
-    config = write(tmp_path / "c.yaml", federation(rounds=3, privacy=None, rate=0.5))
-    with LocalNetwork(config, tmp_path / "net") as net:
-        net.set_up()
-        net.start_server("first")
-        for name in net.partners:
-            net.start_node(name)
-        assert net.wait(120) == 0, net.log(COORDINATOR)
-        net.stop()
-        verdict = verify_bundle(net.bundle())
+def test_without_noise_its_weights_are_those_of_the_simulation(nodes, simulated):
+    nodes.start_server("undisturbed")
+    assert nodes.wait(120) == 0, nodes.log(COORDINATOR)
+    nodes.stop()
+    same_weights(nodes, "undisturbed", simulated)
+    verdict = verify_bundle(nodes.bundle())
     assert verdict["violations"] == []
     assert all(p["epsilon"] is None for p in verdict["partners"].values())
-    call("simulate", config, "--out", tmp_path / "sim").expect(0)
-    ours, theirs = (load_file(tmp_path / place / "model.safetensors") for place in ("net/bundle", "sim"))
-    assert sorted(ours) == sorted(theirs)
-    for name in ours:
-        assert np.abs(ours[name] - theirs[name]).max() <= 1e-6, name
 
 
 @pytest.mark.slow
-def test_who_was_not_approved_refuses_and_the_others_go_on(tmp_path):
-    config = write(tmp_path / "c.yaml", federation(rounds=2, privacy=None))
-    with LocalNetwork(config, tmp_path / "net", sites={"hungary": {"approval": True}}) as net:
-        net.set_up()
-        net.start_server("first")
-        for name in net.partners:
-            net.start_node(name)
-        assert net.wait(120) == 0, net.log(COORDINATOR)
-        assert "hungary refused: not approved" in net.log(COORDINATOR)
-        net.stop()
-        told = net.command(COORDINATOR, "server", "status", "server.yaml", "--format", "json")
-        partners = json.loads(told)["partners"]
-        assert partners["hungary"]["refused"]["reason"] == "not approved"
-        assert [name for name in net.partners if partners[name]["refused"]] == ["hungary"]
-        bundle = net.bundle()
-        models = net.models()
-    assert verify_bundle(bundle)["violations"] == []
-    assert of_type(bundle / "partners" / "hungary" / "ledger.jsonl", "debit") == []
-    rounds = of_type(bundle / COORDINATOR / "ledger.jsonl", "round")
-    assert [sorted(r["partners"]) for r in rounds] == [["cleveland", "switzerland", "va-long-beach"]] * 2
-    # It is a partner all the same: it signed the closing and has the model.
-    assert len({model["sha256"] for model in models.values()}) == 1
-
-
-@pytest.mark.slow
-def test_killed_and_restarted_processes_finish_the_run(tmp_path):
-    config = write(tmp_path / "c.yaml", federation(rounds=40, privacy=None))
-    with LocalNetwork(config, tmp_path / "net") as net:
-        net.set_up()
-        net.start_server("first")
-        for name in net.partners:
-            net.start_node(name)
-        until(net, 2)
-        net.kill(COORDINATOR)
-        assert not net.runs(COORDINATOR)
-        with pytest.raises(RunFailed, match="runs already"):
-            net.start_node("cleveland")
-        net.kill("cleveland")
-        net.start_node("cleveland")
-        net.start_server("first", resume=True)
-        assert net.wait(120) == 0, net.log(COORDINATOR)
-        net.stop()
-        bundle = net.bundle()
-    assert verify_bundle(bundle)["violations"] == []
-    for name in HOSPITALS:
-        assert len(of_type(bundle / "partners" / name / "ledger.jsonl", "debit")) == 40, name
-
-
-def until(net: LocalNetwork, round_number: int) -> None:
-    """Wait for a round of the run."""
+def test_killed_and_restarted_processes_finish_the_run_with_the_same_weights(nodes, simulated):
+    nodes.start_server("killed")
     deadline = time.monotonic() + 120
-    while (net.status() or {"round": 0})["round"] < round_number:
-        assert net.runs(COORDINATOR), net.log(COORDINATOR)
+    while (nodes.status() or {}).get("run") != "killed" or nodes.status()["round"] < 2:
+        assert nodes.runs(COORDINATOR), nodes.log(COORDINATOR)
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    nodes.kill(COORDINATOR)
+    nodes.kill("cleveland")
+    assert not nodes.runs(COORDINATOR)
+    with pytest.raises(RunFailed, match="runs already"):
+        nodes.start_node("hungary")
+    nodes.start_node("cleveland")
+    nodes.start_server("killed", resume=True)
+    assert nodes.wait(120) == 0, nodes.log(COORDINATOR)
+    nodes.stop()
+    same_weights(nodes, "killed", simulated)
+    bundle = nodes.bundle()
+    assert verify_bundle(bundle)["violations"] == []
+    for name in HOSPITALS:
+        debits = of_type(bundle / "partners" / name / "ledger.jsonl", "debit")
+        assert len([debit for debit in debits if debit["run_id"] == "killed"]) == 20, name
+
+
+@pytest.mark.slow
+def test_who_did_not_approve_refuses_and_the_others_go_on(net, nodes):
+    net.stop("hungary")
+    net.configure("hungary", approval=True)
+    net.start_node("hungary")
+    net.start_server("unapproved")
+    assert net.wait(120) == 0, net.log(COORDINATOR)
+    assert "hungary refused: not approved" in net.log(COORDINATOR)
+    net.stop()
+    told = net.command(COORDINATOR, "server", "status", "server.yaml", "--format", "json")
+    refused = {name: partner["refused"] for name, partner in json.loads(told)["partners"].items()}
+    assert refused["hungary"]["reason"] == "not approved"
+    assert [name for name in refused if refused[name]] == ["hungary"]
+    bundle = net.bundle()
+    assert verify_bundle(bundle)["violations"] == []
+    debits = of_type(bundle / "partners" / "hungary" / "ledger.jsonl", "debit")
+    assert not [debit for debit in debits if debit["run_id"] == "unapproved"]
+    rounds = [r for r in of_type(bundle / COORDINATOR / "ledger.jsonl", "round") if r["run_id"] == "unapproved"]
+    assert [sorted(r["partners"]) for r in rounds] == [["cleveland", "switzerland", "va-long-beach"]] * 20
+    # It is a partner all the same: it signed the closing and has the model.
+    kept = [net.folder(name) / "state" / "models" / "unapproved" / "model.safetensors" for name in net.partners]
+    assert len({path.read_bytes() for path in kept}) == 1
 
 
 @pytest.mark.parametrize("name", HOSPITALS)
