@@ -18,6 +18,7 @@ from ..common.accounting import Budget, PrivacyEvent
 from ..common.charter import Charter, Member, SignedCharter
 from ..common.config import check_delta
 from ..common.errors import LedgerError, Refusal, Refused
+from ..common.events import EventLog
 from ..common.identity import canonical, real
 from ..common.ledger import Ledger
 from ..common.messages import Manifest
@@ -42,6 +43,7 @@ class Gate:
         name: the partner.
         key: the public half of the partner's identity key.
         law: what the site refuses beyond the charters; None in simulations.
+        log: every entry of the ledger is an event of it too.
 
     Raises:
         LedgerError: the ledger is of another dataset, or one is simulated and the other is not.
@@ -57,6 +59,7 @@ class Gate:
         *,
         simulated: bool,
         law: SiteLaw | None = None,
+        log: EventLog | None = None,
     ) -> None:
         self.name = name
         self.ledger = ledger
@@ -65,6 +68,7 @@ class Gate:
         self._code_sha256 = code_sha256
         self._simulated = simulated
         self._law = law
+        self._log = log
         self._charters: dict[str, Charter] = {}
         begun = ledger.entries[0].body
         if (begun["simulated"], (begun["dataset"] or {}).get("id")) != (simulated, dataset.dataset_id):
@@ -332,6 +336,16 @@ class Gate:
 
     def _append(self, kind: str, body: Mapping[str, Any]) -> None:
         self._standing.apply(self.ledger.append(kind, body))
+        if self._log is not None:
+            told = {word: body[key] for key, word in _TOLD.items() if body.get(key) is not None}
+            self._log.log(kind, partner=self.name, **told)
+
+
+_TOLD = {
+    "charter_sha256": "charter", "run_id": "run", "round": "round", "request_id": "request", "purpose": "purpose",
+    "reason": "reason", "why": "reason",
+}  # fmt: skip
+"""What a log tells of an entry: key in its body -> field of the event."""
 
 
 def check_charter(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,6 +42,9 @@ from .outbox import Outbox
 from .settings import FederationEntry, NodeSettings
 from .training import check_model
 
+if TYPE_CHECKING:
+    from .link import NodeLink
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -48,6 +52,7 @@ class Joined:
 
     signed: SignedCharter
     entry: FederationEntry
+    wire: SignedWire
     app: ClientApp
 
     @property
@@ -185,6 +190,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
             code_sha256(task.name),
             simulated=settings.simulated,
             law=law,
+            log=log,
         )
         outbox = Outbox(settings.state / "outbox")
         joined, refused = [], []
@@ -216,7 +222,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
                 identity=identity,
                 keep=settings.models,
             )
-            joined.append(Joined(signed, entry, make_client_app(_always(node))))
+            joined.append(Joined(signed, entry, wire, make_client_app(_always(node))))
         if not joined:
             raise CharterError("no charter can be joined:\n  " + "\n  ".join(refused), "See: hansa node check")
     except BaseException:
@@ -257,35 +263,44 @@ def run(settings: NodeSettings, passphrase: str | None, log: EventLog) -> None:
         As `assemble`; LinkError: the connections ended by themselves.
         LedgerError, OutputError: this node can no longer record what it does.
     """
-    from .link import NodeLink, run_links  # gRPC, which nothing else here needs
+    from .link import run_links  # gRPC, which nothing else here needs
 
+    log.capture()
     limit(settings)
     site = assemble(settings, passphrase, log)
     try:
-        links = [
-            NodeLink(
-                one.entry.server,
-                one.entry.proxy,
-                Home(settings.home),
-                passphrase,
-                *one.coordinator,
-                one.app,
-                _context,
-                # A folder each: a link takes whatever it finds in its inbox for a request of its own coordinator.
-                settings.state / "inbox" / one.signed.sha256,
-                settings.revoked,
-                log,
-            )
-            for one in site.joined
-        ]
+        made = links(site, settings, passphrase, log)
         with _until_signal() as stop:
             log.log("started", partner=site.identity.name, version=SOFTWARE)
-            run_links(links, stop)
+            run_links(made, stop)
             if not stop.is_set():
                 raise LinkError("the connections ended by themselves", "This is a fault in Hansa; start it again.")
             log.log("stopped", partner=site.identity.name)
     finally:
         site.close()
+
+
+def links(site: Site, settings: NodeSettings, passphrase: str | None, log: EventLog) -> list[NodeLink]:
+    """A link for each federation. What its coordinator did not sign is refused as it arrives, and told why."""
+    from .link import NodeLink
+
+    return [
+        NodeLink(
+            one.entry.server,
+            one.entry.proxy,
+            Home(settings.home),
+            passphrase,
+            *one.coordinator,
+            one.app,
+            _context,
+            # A folder each: a link takes whatever it finds in its inbox for a request of its own coordinator.
+            settings.state / "inbox" / one.signed.sha256,
+            settings.revoked,
+            log,
+            one.wire.inspect,
+        )
+        for one in site.joined
+    ]
 
 
 def limit(settings: NodeSettings) -> None:
