@@ -16,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.cli import Format, FormatOption, clean, passphrase_for, plain, show_json
-from ..common.identity import sha256
 from .bundle import export as export_bundle
 from .settings import ServerSettings, load_settings
-from .status import read_status
+from .status import OVER, read_status
 
 if TYPE_CHECKING:
     from ..common.events import EventLog
@@ -158,7 +157,9 @@ def _log(log: EventLog, run_id: str, event: str, facts: dict[str, Any]) -> None:
             log.log("round", run=run_id, round=facts["round"])
         case "answer":
             answer = {"partner": facts["partner"], "round": facts["round"], "kind": facts["kind"]}
-            log.log("answer", run=run_id, **answer, state=facts["answer"].outcome)
+            outcome, detail = facts["answer"].outcome, facts["answer"].detail
+            why = {"reason": detail} if detail and outcome in ("invalid", "failed") else {}
+            log.log("answer", run=run_id, **answer, state=outcome, **why)
         case "done":
             log.log("round done", run=run_id, round=facts["round"], seconds=facts["seconds"])
         case "closed":
@@ -195,21 +196,19 @@ def _shown(found: dict[str, Any]) -> Group:
     if found.get("gone"):
         gone = f"the process {found['pid']} is gone since {found['updated']}; go on with: hansa server run --resume"
         parts.append(Text(clean(gone), style="bold red"))
-    table = Table(box=None, pad_edge=False)
-    for title in ("partner", "connected", "last answer"):
-        table.add_column(title)
+    lives = found["phase"] not in OVER and not found.get("gone")
+    table = Table("partner", *(["connected"] if lives else []), "last answer", box=None, pad_edge=False)
     for name, partner in found["partners"].items():
-        table.add_row(plain(name), plain(_connected(partner)), plain(_answer(partner)))
+        table.add_row(plain(name), *([plain(_connected(partner))] if lives else []), plain(_answer(partner)))
     parts.append(table)
     parts += [Text(clean(f"{name} {told}"), style="yellow") for name, told in _trouble(found["partners"])]
     if found["metrics"]:
         told = "  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
         parts.append(Text(clean(f"evaluation: {told}")))
-    links = [partner["connected"] for partner in found["partners"].values() if partner["connected"]]
-    spoken = sorted({f"{link['version']}, {link['tls']}" for link in links})
-    parts.append(
-        Text(clean(f"at {found['address']}, process {found['pid']}; nodes: {'; '.join(spoken) or '-'}"), style="dim")
-    )
+    if lives:
+        links = [partner["connected"] for partner in found["partners"].values() if partner["connected"]]
+        spoken = "; ".join(sorted({f"{link['version']}, {link['tls']}" for link in links})) or "-"
+        parts.append(Text(clean(f"at {found['address']}, process {found['pid']}; nodes: {spoken}"), style="dim"))
     return Group(*parts)
 
 
@@ -239,15 +238,16 @@ def _trouble(partners: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _ending(settings: Path, loaded: ServerSettings, outcome: Outcome) -> None:
     """Where the model is, and what everybody does next."""
+    from ..common.model import file_sha256
+
     if outcome.model is None:
         _say("Nothing was trained: too few partners accepted the run; their reasons are above.", "bold red")
-        _say(f"Who would have to agree to what: hansa server status {settings}")
+        _say(f"They stay in: hansa server status {settings}")
         return
     model = loaded.model(outcome.run_id)
     _say(f"The run is closed and signed by everyone. The model: {model}", "bold green")
-    _say(
-        f"  sha-256 {sha256(model.read_bytes())}; every partner has the same file in its own state/models/{outcome.run_id}"
-    )
+    where = "every other partner has" if outcome.undelivered else "every partner has"
+    _say(f"  sha-256 {file_sha256(model)}; {where} the same file in its state/models/{outcome.run_id}")
     for name in outcome.undelivered:
         _say(f"  {name} has not got it yet. Deliver again: hansa server run --run {outcome.run_id} --resume", "yellow")
     _say("Each partner looks at it and uses it: hansa model show MODEL; hansa model predict MODEL data.csv")

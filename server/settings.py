@@ -79,7 +79,9 @@ def load_settings(path: Path) -> ServerSettings:
     Raises:
         ConfigError: naming file, line, key, the value found and what is allowed.
     """
-    found = load_yaml(path, ServerSettings, "docs/partner-nodes.md shows one: a charter and an address are enough.")
+    found = load_yaml(
+        path, ServerSettings, "Write one; this is enough: {charter: charter.json, listen: '0.0.0.0:8440'}"
+    )
     base = path.absolute().parent
     paths = {name: base / getattr(found, name) for name in ("home", "charter", "state")}
     return found.model_copy(update=paths | {"revoked": found.revoked and base / found.revoked})

@@ -23,7 +23,7 @@ GONE_S = 10.0
 """A process that is alive has written its status since."""
 WAITING, CLOSING = "waiting for partners", "closing"
 _DOING = {"open": "opening", "train": "training", "evaluate": "evaluating"}
-_OVER = ("completed", "refused", "failed", "stopped")
+OVER = ("completed", "refused", "failed", "stopped")
 
 
 class Status:
@@ -116,7 +116,7 @@ class Status:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and self._state["phase"] not in _OVER:
+        if error is not None and self._state["phase"] not in OVER:
             told = "a fault in Hansa" if isinstance(error, Exception) else "stopped by a signal"
             self.phase("failed" if isinstance(error, Exception) else "stopped", getattr(error, "message", told))
         self._ended.set()
@@ -148,7 +148,7 @@ def read_status(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         age_s = (datetime.now(UTC) - datetime.fromisoformat(found["updated"])).total_seconds()
-        over = found["phase"] in _OVER
+        over = found["phase"] in OVER
         return {**found, "gone": not over and (age_s > GONE_S or not _alive(found["pid"]))}
     except FileNotFoundError as err:
         raise OutputError(f"{path}: no run was started here", "Start one: hansa server run server.yaml") from err

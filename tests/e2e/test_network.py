@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from e2e_support import DATA, HOSPITALS, call, federation, of_type, process, rows_of, write
+from e2e_support import DATA, HOSPITALS, REPO, call, federation, of_type, process, rows_of, write
 from hansa.clients.datasets import csv_source
 from hansa.common.errors import OutputError, RunFailed
 from hansa.common.tasks import load_task
@@ -191,6 +194,34 @@ def test_what_is_in_the_folder_is_not_deleted(tmp_path):
             LocalNetwork(config, tmp_path / "other")
         assert first.folder("cleveland").is_dir()
     LocalNetwork(config, tmp_path / "other").__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/partner-nodes.md"])
+def test_every_command_of_the_pages_exists_with_its_options(page):
+    text = (REPO / page).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.S))
+    inline = "\n".join(re.findall(r"`(hansa [a-z][^`|]*)`", text))
+    found = [line.split("  #")[0] for line in f"{blocks}\n{inline}".splitlines() if line.startswith("hansa ")]
+    assert len(found) > 6
+    for line in found:
+        words = shlex.split(line.replace("[", "").replace("]", ""))[1:]
+        path = list(itertools.takewhile(re.compile(r"[a-z]+").fullmatch, words))[:3]
+        while path and call(*path, "--help").code:  # what follows the command may be a word, too
+            path.pop()
+        assert path, line
+        told = call(*path, "--help").expect(0).text
+        assert " COMMAND " not in told, f"{line}: not a command"
+        for option in (word for word in words if word.startswith("--")):
+            assert option in told, f"{line}: no option {option}"
+
+
+def test_the_page_names_every_command_that_a_network_uses():
+    page = (REPO / "docs" / "partner-nodes.md").read_text(encoding="utf-8")
+    source = (REPO / "simulations" / "network.py").read_text(encoding="utf-8")
+    groups = ("identity", "charter", "node", "server", "model")
+    used = set(re.findall(rf'"({"|".join(groups)})", "([a-z]+)"', source))
+    assert len(used) >= 10
+    assert not [f"hansa {a} {b}" for a, b in used if f"hansa {a} {b}" not in page]
 
 
 def test_a_population_has_no_network(tmp_path):

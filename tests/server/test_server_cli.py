@@ -112,12 +112,11 @@ def test_json_logs_are_one_object_a_line(template, tmp_path):
 
 def test_status_in_words(coordinator):
     call("server", "status", coordinator).expect(2).says("no run was started here", "hansa server run")
-    a_status(coordinator)
+    a_status(coordinator, phase="training")
     result = call("server", "status", coordinator).expect(0)
-    result.says("run r1 of heart", "round 2 of 3", "completed", "2026-11-22 01:00 UTC, 10.0.0.5:4", "auc 0.9")
-    result.says(
-        "hungary refused: not approved: [bold]waits\ufffd[31m for approval"
-    )  # what a peer says is shown as it is
+    result.says("run r1 of heart", "round 2 of 3", "training", "2026-11-22 01:00 UTC, 10.0.0.5:4", "TLSv1.3", "auc 0.9")
+    # What a peer says is shown as it is.
+    result.says("hungary refused: not approved: [bold]waits\ufffd[31m for approval")
 
 
 def test_status_of_a_dead_process(coordinator):
