@@ -16,6 +16,7 @@ import pytest
 
 from hansa.clients import app as app_module
 from hansa.clients import preflight
+from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.law import Control
 from hansa.clients.node import DataFiles, assemble, register
 from hansa.clients.preflight import check
@@ -177,6 +178,25 @@ def test_a_row_in_both_files_is_refused_unless_the_owner_says_they_are_different
     assert not (state / "dataset.json").exists()
     made = register(state, files, task, public=True, allow_single_class=False, allow_equal_rows=True)
     assert (made.held_out, len(made.open().held_out)) == ("public", ROWS + 1)
+
+
+def test_loading_a_registration_reads_no_data_and_takes_no_other_task(realm: Realm) -> None:
+    def never() -> None:
+        raise AssertionError("data was read")
+
+    state, task = realm.settings("ada").state, load_task(TASK)
+    with pytest.raises(DataError, match="no data is registered"):
+        RegisteredDataset.load(task, never, state)  # type: ignore[arg-type]
+    realm.register("ada")
+    made = RegisteredDataset.load(task, never, state)  # type: ignore[arg-type]
+    assert (made.held_out, made.bound, made.size_within(ROWS, 0)) == ("none", False, True)
+    with pytest.raises(AssertionError, match="data was read"):
+        made.open()
+    with pytest.raises(DataError, match="registered for task heart-disease"):
+        RegisteredDataset.load(load_task("digits"), never, state)  # type: ignore[arg-type]
+    (state / "dataset.json").write_text('{"key": "00"}')
+    with pytest.raises(DataError, match="not a dataset registration"):
+        RegisteredDataset.load(task, never, state)  # type: ignore[arg-type]
 
 
 def test_data_that_changed_is_refused_when_a_run_reads_it(realm: Realm) -> None:
