@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import errno
+import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from hansa.clients.app import Node, local_settings, make_client_app, round_seed
 from hansa.clients.outbox import Outbox
@@ -19,10 +23,11 @@ from hansa.common.charter import SignedCharter
 from hansa.common.closing import CLOSING_TYPE, closing_payload
 from hansa.common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, SchemaViolation
 from hansa.common.flower import Context, Message, RecordDict, addressed
-from hansa.common.identity import Identity, verify
+from hansa.common.identity import Envelope, Identity, verify, write_envelope
 from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire, to_bytes
-from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, unwrapped, weights
+from hansa.common.model import model_manifest, model_sha256
+from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, same_arrays, unwrapped, weights
 
 MAY_LEAVE = {"update", "failed", "scores", "histogram", "head", "signature", "accepted", "refused", "kept"}
 TYPES = {"train": "train", "evaluate": "evaluate"} | {k: f"query.{k}" for k in ("open", "close", "sign", "deliver")}
@@ -56,6 +61,10 @@ class Desk:
 
     def open(self) -> None:
         assert self.send("open", 0)[0].kind == "accepted"
+
+    def open_another(self) -> None:
+        """Whatever comes of it, the ledger grows."""
+        assert self.send("open", 0, run="run-2")[0].kind in ("accepted", "refused")
 
 
 @pytest.fixture
@@ -433,3 +442,164 @@ def test_the_key_never_leaves(site: Site) -> None:
     raw = key._private.private_bytes_raw()
     for form in (raw, raw.hex().encode(), base64.b64encode(raw)[:40]):
         assert form not in unwrapped(sent)
+
+
+# -- the closing message -----------------------------------------------------------------------------------------------
+
+
+def sealed(signed: SignedCharter, payload: bytes, by: tuple[str, ...] = ("ada", "ben", "cy", "coordinator")) -> bytes:
+    made = tuple((identity(n).key, identity(n).sign(CLOSING_TYPE, payload)) for n in by)
+    return write_envelope(Envelope(CLOSING_TYPE, payload, made)) + b"\n"
+
+
+@dataclass
+class Ending:
+    """A closing message as it should be; each field can be made another."""
+
+    desk: Desk
+    run: str = "run-1"
+    charter: str = ""
+    named: str | None = ""
+    head: Any = None
+    owners: tuple[str, ...] = ("ada", "ben", "cy", "coordinator")
+    by: tuple[str, ...] = ("ada", "ben", "cy", "coordinator")
+    rounds: int = 3
+    model: Any = field(default_factory=lambda: weights(0.5))
+    about: Any = "as it should be"
+    closing: Any = None
+
+    def fields(self) -> dict[str, Any]:
+        signed = self.desk.signed
+        named = model_sha256(self.model) if self.named == "" else self.named
+        heads = {owner: {"length": 1, "head": "a" * 64} for owner in self.owners}
+        if "ada" in heads:
+            heads["ada"] = self.head or self.stands()
+        payload = closing_payload(self.run, self.charter or signed.sha256, named, heads)
+        closing = sealed(signed, payload, self.by) if self.closing is None else self.closing
+        about = self.about
+        if about == "as it should be":
+            about = model_manifest(signed.charter, signed.sha256, "run-1", str(named), self.rounds, {"auc": "0.75"})
+        made = {"closing": closing if isinstance(closing, str) else base64.b64encode(closing).decode()}
+        return made if about is None else {**made, "about": about}
+
+    def stands(self) -> dict[str, Any]:
+        ledger = self.desk.site.ledger
+        assert ledger is not None
+        return {"length": ledger.length, "head": ledger.head}
+
+    def send(self) -> Manifest:
+        return self.desk.send("deliver", 4, self.model, fields=self.fields())[0]
+
+
+@pytest.fixture
+def closed(site: Site) -> Desk:
+    desk = Desk(site, charter())
+    desk.open()
+    desk.send("train", 1, weights())
+    desk.send("close", 4)
+    return desk
+
+
+def test_what_a_run_came_to_is_kept(closed: Desk) -> None:
+    ending = Ending(closed)
+    before = closed.site.kinds()
+    closed.site.source.hook = forbidden
+    for _ in range(2):  # again is fine
+        reply = ending.send()
+        assert (reply.kind, dict(reply.fields)) == ("kept", {})
+    folder = closed.site.folder / "models" / "run-1"
+    assert sorted(os.listdir(folder)) == ["closing.json", "model.json", "model.safetensors"]
+    same_arrays(load((folder / "model.safetensors").read_bytes()), ending.model)
+    fields = ending.fields()
+    assert (folder / "closing.json").read_bytes() == base64.b64decode(fields["closing"])
+    assert json.loads((folder / "model.json").read_bytes()) == fields["about"]
+    assert closed.site.kinds() == before, "the ledger was closed before"
+
+
+def test_it_is_on_disk_before_the_reply(closed: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def fsync(handle: int) -> None:
+        sync(handle)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Ending(closed).send()
+    files = [name.removeprefix(".hansa-tmp-").rpartition(".")[0] for name in synced if name != "run-1"]
+    assert files == ["model.safetensors", "closing.json", "model.json"], "the manifest last: with it all is there"
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        Ending(closed).send()
+
+
+def test_a_refused_run_leaves_its_closing_checkpoint(site: Site) -> None:
+    desk = Desk(site, charter())
+    assert Ending(desk, named=None, model={}, about=None).send().kind == "kept"
+    assert os.listdir(site.folder / "models" / "run-1") == ["closing.json"]
+
+
+def test_a_ledger_that_went_on_is_the_one_that_was_closed(closed: Desk) -> None:
+    stood = Ending(closed).stands()
+    closed.open_another()
+    assert Ending(closed).stands() != stood
+    assert Ending(closed, head=stood).send().kind == "kept"
+
+
+STRANGE: dict[str, dict[str, Any]] = {
+    "not base64": {"closing": "not base64!"},
+    "no closing": {"closing": ""},
+    "not an envelope": {"closing": b"{}"},
+    "one signature missing": {"by": ("ada", "ben", "coordinator")},
+    "without the coordinator": {"by": ("ada", "ben", "cy")},
+    "a stranger's instead": {"by": ("ada", "ben", "eve", "coordinator")},
+    "a stranger's as well": {"by": ("ada", "ben", "cy", "coordinator", "eve")},
+    "one signature twice": {"by": ("ada", "ben", "cy", "coordinator", "cy")},
+    "another run": {"run": "run-0"},
+    "another charter": {"charter": "e" * 64},
+    "a ledger missing": {"owners": ("ada", "ben", "coordinator")},
+    "my ledger missing": {"owners": ("ben", "cy", "coordinator")},
+    "a ledger too many": {"owners": ("ada", "ben", "cy", "coordinator", "eve")},
+    "another head of mine": {"head": {"length": 2, "head": "b" * 64}},
+    "longer than mine": {"head": {"length": 10**6, "head": "b" * 64}},
+    "no length": {"head": {"length": 0, "head": "LAST"}},
+    "a negative length": {"head": {"length": -1, "head": "BEFORE"}},
+    "a true length": {"head": {"length": True, "head": "FIRST"}},
+    "a length in words": {"head": {"length": "2", "head": "b" * 64}},
+    "another model": {"named": "b" * 64},
+    "a model of a refused run": {"named": None},
+    "words about a refused run's model": {"named": None, "model": {}},
+    "no model": {"model": {}, "named": "b" * 64},
+    "a nan": {"model": {**weights(), "bias": np.array([np.nan, 0], np.float32)}},
+    "another shape": {"model": {**weights(), "bias": np.zeros(3, np.float32)}},
+    "a tensor more": {"model": {**weights(), "more": np.zeros(3, np.float32)}},
+    "float64": {"model": {**weights(), "bias": np.zeros(2)}},
+    "no manifest": {"about": None},
+    "another manifest": {"about": {"task": "tiny"}},
+    "too many rounds": {"rounds": 4},
+}
+
+
+@pytest.mark.parametrize("how", list(STRANGE))
+def test_what_is_not_what_was_signed_is_not_kept(closed: Desk, how: str) -> None:
+    assert closed.site.ledger is not None
+    entries = closed.site.ledger.entries
+    ends = {"FIRST": entries[0].sha256, "BEFORE": entries[-2].sha256, "LAST": entries[-1].sha256}
+    changes = dict(STRANGE[how])
+    if "head" in changes:
+        changes["head"] = {**changes["head"], "head": ends.get(changes["head"]["head"], changes["head"]["head"])}
+    ending = Ending(closed, **changes)
+    message = closed.message(request(closed.signed, "deliver", 4, fields=ending.fields()), ending.model)
+    nothing_happens(closed, "deliver", message, "closing|envelope|JSON|signed|model|manifest|public key")
+    assert not (closed.site.folder / "models").exists()
+
+
+def test_a_node_that_keeps_nothing_says_so(closed: Desk) -> None:
+    closed.node._keep = None
+    ending = Ending(closed)
+    message = closed.message(request(closed.signed, "deliver", 4, fields=ending.fields()), ending.model)
+    nothing_happens(closed, "deliver", message, "keeps no models")

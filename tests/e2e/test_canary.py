@@ -39,6 +39,7 @@ CROSSINGS: dict[str, set[str]] = {
     "head": set(),
     "signature": set(),
     "failed": set(),
+    "kept": set(),
 }
 FIELDS = {"refused": {"reason", "detail"}, "head": {"length", "head"}, "signature": {"signature"}}
 
@@ -265,7 +266,7 @@ def test_no_canary_leaves(run: tuple[str, Run], tmp_path: Path, monkeypatch: pyt
 
 def test_only_listed_replies_cross(run: tuple[str, Run]) -> None:
     kind, made = run
-    wanted = {"accepted", "update", "head", "signature", "scores" if kind == "public" else "histogram"}
+    wanted = {"accepted", "update", "head", "signature", "kept", "scores" if kind == "public" else "histogram"}
     assert {m["kind"] for _, m in made.traffic.manifests} == wanted
     for _, manifest in made.traffic.manifests:
         assert {t["name"] for t in manifest["tensors"]} == CROSSINGS[manifest["kind"]]

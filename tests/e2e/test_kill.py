@@ -69,6 +69,16 @@ def paid_exactly(bundle: Path, rounds: int = ROUNDS, evaluations: int = 0) -> No
         assert {d["request_id"] for d in of_type(book, "debit")} == committed, name
 
 
+def kept_by_all(bundle: Path) -> None:
+    """Each partner keeps the model of the bundle, its closing checkpoint, and what is said of it."""
+    (closing,) = (bundle / "closing").iterdir()
+    for name in HOSPITALS:
+        (folder,) = (bundle.with_name(bundle.name + ".private") / name / "models").iterdir()
+        assert (folder / "model.safetensors").read_bytes() == (bundle / "model.safetensors").read_bytes(), name
+        assert (folder / "closing.json").read_bytes() == closing.read_bytes(), name
+        assert json.loads((folder / "model.json").read_bytes())["run_id"] == folder.name == closing.stem, name
+
+
 def resume(forked: Forked, config: Path, out: Path, folder: Path) -> Result:
     """Go on after a kill, and hold the bundle against everything that must be true of it."""
     before = standing(out)
@@ -96,13 +106,15 @@ def moments(syncs: list[str]) -> dict[str, range]:
     book, outbox, closing = map(first, ("ledger.jsonl", "outbox", "/closing"))
     trained = first("checkpoint", outbox)
     evaluated = first("checkpoint", trained)
+    kept = max(i for i, path in enumerate(syncs, start=1) if "/models/" in path)
     return {
         "set-up": range(1, book),
         "opening": range(book, outbox - 1),
         "round": range(outbox - 1, trained + 2),
         "evaluation": range(trained + 2, evaluated + 2),
         "closing": range(closing - len(HOSPITALS) - 1, closing + 2),
-        "writing": range(closing + 2, len(syncs) + 1),
+        "delivering": range(closing + 2, kept + 1),
+        "writing": range(kept + 1, len(syncs) + 1),
     }
 
 
@@ -112,6 +124,7 @@ def test_the_stages_of_a_run_are_where_we_think(syncs: list[str]) -> None:
         "set-up": ["run.json", "identity.key", "charter.json", "dataset"],
         "opening": ["coordinator/ledger.jsonl", "partners/hungary/ledger.jsonl"],
         "closing": ["coordinator/ledger.jsonl", "partners/hungary/ledger.jsonl", "closing/"],
+        "delivering": ["cleveland/models", "va-long-beach/models", "model.safetensors", "closing.json", "model.json"],
         "writing": ["model.safetensors", "result.json", "report.html"],
     }.items():
         assert all(any(word in path for path in at[stage]) for word in words), stage
@@ -120,10 +133,17 @@ def test_the_stages_of_a_run_are_where_we_think(syncs: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "stage"),
-    [("before", "set-up"), ("after", "round"), ("torn", "round"), ("before", "evaluation"), ("after", "closing")],
+    [
+        ("before", "set-up"),
+        ("after", "round"),
+        ("torn", "round"),
+        ("before", "evaluation"),
+        ("after", "closing"),
+        ("before", "delivering"),
+    ],
 )
 def test_killed_at_one_point(mode: str, stage: str, forked: Forked, syncs: list[str], tmp_path: Path) -> None:
-    """Five of the points of `make soak`; which, chance decides anew each time (and the name of the failure tells)."""
+    """Six of the points of `make soak`; which, chance decides anew each time (and the name of the failure tells)."""
     number = random.choice(list(moments(syncs)[stage]))
     if mode == "torn":  # counts lines, not fsyncs
         number = random.randrange(1, sum("ledger.jsonl" in path for path in syncs) + 1)
@@ -141,6 +161,7 @@ def killed_and_resumed(forked: Forked, fault: Fault, folder: Path, text: str = C
     try:
         resume(forked, config, out, folder).says(told)
         paid_exactly(out, evaluations=evaluations)
+        kept_by_all(out)
     except AssertionError as err:
         raise AssertionError(f"{fault}: {err}") from err
 
