@@ -17,8 +17,8 @@ nothing and the peers who were asked keep silent. Only the coordinator, and the 
 ask them all. And it binds a steward who lost a disk, not one who edits files: an auditor sees those, where two signed entries
 have the same number.
 
-A checkpoint from after the restore proves nothing: the marker keeps where the ledger ended then, and a node that is not
-proved refuses to state that very head (`SiteLaw.witnesses`).
+A checkpoint from after the restore proves nothing: the marker keeps where the ledger ended then, and before the node states
+anything of its ledger again it records the restore in it, so every later statement is of a greater length.
 """
 
 from __future__ import annotations

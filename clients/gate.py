@@ -46,7 +46,8 @@ class Gate:
         log: every entry of the ledger is an event of it too.
 
     Raises:
-        LedgerError: the ledger is of another dataset, or one is simulated and the other is not.
+        LedgerError: the ledger is of another dataset, or one is simulated and the other is not, or its restore was not
+            finished.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Gate:
             )
         dataset.bind(begun["ledger_id"])
         self._standing = Standing(ledger.entries)
+        self._begin_after_restore()
         self._release_ended()
 
     def accept(self, signed: SignedCharter) -> None:
@@ -223,14 +225,11 @@ class Gate:
         """Free what a run held and never debited, if it is open here; the ledger's length and head after that.
 
         Raises:
-            Refused: this node accepted no such charter, or the run is another charter's; or it was restored and nothing
-                was recorded since (this refusal will be).
+            Refused: this node accepted no such charter, or the run is another charter's.
         """
         hold = self._standing.holds.get(run_id)
         if charter_sha256 not in self._charters or (hold is not None and hold.charter_sha256 != charter_sha256):
             raise Refused(Refusal.CHARTER_UNKNOWN, "this run is not of a charter that this node accepted")
-        if self._law is not None and not self._law.witnesses(self.ledger.length):
-            raise Refused(Refusal.RESTORED, "this node does not vouch for the ledger that it was restored with")
         if hold is not None and hold.open:
             self._append("release", {"run_id": run_id, "why": "closed"})
         return {"length": self.ledger.length, "head": self.ledger.head}
@@ -300,6 +299,24 @@ class Gate:
         if self._law is not None:
             self._law.agree(charter)
             self._law.permit(request.charter_sha256, request.run_id)
+
+    def _begin_after_restore(self) -> None:
+        """Record that the ledger up to here came from a backup, before anything else is recorded or signed.
+
+        Auditors see it, and whatever this node states of its ledger from now on is of a greater length: no such statement
+        can be passed off as one from before the restore.
+        """
+        at = None if self._law is None else self._law.restored_at()
+        if at is None or self.ledger.length > at:
+            return
+        if self.ledger.length < at:
+            raise LedgerError(
+                f"{self.name}'s restore was not finished: the ledger ends before {at} entries",
+                "Restore the same backup again: hansa node restore BACKUP",
+            )
+        body = {"request_id": "restored", "request_sha256": "0" * 64, "run_id": "restored", "round": None}
+        detail = "the ledger up to here came from a backup; refused is whatever is asked until it is proved whole"
+        self._append("refuse", body | {"reason": Refusal.RESTORED.value, "detail": detail})
 
     def _release_ended(self) -> None:
         """Free what runs under expired or withdrawn charters still hold: nothing can be debited for them any more."""

@@ -152,13 +152,10 @@ class SiteLaw:
         """Whether this partner left that charter."""
         return self._control.withdrawn(charter_sha256)
 
-    def witnesses(self, length: int) -> bool:
-        """Whether this node may state that its ledger has this length.
-
-        A node that was restored says nothing about where its ledger ended then: such a statement could be passed off as
-        one from before. Its refusal is itself an entry, so from then on its ledger is longer.
-        """
-        return not self._control.restored.exists() or length > restored_length(self._control.restored)
+    def restored_at(self) -> int | None:
+        """Length of the ledger when it was restored and nothing was proved; None where there is nothing to prove."""
+        marker = self._control.restored
+        return restored_length(marker) if marker.exists() else None
 
 
 def restored_length(marker: Path) -> int:

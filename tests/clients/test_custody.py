@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hansa.clients import custody
+from hansa.clients.bundle import export
 from hansa.clients.custody import backup, doubts, prove, restore
 from hansa.clients.law import Control
 from hansa.common.closing import CLOSING_TYPE
@@ -19,6 +20,7 @@ from hansa.common.errors import DataError, IdentityError, LedgerError, MessageEr
 from hansa.common.identity import Envelope, read_envelope, write_envelope
 from hansa.common.ledger import Entry, read_ledger
 from node_support import NAMES, Realm
+from support import verified
 
 
 @pytest.fixture
@@ -113,6 +115,26 @@ def test_a_checkpoint_from_after_the_restore_proves_nothing(realm: Realm) -> Non
     again = saved(realm, "again.tar")
     lose(realm)
     assert restore(realm.settings("ada"), again, [later]) == "no closing checkpoint from before the restore was given"
+
+
+def test_an_honest_restore_verifies_in_an_audit_and_stands_in_the_ledger(realm: Realm) -> None:
+    realm.run("run-1")
+    old = saved(realm)
+    lose(realm)
+    assert restore(realm.settings("ada"), old, []) is not None
+    realm.start("ada")
+    assert refusals(realm, "run-2") == RESTORED
+    assert prove(realm.settings("ada"), [realm.closing / "run-1.json"]) is None
+    bundle = realm.root / "bundle"
+    for name in NAMES:
+        export(realm.settings(name), bundle)
+    realm.signed.save(bundle / "charter.json")
+    shutil.copytree(realm.closing, bundle / "closing")
+    (bundle / "coordinator").mkdir()
+    shutil.copy(realm.root / realm.signed.sha256[:8] / "ledger.jsonl", bundle / "coordinator")
+    shutil.copy(realm.keys.home("coordinator").path / "coordinator.pem", bundle / "keys")
+    shutil.copy(realm.settings("ben").models / "run-2" / "model.safetensors", bundle)
+    assert verified(bundle)["partners"]["ada"]["refusals"] == 2
 
 
 def test_a_run_that_was_open_in_the_backup(realm: Realm, monkeypatch: pytest.MonkeyPatch) -> None:

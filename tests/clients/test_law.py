@@ -14,7 +14,7 @@ from hansa.clients import law as module
 from hansa.clients.gate import Gate
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter
-from hansa.common.errors import Refusal, Refused
+from hansa.common.errors import LedgerError, Refusal, Refused
 from hansa.common.identity import fingerprint
 from support import NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request
 
@@ -311,17 +311,20 @@ def test_a_folder_that_cannot_be_read_is_no_permission(site: Site, monkeypatch: 
         opened(gate, charter())
 
 
-def test_a_restored_node_holds_and_debits_nothing_and_vouches_for_no_old_head(site: Site) -> None:
+def test_a_restored_node_holds_and_debits_nothing_and_states_no_old_head(site: Site) -> None:
     signed = charter()
     gate = site.gate(signed)
     opened(gate, signed)
-    site.control.restored.parent.mkdir(parents=True, exist_ok=True)
-    site.control.restored.write_text(f'{{"length": {gate.ledger.length}}}')
-    for step in (lambda: opened(gate, signed, "run-2"), lambda: train(gate, signed)):
-        with refused(Refusal.RESTORED, "exhausted"):
-            step()
-    with pytest.raises(Refused) as caught:
-        gate.close_run("run-1", signed.sha256)
-    assert caught.value.reason is Refusal.RESTORED
-    gate.refuse(request(signed, "close", 4), "a" * 64, caught.value)
-    assert gate.close_run("run-1", signed.sha256)["length"] == gate.ledger.length
+    marker, length = site.control.restored, gate.ledger.length
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text(f'{{"length": {length}}}')
+    for _ in range(2):  # starts
+        gate = site.gate(signed)
+        assert [e.body["run_id"] for e in gate.ledger.of("refuse")] == ["restored"]
+        for step in (lambda g=gate: opened(g, signed, "run-2"), lambda g=gate: train(g, signed)):
+            with refused(Refusal.RESTORED, "exhausted"):
+                step()
+    assert gate.close_run("another", signed.sha256)["length"] == length + 1
+    marker.write_text(f'{{"length": {length + 2}}}')
+    with pytest.raises(LedgerError, match="was not finished"):
+        site.gate(signed)
