@@ -143,7 +143,7 @@ def network(
             net.set_up()
             console.rule("2. Training", align="left")
             net.start_server()
-            net.ready(60)
+            net.ready(120)
             console.print(plain(net.commands((n, "node", "check", "node.yaml") for n in net.partners)[0], lines=True))
             seconds["set up"] = time.perf_counter() - began
             for name in net.partners:
