@@ -356,7 +356,7 @@ class NodeLink:
     def _refuse(self, stream: _Stream, head: pb.Head, err: MessageError, passing: int) -> None:
         self._log.log("refused", coordinator=self._coordinator, request=head.id[:64], reason=err.message)
         stream.passing = passing
-        failure = pb.Failure(code=CLIENT_APP_FAILED, reason=f"request refused: {err.message}"[:200])
+        failure = pb.Failure(code=CLIENT_APP_FAILED, reason=_told(err))
         stream.tell(offer=pb.Head(id=head.id, failure=failure))
 
     async def _send(self, stream: _Stream) -> None:
@@ -449,6 +449,10 @@ class NodeLink:
             return
         except LedgerError:
             raise
+        except MessageError as err:
+            # About the request alone: what goes wrong in the work itself, the app answers.
+            self._log.log("refused", coordinator=self._coordinator, request=name, reason=err.message)
+            job.failure = _told(err)
         except Exception as err:
             # The words may hold record values; so only the kind of error, and nothing of it to the coordinator.
             self._log.failed("failed", err, request=name)
@@ -510,6 +514,11 @@ def run_links(links: list[NodeLink], stop: threading.Event) -> None:
         with contextlib.suppress(RuntimeError):
             loop_stop[0]()
         thread.join(5)
+
+
+def _told(err: MessageError) -> str:
+    """What the coordinator hears of a request that is refused."""
+    return f"request refused: {err.message}"[:200]
 
 
 def _safe(name: str) -> str:

@@ -76,7 +76,7 @@ def records_from_bytes(data: bytes) -> RecordDict:
     """
     try:
         return recorddict_from_proto(_ProtoRecordDict.FromString(data))
-    except (DecodeError, ValueError, TypeError, KeyError) as err:
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as err:  # what Flower meets in odd bytes
         raise MessageError("records that cannot be read") from err
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -58,3 +59,20 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.chdir(tmp_path)
     yield
     assert not list(tmp_path.rglob("hansa-fault.log")), (tmp_path / "hansa-fault.log").read_text()
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """What every payload tries to make; also the module `hansa_evil` does, when it is imported."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
+    assert "hansa_evil" not in sys.modules
+
+
+@pytest.fixture
+def evil(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that can be imported, and should not be."""
+    (tmp_path / "hansa_evil.py").write_text(f"open({str(marker)!r}, 'w').close()\ntask = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "hansa_evil"
