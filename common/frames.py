@@ -115,15 +115,16 @@ class Spooled:
                     raise MessageError(f"{path.name}: a damaged spool file")
                 head = pb.Head.FromString(file.read(size))
                 records = check_head(head)
-                if path.stat().st_size != 4 + size + sum(head.lengths):
+                if path.stat().st_size != _body(size) + sum(head.lengths):
                     raise MessageError(f"{path.name}: a spool file that was cut off")
+                file.seek(_body(size))
                 if expect is not None:
                     check = _Check(head.lengths, expect(records))
                     while data := file.read(BLOCK_BYTES):
                         check.add(data)
         except (OSError, struct.error, DecodeError) as err:
             raise MessageError(f"{path.name}: a damaged spool file") from err
-        return cls(path, head, 4 + size)
+        return cls(path, head, _body(size))
 
     def content(self, *, checked: bool) -> RecordDict:
         """The records; arrays are read from the file when they are needed.
@@ -158,10 +159,10 @@ class Spool:
         self.head = head
         self._check = _Check(head.lengths, expected)
         raw = head.SerializeToString()
-        self._body = 4 + len(raw)
+        self._body = _body(len(raw))
         self._file: BinaryIO = open(self._part, "wb", opener=_private)  # noqa: SIM115  closed by finish or drop
         try:
-            self._file.write(struct.pack("<I", len(raw)) + raw)
+            self._file.write((struct.pack("<I", len(raw)) + raw).ljust(self._body, b"\0"))
         except OSError:
             self.drop()
             raise
@@ -230,6 +231,11 @@ class _Check:
             self._index += 1
             if self._index < len(self._lengths):
                 self._left = self._lengths[self._index]
+
+
+def _body(size: int) -> int:
+    """Where the arrays begin behind a head of `size` bytes: aligned, or numpy would copy each whole to compute with it."""
+    return -(-(4 + size) // 64) * 64
 
 
 def _private(path: str, flags: int) -> int:
