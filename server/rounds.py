@@ -149,22 +149,25 @@ class Coordinator:
             state.save(path)
         optimizer = ServerOptimizer(self._charter.algorithm.strategy)
         optimizer.restore(state.strategy)
-        measured = evaluated_rounds(self._charter.algorithm.rounds, self._charter.evaluation.every)
+        evaluation = self._charter.evaluation
+        measured = (
+            evaluated_rounds(self._charter.algorithm.rounds, evaluation.every) if evaluation.kind != "none" else []
+        )
         # Every step of a round is on disk before the ledger says that it is done and before the next one is asked for:
         # a resumed run repeats the same questions to the same partners, and never folds a second answer of one of them.
         for number in range(state.round + 1, self._charter.algorithm.rounds + 1):
             began = time.perf_counter()
             self._notify("round", round=number)
+            metrics: dict[str, float] = {}
             if not state.trained:
                 mean, state.folded, answers = self._train(grid, run_id, number, state.accepted, state.model)
                 state.model = optimizer.step(number, state.model, mean)
                 state.strategy, state.trained, state.answers = optimizer.state(), True, {"train": answers}
+            if number in measured:
                 state.save(path)
                 self._record(state)
-            metrics: dict[str, float] = {}
-            state.answers = {}
-            if self._charter.evaluation.kind != "none" and number in measured:
-                metrics, state.answers["evaluate"] = self._evaluate(grid, run_id, number, state.accepted, state.model)
+                metrics, answers = self._evaluate(grid, run_id, number, state.accepted, state.model)
+                state.answers = {"evaluate": answers}
             state.round, state.trained = number, False
             state.history.append({"round": number, "metrics": metrics, "partners": len(state.folded)})
             state.save(path)
