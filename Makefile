@@ -17,7 +17,7 @@ help:
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make table   the accuracy table of README (10 seeds)"
 	@echo "make bench   measured figures: 1,000 clients a round, accounting"
-	@echo "make soak    kill -9 at 50 random points of a run, then --resume"
+	@echo "make soak    kill -9 at 50 random points of a run, then --resume; every fault of a network alone"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Hansa needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -37,12 +37,17 @@ demo: $(VENV)/.train
 network: $(VENV)/.train
 	$(BIN)/hansa network --out out/network
 
-# Fashion-MNIST comes from a Debian package; where it cannot be installed its test says so and is skipped.
+# Fashion-MNIST, and a library that shows a process another time of day, come from Debian packages; where they cannot be
+# installed their tests say so and are skipped.
 data:
 	@test -e /usr/share/datasets/fashion-mnist || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    (apt-get install -y -qq dataset-fashion-mnist || (apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist)) >/dev/null 2>&1; } || \
 	  echo "Fashion-MNIST is not installed (needs root: apt-get install dataset-fashion-mnist); its test will be skipped"
+	@test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    (apt-get install -y -qq faketime || (apt-get update -qq && apt-get install -y -qq faketime)) >/dev/null 2>&1; } || \
+	  echo "libfaketime is not installed (needs root: apt-get install faketime); the tests of wrong clocks will be skipped"
 
 test: $(VENV)/.dev data
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
