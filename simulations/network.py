@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
@@ -64,6 +64,8 @@ class LocalNetwork:
         say: called with each line for the screen: every command before it runs.
         sites: partner -> settings of the section `site` of its node.yaml.
         server: settings of server.yaml.
+        address: HOST:PORT of the server; left out, a free port of this machine.
+        host: organisation -> what to put before its process's command, to run it on another (virtual) host.
 
     Raises (on creation):
         ConfigError: the configuration has no partners, or one whose folder would be ours.
@@ -78,6 +80,8 @@ class LocalNetwork:
         say: Callable[[str], None] = lambda _: None,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
         server: Mapping[str, Any] | None = None,
+        address: str | None = None,
+        host: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.config = load_config(config)
         if self.config.partners is None:
@@ -93,7 +97,8 @@ class LocalNetwork:
         self._server = dict(server or {})
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._mark = self._claim()
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = address or f"127.0.0.1:{_free_port()}"
+        self._host = dict(host or {})
 
     def __enter__(self) -> LocalNetwork:
         return self
@@ -319,7 +324,7 @@ class LocalNetwork:
         with (self.out / "logs" / f"{name}.log").open("ab") as log:
             # A session of its own: Ctrl-C is for us, and we stop it.
             process = subprocess.Popen(  # noqa: S603  our own command
-                [*HANSA, *arguments],
+                [*self._host.get(name, ()), *HANSA, *arguments],
                 cwd=self.folder(name),
                 env={**os.environ, **QUIET, **(env or {})},
                 stdin=subprocess.DEVNULL,
