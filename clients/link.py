@@ -55,7 +55,7 @@ CREDIT = 8
 """So many unanswered requests are taken at once."""
 CONNECT_S = 10.0
 """A connection is up within this time, or it is tried again."""
-LONGEST_PAUSE_S = 30.0
+LONGEST_PAUSE_S = 10.0
 """Between two attempts to connect, at most."""
 RETRY_S = 2.0
 """After a full disk a request is tried again so much later."""

@@ -105,6 +105,8 @@ class _Wordless(logging.Handler):
         place = {"kind": record.levelname.lower(), "where": f"{record.name}:{record.lineno}"}
         if err is not None:
             place |= {"error": type(err).__name__, "where": _place(err.__traceback__) or place["where"]}
+        elif record.name == "hansa.node" and about:
+            place["where"] = str(about[-1])  # ours: class and places of an exception, without its words (clients/app.py)
         self._log.log("library", **place)
 
 

@@ -120,6 +120,7 @@ from hansa.common.events import EventLog
 EventLog("json", sys.stdout).capture()
 other.error("a row with %s", "{CANARY}")
 logging.getLogger("hansa.node").error("%s: %s", "ada", ValueError("{CANARY}"))
+logging.getLogger("hansa.node").error("%s: %s", "{CANARY}", "ValueError at training.py:7")
 warnings.warn("a column of {CANARY}")
 try:
     int("{CANARY}")
@@ -133,10 +134,11 @@ raise RuntimeError("{CANARY}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [e["event"] for e in events] == ["library"] * 4 + ["thread died", "process died"]
-    assert [e.get("error") for e in events] == [None, "ValueError", None, "ValueError", "ValueError", "RuntimeError"]
+    assert [e["event"] for e in events] == ["library"] * 5 + ["thread died", "process died"]
+    assert [e.get("error") for e in events] == [None, "ValueError", None, None, "ValueError", "ValueError", "RuntimeError"]
     assert CANARY not in done.stdout
     assert events[0]["where"].startswith("other:")
+    assert events[2]["where"] == "ValueError at training.py:7"  # what our own app says of a failure is kept
 
 
 def test_the_test_above_would_see_words() -> None:
