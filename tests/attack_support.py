@@ -266,10 +266,12 @@ class Town:
         """The request, signed by the coordinator."""
         return self.wire.encode(ask, self.wire.pack(tensors or {}))[0]
 
+    def message(self, records: RecordDict, kind: str = "train", to: str = "ada", ttl: float = 15.0) -> Message:
+        return self.grid.create_message(records, TYPES[kind], self.service.roster[to], "1", ttl)
+
     def push(self, records: RecordDict, kind: str = "train", to: str = "ada", ttl: float = 15.0) -> Message:
         """Put records on the link; what comes back."""
-        message = self.grid.create_message(records, TYPES[kind], self.service.roster[to], "1", ttl)
-        replies = list(self.grid.send_and_receive([message], timeout=ttl + 5))
+        replies = list(self.grid.send_and_receive([self.message(records, kind, to, ttl)], timeout=ttl + 5))
         assert replies, f"no answer\n{self.logs[to].getvalue()}"
         return replies[0]
 

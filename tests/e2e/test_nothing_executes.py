@@ -81,8 +81,10 @@ def test_files_do_not_execute(tmp_path: Path, marker: Path, how: str) -> None:
     path.write_bytes(payload)
     path.chmod(0o600)
     (tmp_path / "ledger.jsonl").write_bytes(payload + b"\n")
+    (tmp_path / "model.pt").write_bytes(payload)
     readers: list[Callable[[Path], Any]] = [
         lambda p: load_kept(p, TASK),
+        lambda p: load_kept(p.with_suffix(".pt"), TASK),
         SignedCharter.load,
         lambda p: read_ledger(p.with_name("ledger.jsonl")),
         read_status,
