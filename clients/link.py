@@ -321,6 +321,8 @@ class NodeLink:
 
     def _announced(self, stream: _Stream, head: pb.Head) -> None:
         """A request begins. One that is not the coordinator's own is refused by its head; its bytes are let pass."""
+        if len(self._jobs) >= 2 * CREDIT:
+            self._make_room()
         if stream.incoming is not None or len(self._jobs) >= 2 * CREDIT:
             raise MessageError("a request out of order")
         records = check_head(head)
@@ -376,12 +378,12 @@ class NodeLink:
         """What an earlier process of this node left in the inbox; worked on only when the coordinator still wants it."""
         self._inbox.mkdir(parents=True, exist_ok=True)
         drop_unfinished(self._inbox)
-        for path in sorted(self._inbox.glob("*.request"), key=lambda p: p.stat().st_mtime):
+        for path in sorted(self._inbox.glob("*.request"), key=lambda p: p.stat().st_mtime, reverse=True):
             try:
                 request = Spooled.load(path, self._expect if self._inspect is not None else None)
                 if len(self._jobs) >= CREDIT or _safe(request.head.id) != path.stem:
                     raise MessageError("not wanted")
-                self._jobs[request.head.id] = _Job(request, 0.0)
+                self._jobs[request.head.id] = _Job(request, time.monotonic() + request.head.remaining_s)
             except MessageError:
                 path.unlink(missing_ok=True)  # torn by a power cut: it will be sent again
 
@@ -478,6 +480,17 @@ class NodeLink:
             return
         records, arrays = take_apart(job.reply.content)
         self._stream.tell(offer=pb.Head(id=job.id, records=records, lengths=[length_of(a) for a in arrays]))
+
+    def _make_room(self) -> None:
+        """Forget requests whose time is over, but not what is being worked on.
+
+        The coordinator says `done` of what it gave up, but not to a node that was away then, nor of what it forgot when it
+        was restarted: such requests would stay for ever.
+        """
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            if now >= job.deadline and (job.done or not job.working):
+                self._forget(job.id)
 
     def _forget(self, name: str) -> None:
         job = self._jobs.pop(name, None)

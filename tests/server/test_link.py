@@ -171,6 +171,38 @@ def test_a_request_in_the_inbox_is_worked_on_only_when_it_is_still_wanted(tmp_pa
         until(lambda: [p.stem for p in inbox.glob("*.request")] in ([], [dropped]))
 
 
+def test_what_nobody_asks_for_any_more_makes_room_in_the_inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that is restarted and asks for something else says `done` of nothing that went before."""
+    monkeypatch.setattr(node_link, "LONGEST_PAUSE_S", 0.2)
+    go, app = threading.Semaphore(0), plain_app()
+
+    @app.query("late")
+    def _late(message: Message, context: Any) -> Message:
+        go.acquire()
+        return Message(RecordDict(), reply_to=message)
+
+    with net(tmp_path, "ada") as made:
+        made.node("ada", app)
+        most = 2 * node_link.CREDIT
+
+        def whole() -> int:
+            return len(list((tmp_path / "inbox-ada").glob("[0-9a-f]*.request")))
+
+        for number in range(1, most + 1):
+            made.until_connected()
+            ask(made, kind="query.late", ttl=5.0)
+            until(lambda n=number: whole() == n)  # type: ignore[misc]
+            assert made.grid is not None
+            made.grid.stop()
+            go.release()
+            made.start()
+        time.sleep(5)  # their time is over
+        made.until_connected()
+        assert whole() == most
+        assert first(answer(made, ask(made))) == 1.0
+        until(lambda: whole() == 0)
+
+
 def test_a_full_disk_at_the_node_is_tried_again(pair: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_link, "RETRY_S", 0.1)
     tries: list[int] = []
