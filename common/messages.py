@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 import struct
@@ -31,6 +32,8 @@ from .identity import Envelope, Identity, canonical, read_envelope, sha256, stri
 MESSAGE_TYPE = "application/vnd.hansa.message+json"
 CHUNK_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_BYTES = 8 * 1024**3
+PIECE = 2**18
+"""Values of a tensor that are computed with at a time: of an update, 1 MB, and 2 MB once they are weighted."""
 DTYPES = ("float32", "float64", "int64", "uint8")
 
 _DTYPES = frozenset(np.dtype(name) for name in DTYPES)
@@ -280,10 +283,25 @@ def is_finite(tensors: Tensors) -> bool:
 
 
 def squares(tensor: npt.NDArray[Any]) -> float:
-    """The sum of a tensor's squares, in its own type; NaN or infinite if a value is."""
-    flat = tensor.reshape(-1)
+    """The sum of a tensor's squares, piece by piece in its own type; NaN or infinite if a value is."""
+    total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.dot(flat, flat))
+        for _, piece in pieces(tensor):
+            total += float(np.dot(piece, piece))
+    return total
+
+
+def pieces(tensor: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """A tensor's values in flat pieces, each with the place of its first value.
+
+    Of a tensor that is a map of a spool file no more than a piece stays in memory: a reply need not be there as a whole.
+    """
+    flat = tensor.reshape(-1)
+    mapped = getattr(tensor, "_mmap", None)  # as numpy.memmap has it
+    for at in range(0, len(flat), PIECE):
+        yield at, flat[at : at + PIECE]
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def to_bytes(records: RecordDict) -> bytes:

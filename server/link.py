@@ -268,6 +268,15 @@ class GrpcGrid(Grid):
             if not any(r.state in (State.REPLIED, State.EXPIRED) for r in self._requests.values()):
                 self._changed.wait(timeout_s)
 
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more: nodes are told, and the arrays are let go of before this returns."""
+        with self._changed:
+            found = [self._requests.pop(name) for name in message_ids if name in self._requests]
+            for request in found:
+                request.state, request.arrays = State.EXPIRED, []
+        if found:
+            self._soon(self._tell_expired, found)
+
     def state(self, message_id: str) -> State | None:
         """Where a request is; None when it was never pushed or is long forgotten."""
         with self._changed:
@@ -758,6 +767,9 @@ class GrpcGrid(Grid):
                 request.error = Error(MESSAGE_UNAVAILABLE, "no answer in time")
             if late:
                 self._changed.notify_all()
+        self._tell_expired(late)
+
+    def _tell_expired(self, late: list[_Request]) -> None:
         for request in late:
             for peer in self._peers.values():
                 if peer.node == request.node:

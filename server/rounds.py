@@ -5,8 +5,9 @@ it comes; the mean is the strategy's one virtual reply; the model is measured as
 recorded and checkpointed. A killed coordinator asks the same round again with the same bytes, and gets committed replies
 from the partners' outboxes. At the end everyone signs where its ledger stands, and gets the model with that.
 
-Memory, in sizes of the model, whatever the number of partners: the model (1), the running sum in float64 (2), and one
-more: a reply, or the new model (so with the strategies that are no more than the mean; the others keep more themselves).
+Memory, in sizes of the model, whatever the number of partners: the model (1), which the new one overwrites, and the running
+sum in float64 (2); replies are read piece by piece from their files. (So with the strategies that are no more than the mean;
+the others keep more themselves.)
 Requests share the model's memory and are forgotten once the Grid has them.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +29,7 @@ from ..common.closing import CLOSING_TYPE, closing_payload, read_closing
 from ..common.errors import MessageError, RunFailed
 from ..common.flower import Grid, Message, RecordDict
 from ..common.identity import Envelope, Identity, real, sha256, verify, write_envelope, write_whole
-from ..common.messages import Manifest, Tensors, Wire, squares
+from ..common.messages import Manifest, Tensors, Wire, pieces, squares
 from ..common.model import Arrays, model_manifest, model_sha256, zeros_like
 from ..common.plan import evaluated_rounds
 from ..common.tasks import Task
@@ -40,18 +41,18 @@ from .strategies import ServerOptimizer
 MAX_UPDATE = 1e12
 """No tensor of an update has a larger L2 norm; float32 sums of a few of them, and their squares, stay finite."""
 
-BLOCK = 2**18
-"""Values of an update that are weighted at a time: two megabytes, not another copy of a tensor in float64."""
-
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
 
 @runtime_checkable
-class Waiting(Protocol):
-    """A Grid that can tell when there is something to pull; of any other one it is asked again and again."""
+class Link(Protocol):
+    """What our own Grid can do besides; any other one is asked again and again, and keeps what nobody waits for."""
 
     def wait(self, timeout_s: float) -> None:
         """Return when a reply may be there, after `timeout_s` seconds at the latest."""
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more: what was not begun is not, and their content is let go of."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,10 @@ class Coordinator:
     def _standing(self, path: Path, run_id: str) -> Checkpoint:
         """Where the run stands: at its checkpoint, or at its beginning."""
         initial = self._initial()
-        state = Checkpoint.load(path)
-        if state is None:
-            return Checkpoint(run_id, 0, initial)
-        # A file keeps no order; tensors in another one would make other bytes of the same request.
-        state.model = {name: state.model[name] for name in initial}
+        state = Checkpoint.load(path) or Checkpoint(run_id, 0, dict(initial))
+        # In the order of the model: a file keeps none, and tensors in another one would make other bytes of the same
+        # request. And so that the next round can overwrite it, which what was read from a file may not allow.
+        state.model = {name: np.require(state.model[name], requirements=("C", "W")) for name in initial}
         return state
 
     def _record(self, state: Checkpoint) -> None:
@@ -435,10 +435,12 @@ class Coordinator:
                     answers[name] = self._receive(name, manifest, digest, reply, sink)
                     self._notify("answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name])
                 del reply  # before the next one is there
-            if not came and isinstance(grid, Waiting):
+            if not came and isinstance(grid, Link):
                 grid.wait(left_s)
             elif not came:
                 time.sleep(0.01)
+        if isinstance(grid, Link):
+            grid.withdraw(pending)
         for name, (manifest, _) in requests.items():
             answers.setdefault(name, Answer(manifest.request_id, "timeout"))
         return answers
@@ -506,11 +508,10 @@ class Coordinator:
 
 
 def _add(total: npt.NDArray[np.float64], value: npt.NDArray[Any], weight: float) -> None:
-    """total += weight * value, in float64, block by block."""
-    to, of = total.reshape(-1), value.reshape(-1)
-    for at in range(0, len(of), BLOCK):
-        part = of[at : at + BLOCK]
-        to[at : at + BLOCK] += part if weight == 1.0 else np.multiply(part, weight, dtype=np.float64)
+    """total += weight * value, in float64, piece by piece."""
+    to = total.reshape(-1)
+    for at, piece in pieces(value):
+        to[at : at + len(piece)] += piece if weight == 1.0 else np.multiply(piece, weight, dtype=np.float64)
 
 
 _REPLIES = {

@@ -31,7 +31,7 @@ from ..common.flower import (
     empty_run,
     strategies,
 )
-from ..common.messages import is_finite
+from ..common.messages import is_finite, pieces
 from ..common.model import Arrays, zeros_like
 
 _IDENTITIES = ("fedavg", "fedprox")
@@ -57,15 +57,18 @@ class ServerOptimizer:
         """New global arrays, float32, in the order of `arrays`.
 
         Args:
+            arrays: in C order; with a strategy that is no more than the mean, the new ones overwrite them.
             mean_update: float64; emptied, so that it is gone from memory once it was used.
 
         Raises:
             RunFailed: the strategy gave no model, or one that is not finite.
         """
-        mean = zeros_like(arrays, np.float32)
+        mean = arrays if self._strategy is None else zeros_like(arrays, np.float32)
         for name, value in arrays.items():
-            # Added in float64; NumPy converts piece by piece, so nothing is copied whole.
-            np.add(value, mean_update.pop(name), out=mean[name], dtype=np.float64, casting="same_kind")
+            to = mean[name].reshape(-1)
+            update = mean_update.pop(name).reshape(-1)
+            for at, piece in pieces(value):
+                to[at : at + len(piece)] = piece + update[at : at + len(piece)]  # in float64, rounded once
         new = mean if self._strategy is None else self._aggregate(round_number, arrays, mean)
         if not is_finite(new):
             raise RunFailed(

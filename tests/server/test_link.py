@@ -709,3 +709,28 @@ def test_the_generated_code_is_that_of_the_proto_file() -> None:
     for name, body in re.findall(r"^message (\w+) \{(.*?)\}\n(?=\n|message|$)", text, re.S | re.M):
         fields = {f: int(n) for f, n in re.findall(r"(\w+) = (\d+);", body)}
         assert {f.name: f.number for f in getattr(pb, name).DESCRIPTOR.fields} == fields, name
+
+
+def test_what_nobody_waits_for_is_withdrawn(pair: Net) -> None:
+    """A request that was not begun is not begun; one that is under way is not offered any more; memory is let go of."""
+    hold, calls = threading.Event(), []
+    app = ClientApp()
+
+    @app.train()
+    def _train(message: Message, context: Any) -> Message:
+        calls.append(message.metadata.message_id)
+        hold.wait(20)
+        return plain_app()(message, context)
+
+    pair.node("ada", app)
+    pair.until_connected("ada")
+    begun, waiting = ask(pair), ask(pair)
+    until(lambda: calls and len(list((pair.keys.root / "inbox-ada").glob("*.request"))) == 2)
+    assert pair.grid is not None
+    pair.grid.withdraw([begun, waiting])
+    assert pair.grid.state(begun) is pair.grid.state(waiting) is None
+    until(lambda: not list((pair.keys.root / "inbox-ada").glob("*.request")))
+    hold.set()
+    assert first(answer(pair, ask(pair, value=2.0))) == 3.0
+    assert calls[0] == begun
+    assert waiting not in calls
