@@ -106,7 +106,8 @@ class _Wordless(logging.Handler):
         if err is not None:
             place |= {"error": type(err).__name__, "where": _place(err.__traceback__) or place["where"]}
         elif record.name == "hansa.node" and about:
-            place["where"] = str(about[-1])  # ours: class and places of an exception, without its words (clients/app.py)
+            # Ours: class and places of an exception, without its words (clients/app.py).
+            place["where"] = str(about[-1])
         self._log.log("library", **place)
 
 
