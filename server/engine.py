@@ -105,7 +105,8 @@ class StockGrid(Grid):
     def connected(self) -> dict[str, dict[str, str]]:
         """Partner -> where it was met, as `server.status` has it."""
         told = {"since": "", "version": "", "tls": ""}
-        return {name: {**told, "address": f"SuperLink node {node}"} for name, node in self._where.items()}
+        with self._changed:
+            return {name: {**told, "address": f"SuperLink node {node}"} for name, node in self._where.items()}
 
     def missing(self) -> list[str]:
         """Partners that were not met, or whose node went away."""
@@ -123,12 +124,16 @@ class StockGrid(Grid):
         }
         deadline = time.monotonic() + timeout_s
         while asked and self.missing() and (left_s := deadline - time.monotonic()) > 0:
+            came = False
             for reply in self.pull_messages(list(asked)):
+                came = True
                 node = asked.pop(reply.metadata.reply_to_message_id)
                 name = self._introduced(reply, node, nonce)
                 if name is not None:
-                    self._where.setdefault(name, node)
-            self.wait(left_s)
+                    with self._changed:
+                        self._where.setdefault(name, node)
+            if not came:
+                self.wait(left_s)
 
     def _introduced(self, reply: Message, node: int, nonce: str) -> str | None:
         """The partner that signed this hello for this node and this question; None where nobody did."""
@@ -225,7 +230,11 @@ class StockGrid(Grid):
         like = addressed(
             RecordDict(), meta.message_type, meta.dst_node_id, meta.group_id, meta.ttl, name, created_at=time.time()
         )
-        sent = self._sent[name] = _Sent(like, node or 0, time.monotonic() + meta.ttl)
+        sent = _Sent(like, node or 0, time.monotonic() + meta.ttl)
+        with self._changed:
+            for late in [other for other, one in self._sent.items() if one.deadline < time.monotonic()]:
+                del self._sent[late]  # nobody came for it
+            self._sent[name] = sent
         theirs = ""
         if node is not None:
             outgoing = Message(

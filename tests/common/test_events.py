@@ -135,7 +135,15 @@ raise RuntimeError("{CANARY}")
     assert done.stderr == ""
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [e["event"] for e in events] == ["library"] * 5 + ["thread died", "process died"]
-    assert [e.get("error") for e in events] == [None, "ValueError", None, None, "ValueError", "ValueError", "RuntimeError"]
+    assert [e.get("error") for e in events] == [
+        None,
+        "ValueError",
+        None,
+        None,
+        "ValueError",
+        "ValueError",
+        "RuntimeError",
+    ]
     assert CANARY not in done.stdout
     assert events[0]["where"].startswith("other:")
     assert events[2]["where"] == "ValueError at training.py:7"  # what our own app says of a failure is kept

@@ -250,6 +250,7 @@ class FlowerEngine:
             *("--ssl-keyfile", self.folder / "server.key"),
             "--enable-supernode-auth",
             "--disable-runtime-dependency-installation",
+            *("--database", self.folder / "superlink.db"),
             *isolation,
         )
         self._until("superlink", lambda _: self._listens())

@@ -312,6 +312,15 @@ class Trial:
         missing = self.given - self.happened()
         return f"{why}; faults that did not happen: {dict(missing)}{logs}"
 
+    def request(self, name: str, number: int) -> str:
+        """The link's name for that round's request to train, of those that a node took."""
+        took = re.findall(r'request coordinator="coordinator" request="(\w+)" kind="train"', self.net.log(name))
+        return list(dict.fromkeys(took))[number - 1]
+
+    def logged(self, name: str, event: str, number: int) -> int:
+        """How often a node logged that event of that request."""
+        return self.net.log(name).count(f'{event} coordinator="coordinator" request="{self.request(name, number)}"')
+
     def ends_well(self, paid: Mapping[str, Mapping[int, str]] | None = None) -> dict[str, Path]:
         """The audit, the bills and the models, now that the run is closed; everyone's ledger.
 
@@ -387,6 +396,8 @@ def test_coordinator_killed_around_every_transition(network: Make) -> None:
     trial.carry_on()
     trial.ends_well()
     assert trial.starts == dict.fromkeys(HOSPITALS, 1) | {COORDINATOR: 11}
+    # What has arrived is found in the spool, and what the node has is not sent again, however often the coordinator dies.
+    assert trial.logged("hungary", "sent", 1) == trial.logged("hungary", "request", 1) == 1
 
 
 @slow
@@ -402,6 +413,8 @@ def test_node_killed_around_every_transition(network: Make) -> None:
     trial.carry_on()
     trial.ends_well()
     assert trial.starts == {"cleveland": 7, "hungary": 5, "switzerland": 1, "va-long-beach": 1, COORDINATOR: 1}
+    # What it has in its inbox is not sent to it again, however often it dies.
+    assert trial.logged("cleveland", "request", 1) == trial.logged("cleveland", "request", 2) == 1
 
 
 @soak
@@ -409,15 +422,18 @@ def test_node_killed_around_every_transition(network: Make) -> None:
 @pytest.mark.parametrize("state", TRANSITIONS)
 @pytest.mark.parametrize("who", ["node", "coordinator", "both"])
 def test_killed_around_one_transition(who: str, state: str, kind: str, network: Make) -> None:
-    """Each kill in a run of its own, of every kind of request."""
-    for when in ("before", "after"):
-        place = f"{becomes(state, 'hungary', kind, None)}:{when}:1:"
-        kills = {"node": ["kill:{hungary}"], "coordinator": ["kill"], "both": ["kill:{hungary}", "kill"]}[who]
-        trial = Trial(network(), {COORDINATOR: [";".join(place + kill for kill in kills)]})
+    """Every kind of request. A node is killed once in a run; a coordinator before and, when it is back, after."""
+    kills = {"node": ["kill:{hungary}"], "coordinator": ["kill"], "both": ["kill:{hungary}", "kill"]}[who]
+    before, after = (
+        ";".join(f"{becomes(state, 'hungary', kind, None)}:{when}:1:{kill}" for kill in kills)
+        for when in ("before", "after")
+    )
+    for faults in ([before], [after]) if who == "node" else ([before, after],):
+        trial = Trial(network(), {COORDINATOR: list(faults)})
         trial.carry_on()
         trial.ends_well()
-        assert trial.starts["hungary"] == 1 + (who != "coordinator")
-        assert trial.starts[COORDINATOR] == 1 + (who != "node")
+        assert trial.starts["hungary"] == 1 + (0 if who == "coordinator" else len(faults))
+        assert trial.starts[COORDINATOR] == 1 + (0 if who == "node" else len(faults))
         trial.net.__exit__(None, None, None)
 
 
@@ -566,7 +582,7 @@ def test_killed_at_random(turn: int, network: Make) -> None:
 
     def killer() -> None:
         nonlocal kills
-        while kills < 30 and not ended.wait(random.uniform(0.1, 1.5)):
+        while kills < 30 and not ended.wait(random.uniform(0.05, 0.7)):
             for name in random.sample(EVERYONE, random.choice([1, 1, 1, 2, 5])):
                 with contextlib.suppress(ProcessLookupError, KeyError):
                     os.kill(trial.net.process(name).pid, signal.SIGKILL)
@@ -679,12 +695,9 @@ def test_a_slow_node_is_not_waited_for(network: Make) -> None:
     assert in_round(books[COORDINATOR], 1) == others
     assert in_round(books[COORDINATOR], 2) == sorted(HOSPITALS)
     # What it had for the first round was never handed over.
-    (commit,) = [c for c in of_type(books["switzerland"], "commit") if c["round"] == 1]
-    assert f'sent coordinator="coordinator" request="{commit["request_sha256"][:32]}"' not in trial.net.log(
-        "switzerland"
-    )
+    assert (trial.logged("switzerland", "sent", 1), trial.logged("switzerland", "sent", 2)) == (0, 1)
     spool = trial.net.folder(COORDINATOR) / "state" / "spool"
-    assert not list(spool.glob(f"{commit['request_sha256'][:32]}*"))
+    assert not list(spool.glob(f"*{trial.request('switzerland', 1)}*"))
 
 
 # -- certificates --------------------------------------------------------------------------------------------------------
@@ -887,6 +900,62 @@ def stalling(net: Network, name: str) -> str:
             for _ in call:
                 pass
         return str(call.code().name)
+
+
+# -- the faults themselves -----------------------------------------------------------------------------------------------
+
+
+def meets(fault: str, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    env = environment(PYTHONPATH=str(HERE / "faulty"), HANSA_FAULT=fault, HANSA_FAULT_LOG=str(tmp_path / "faults"))
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "hansa.common.errors:LedgerError:before:1:die",
+        "hansa.common.errors:nothing:before:1:kill",
+        "hansa.common.errors:HansaError.nothing:before:1:kill",
+        "hansa.common.errors:HansaError.nothing=1:before:1:kill",
+        "hansa.common.errors:Refusal:before:1:kill",
+        "hansa.common.error:HansaError.__init__:before:1:kill",
+    ],
+)
+def test_a_fault_that_cannot_happen_is_loud(fault: str, tmp_path: Path) -> None:
+    done = meets(fault, "import hansa.common.errors", tmp_path)
+    assert done.returncode == 86
+    assert "HANSA_FAULT: " in done.stderr
+    assert not (tmp_path / "faults").exists()
+
+
+def test_a_fault_happens_where_and_when_it_should(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import asyncio, dataclasses, time\n"
+        "@dataclasses.dataclass\n"
+        "class A:\n"
+        "    n: int\n"
+        "    state: str = 'new'\n"
+        "    async def go(self, times=1):\n"
+        "        return self.n * times\n"
+    )
+    prelude = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from own import *\n"
+
+    def ends(fault: str, code: str) -> tuple[int, str]:
+        (tmp_path / "faults").unlink(missing_ok=True)
+        done = meets(fault, prelude + code, tmp_path)
+        assert (tmp_path / "faults").exists() == (done.returncode != 0), done.stderr
+        return done.returncode, done.stdout
+
+    go = "for n in (1, 2, 2): print(asyncio.run(A(n).go(n)), flush=True)"
+    assert ends("own:A.go:before:2:kill", go) == (-signal.SIGKILL, "1\n")
+    assert ends("own:A.go[times=2]:before:2:kill", go) == (-signal.SIGKILL, "1\n4\n")
+    assert ends("own:A.go[self.n=2]:after:2:enospc", go) == (1, "1\n4\n")
+    assert ends("own:A.go:before:4:kill", go) == (0, "1\n4\n4\n")
+    become = "a = A(1)\nfor s in ('old', 'old', 'new', 'old'): a.state = s; print(s, flush=True)"
+    assert ends("own:A.state=old:after:1:kill", become) == (-signal.SIGKILL, "")
+    assert ends("own:A.state=old:before:2:kill", become) == (-signal.SIGKILL, "old\nold\nnew\n")
+    assert ends("own:A.state=new[self.n=1]:after:2:kill", become) == (-signal.SIGKILL, "old\nold\n")
 
 
 # -- the fork server -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ A place that does not exist ends the process at once, and loudly: a fault that n
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import importlib.abc
@@ -221,7 +222,9 @@ def arm(text: str) -> None:
     for name in list(later):
         if name in sys.modules:
             _patch(sys.modules[name], later.pop(name))
-    sys.meta_path.insert(0, _Finder(later))
+    if later:
+        sys.meta_path.insert(0, _Finder(later))
+        atexit.register(lambda: later and _die(f"nobody imported {', '.join(later)}"))
 
 
 arm(os.environ.get("HANSA_FAULT", ""))
