@@ -382,7 +382,7 @@ def becomes(state: str, partner: str, kind: str = "train", number: int | None = 
     """The moment at which the coordinator's request to that partner becomes `state`."""
     only = f"self.node={NUMBERS[partner]},self.message.metadata.message_type={kind}"
     only += "" if number is None else f",self.message.metadata.group_id={number}"
-    return f"hansa.server.link:_Request.state={state}[{only}]"
+    return f"hansa.server.requests:Request.state={state}[{only}]"
 
 
 TRANSITIONS = ("queued", "sent", "acknowledged", "replied", "folded")
@@ -516,7 +516,7 @@ KINDS = ("query.open", "train", "evaluate", "query.close", "query.sign", "query.
 
 def amid(kind: str) -> str:
     """Two of four have answered."""
-    return f"hansa.server.link:_Request.state=replied[self.message.metadata.message_type={kind}]:after:2:"
+    return f"hansa.server.requests:Request.state=replied[self.message.metadata.message_type={kind}]:after:2:"
 
 
 @slow

@@ -28,7 +28,7 @@ from hansa.common.flower import Array, ArrayRecord, ClientApp, Message, RecordDi
 from hansa.common.frames import METHOD, PROTOCOL, take_apart
 from hansa.common.identity import Identity
 from hansa.common.messages import Manifest, SignedWire
-from hansa.server import link as server_link
+from hansa.server import streams as server_streams
 from hansa.server.link import State
 from link_support import Keys, Net, model, net, plain_app, until
 
@@ -347,9 +347,9 @@ def test_an_expired_certificate_ends_the_stream(pair: Net, monkeypatch: pytest.M
         def now(cls, tz: Any = None) -> Any:
             return datetime.now(UTC) + timedelta(days=91)
 
-    monkeypatch.setattr(server_link, "datetime", Later)
+    monkeypatch.setattr(server_streams, "datetime", Later)
     assert pair.grid is not None
-    monkeypatch.setattr(server_link, "RECHECK_S", 0.0)
+    monkeypatch.setattr(server_streams, "RECHECK_S", 0.0)
     until(lambda: "ada" not in pair.grid.connected(), 5)  # type: ignore[union-attr]
     assert "expired" in pair.log.getvalue()
 
@@ -487,9 +487,9 @@ def test_the_answer_to_another_nodes_request(pair: Net) -> None:
 
 
 def test_a_peer_that_stalls_half_way_loses_its_slot(pair: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_link, "STALL_S", 1.0)
+    monkeypatch.setattr(server_streams, "STALL_S", 1.0)
     assert pair.grid is not None
-    pair.grid._slots = 1
+    pair.grid._streams._slots = 1
     name = ask(pair)
     with raw(pair, "ada") as (call, send):
         records, _ = take_apart(model())
@@ -502,7 +502,7 @@ def test_a_peer_that_stalls_half_way_loses_its_slot(pair: Net, monkeypatch: pyte
 
 
 def test_a_peer_that_never_says_hello(pair: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_link, "STALL_S", 0.5)
+    monkeypatch.setattr(server_streams, "STALL_S", 0.5)
     with raw(pair, "ada", hello=False) as (call, _):
         assert ended(call)[0] is grpc.StatusCode.DEADLINE_EXCEEDED
 

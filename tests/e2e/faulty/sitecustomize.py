@@ -8,7 +8,7 @@ A fault is MODULE:PLACE:WHEN:NUMBER:ACTION, for instance
     hansa.clients.link:NodeLink._whole:before:2:kill
     hansa.clients.app:train_locally:before:1:sleep:20
     hansa.clients.outbox:write_whole:before:1+:enospc
-    hansa.server.link:_Request.state=sent[self.node=1,self.message.metadata.message_type=train]:after:1:kill:/tmp/cleveland.pid
+    hansa.server.requests:Request.state=sent[self.node=1,self.message.metadata.message_type=train]:after:1:kill:/tmp/cleveland.pid
 
 PLACE   a function or method by the name that its module has for it; or CLASS.ATTRIBUTE=VALUE, the moment at which an
         object's attribute becomes that value. In brackets: only calls whose arguments are so.
