@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common.accounting import Budget
-from ..common.certificates import Home
 from ..common.charter import ADVERSARY, SignedCharter
 from ..common.cli import plain
 from ..common.errors import LedgerError, Refusal
+from ..common.home import Home
 from ..common.ledger import read_ledger
 from .law import Control
 from .settings import NodeSettings

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from ..common.certificates import Home
 from ..common.charter import SignedCharter
 from ..common.errors import LedgerError, OutputError
+from ..common.home import Home
 from ..common.identity import public_pem, write_whole
 from .settings import NodeSettings
 

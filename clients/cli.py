@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..common.certificates import Home
 from ..common.charter import SignedCharter
 from ..common.cli import Format, FormatOption, passphrase_for, plain, show_json
 from ..common.errors import ConfigError, HansaError
+from ..common.home import Home
 from ..common.identity import write_whole
 from .bill import budget_report, print_budget
 from .law import Control

@@ -36,10 +36,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ..common.certificates import Home
 from ..common.charter import Charter, SignedCharter
 from ..common.closing import CLOSING_TYPE, read_closing
 from ..common.errors import DataError, IdentityError, LedgerError, MessageError, OutputError
+from ..common.home import Home
 from ..common.identity import TEMPORARY, canonical, fsync_folder, output_error, read_envelope, strict_json, write_whole
 from ..common.ledger import Entry, read_ledger
 from .law import Control, restored_length

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..common.certificates import Home
 from ..common.errors import ConfigError, DataError, HansaError, MessageError
 from ..common.events import EventLog
 from ..common.flower import (
@@ -29,6 +28,7 @@ from ..common.flower import (
     Message,
     RecordDict,
 )
+from ..common.home import Home
 from ..common.identity import PASSPHRASE, canonical, read_envelope, strict_json
 from ..common.messages import MESSAGE_TYPE
 from .settings import NodeSettings, load_settings

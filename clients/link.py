@@ -28,7 +28,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from ..common import link_pb2 as pb
-from ..common.certificates import Home, PeerCertificate, RevocationList, check_chain, check_peer
+from ..common.certificates import PeerCertificate, RevocationList, check_chain, check_peer
 from ..common.errors import HansaError, LedgerError, LinkError, MessageError, OutputError
 from ..common.events import EventLog
 from ..common.flower import CLIENT_APP_FAILED, ClientApp, Context, Message, RecordDict, addressed, grpc
@@ -47,6 +47,7 @@ from ..common.frames import (
     length_of,
     take_apart,
 )
+from ..common.home import Home
 from ..common.plan import SOFTWARE
 
 _log = logging.getLogger("hansa.node")

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..common.certificates import Home
 from ..common.charter import SignedCharter
 from ..common.errors import CharterError, ConfigError, DataError, LedgerError, LinkError, Refused
 from ..common.events import EventLog
 from ..common.flower import ClientApp, Context, RecordDict
+from ..common.home import Home
 from ..common.identity import Identity, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import SignedWire

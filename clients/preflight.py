@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from ..common.certificates import Home, RevocationList, check_chain, check_peer, read_endorsement
+from ..common.certificates import RevocationList, check_chain, check_peer, read_endorsement
 from ..common.charter import SignedCharter
 from ..common.errors import ConfigError, HansaError, LedgerError, OutputError
+from ..common.home import Home
 from ..common.ledger import read_ledger
 from ..common.tasks import code_sha256, load_task
 from .datasets import RegisteredDataset

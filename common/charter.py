@@ -283,7 +283,7 @@ class SignedCharter:
         if absent := self.missing():
             raise CharterError(
                 f"not signed by {', '.join(absent)}",
-                "They sign with: hansa charter sign CHARTER.json --key KEY",
+                "They sign with: hansa charter sign CHARTER.json --home HOME",
             )
         if len(self.signatures) != len(keys):
             raise CharterError("a signature stands in it twice")

@@ -26,10 +26,10 @@ from rich.table import Table
 
 from . import verifier
 from .accounting import Budget, PrivacyEvent, odometer
-from .certificates import Home
 from .charter import SignedCharter, draft, in_words
 from .config import Federation, load_config
 from .errors import CharterError, ConfigError, HansaError, IdentityError, LedgerError, RunFailed
+from .home import Home
 from .identity import (
     PASSPHRASE,
     Identity,

@@ -209,7 +209,11 @@ def key_from_pem(pem: bytes) -> str:
 
 def fingerprint(key: str) -> str:
     """What people compare by phone: SHA-256 of the raw public key, first 20 bytes in groups of four digits."""
-    digest = hashlib.sha256(bytes.fromhex(key)).hexdigest()[:40]
+    return grouped(sha256(bytes.fromhex(key)))
+
+
+def grouped(digest: str) -> str:
+    """The first 20 bytes of a hex digest in groups of four digits, as people read fingerprints out."""
     return " ".join(digest[i : i + 4] for i in range(0, 40, 4))
 
 
@@ -279,6 +283,18 @@ def read_envelope(data: bytes, payload_type: str) -> Envelope:
     if not same:
         raise MessageError("an envelope in an unusual layout (edited?)")
     return envelope
+
+
+def read_file(path: Path, hint: str) -> bytes:
+    """The bytes of a file that belongs to an identity, or what to do without it.
+
+    Raises:
+        IdentityError: missing or unreadable, with this hint.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise IdentityError(f"{path}: {err.strerror}", hint) from err
 
 
 def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: int = 0o644) -> None:

@@ -10,13 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from .certificates import (
-    ConnectionCA,
-    Home,
     PeerCertificate,
     RevocationList,
     check_chain,
     check_peer,
-    grouped,
     read_certificate,
     read_endorsement,
     read_request,
@@ -24,8 +21,10 @@ from .certificates import (
 )
 from .charter import SignedCharter
 from .cli import Format, FormatOption, out, passphrase_for, plain, show_json
+from .connection_ca import ConnectionCA
 from .errors import CharterError, IdentityError
-from .identity import PASSPHRASE, fingerprint, is_encrypted, key_from_pem, sha256, write_whole
+from .home import Home
+from .identity import PASSPHRASE, fingerprint, grouped, is_encrypted, key_from_pem, read_file, sha256, write_whole
 
 HomeOption = Annotated[Path, typer.Option("--home", envvar="HANSA_HOME", help="the folder of your identity")]
 CaOption = Annotated[Path, typer.Option("--ca", help="the coordinator's CA folder")]
@@ -80,10 +79,10 @@ def issue(
 
     Example: hansa identity issue cleveland.csr --ca ca
     """
-    pem = _read(request, "Give the NAME.csr that an organisation sent.")
+    pem = read_file(request, "Give the NAME.csr that an organisation sent.")
     asked = read_request(pem)
     to = to or Path(f"{asked.name}.crt")
-    if to.exists() and b"-----BEGIN CERTIFICATE-----" not in _read(to, "Give another --out."):
+    if to.exists() and b"-----BEGIN CERTIFICATE-----" not in read_file(to, "Give another --out."):
         raise IdentityError(f"{to}: exists, and is not a certificate", "Give another --out.")
     authority = ConnectionCA.load(ca, passphrase_for(ca / "ca.key")) if ConnectionCA.exists(ca) else None
     _print(_of_request(pem))
@@ -115,9 +114,9 @@ def install(
     Example: hansa identity install cleveland.crt --home cleveland
     """
     place = Home(home)
-    pem = _read(certificate, "Give the NAME.crt that the coordinator sent.")
+    pem = read_file(certificate, "Give the NAME.crt that the coordinator sent.")
     before = place.path / "ca.crt"
-    old = _read(before, "") if before.exists() else None
+    old = read_file(before, "") if before.exists() else None
     # Both TLS keys have the passphrase of the identity key.
     found = place.install(pem, passphrase_for(place.tls_key if place.tls_key.exists() else place.pending_key))
     out.print(plain(f"{place.path}: installed the certificate of {found.name}, issued by {found.issuer}"))
@@ -139,7 +138,7 @@ def show(
     if path.is_dir():
         found = _of_home(Home(path))
     else:
-        data = _read(path, "Give a .csr, .crt or .pem file, or the folder of an identity.")
+        data = read_file(path, "Give a .csr, .crt or .pem file, or the folder of an identity.")
         try:
             found = _of_file(data)
         except IdentityError as err:
@@ -162,10 +161,10 @@ def verify(
     Example: hansa identity verify hungary.crt --charter charter.json --crl ca/revoked.crl
     """
     signed = SignedCharter.load(charter)
-    pem = _read(certificate, "Give the NAME.crt of a peer.")
+    pem = read_file(certificate, "Give the NAME.crt of a peer.")
     found, now, problem = read_certificate(pem), datetime.now(UTC), None
-    listed = _read(crl, "Give the CA's revoked.crl, or leave --crl out.") if crl is not None else None
-    ca_pem = _read(ca, "Give the CA's ca.crt.") if ca is not None else None
+    listed = read_file(crl, "Give the CA's revoked.crl, or leave --crl out.") if crl is not None else None
+    ca_pem = read_file(ca, "Give the CA's ca.crt.") if ca is not None else None
     try:
         agreed = signed.verify(now)
         ca_pem = ca_pem or split_chain(pem)[1]
@@ -286,7 +285,7 @@ def _of_home(home: Home) -> dict[str, Any]:
         "identity_fingerprint": fingerprint(key),
         "encrypted": is_encrypted(home.identity_key),
         "renewal_pending": home.pending_key.exists(),
-        "certificate": _of_certificate(read_certificate(_read(installed, ""))) if installed.exists() else None,
+        "certificate": _of_certificate(read_certificate(read_file(installed, ""))) if installed.exists() else None,
     }
     if installed.exists():
         shown["ca_certificate_sha256"] = sha256(home.ca_certificate())
@@ -309,10 +308,3 @@ def _new_passphrase(asked: bool) -> str | None:
     if asked:
         return str(typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True))
     return None
-
-
-def _read(path: Path, hint: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as err:
-        raise IdentityError(f"{path}: {err.strerror}", hint) from err

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..common import link_pb2 as pb
-from ..common.certificates import Home
 from ..common.errors import HansaError, LinkError
 from ..common.events import EventLog
 from ..common.flower import DEFAULT_TTL, Grid, Message, RecordDict, Run, addressed, empty_run, grpc
 from ..common.frames import FRAME_BYTES, KEEPALIVE_S, METHOD, Inspect, request_id
+from ..common.home import Home
 from .requests import Requests, State
 from .streams import Streams
 

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..common.certificates import Home
 from ..common.charter import SignedCharter
 from ..common.errors import CharterError, ConfigError, IdentityError, LedgerError, OutputError, RunFailed, TaskError
+from ..common.home import Home
 from ..common.identity import fingerprint
 from ..common.ledger import Ledger
 from ..common.messages import SignedWire

@@ -21,7 +21,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from ..common import link_pb2 as pb
-from ..common.certificates import Home, PeerCertificate, RevocationList, check_peer, read_certificate
+from ..common.certificates import PeerCertificate, RevocationList, check_peer, read_certificate
 from ..common.errors import IdentityError, MessageError
 from ..common.events import EventLog
 from ..common.flower import (
@@ -38,6 +38,7 @@ from ..common.frames import (
     blocks,
     check_head,
 )
+from ..common.home import Home
 from ..common.plan import SOFTWARE
 from .requests import Request, Requests, State
 

@@ -32,11 +32,12 @@ from hansa.clients import node as node_module
 from hansa.clients.link import NodeLink, run_links
 from hansa.clients.node import DataFiles, Site, assemble, register
 from hansa.clients.settings import NodeSettings, load_settings
-from hansa.common.certificates import ENDORSEMENT_OID, Home
+from hansa.common.certificates import ENDORSEMENT_OID
 from hansa.common.charter import SignedCharter, draft
 from hansa.common.config import Federation
 from hansa.common.events import EventLog
 from hansa.common.flower import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from hansa.common.home import Home
 from hansa.common.identity import Identity, canonical, read_envelope
 from hansa.common.messages import MESSAGE_TYPE, Manifest, as_they_are
 from hansa.common.tasks import code_sha256, load_task

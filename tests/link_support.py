@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from hansa.clients.link import NodeLink, run_links
-from hansa.common.certificates import ConnectionCA, Home
+from hansa.common.connection_ca import ConnectionCA
 from hansa.common.events import EventLog
 from hansa.common.flower import Array, ArrayRecord, ClientApp, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from hansa.common.home import Home
 from hansa.server.link import GrpcGrid
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hansa.clients.link import run_links
-from hansa.common.certificates import Home
 from hansa.common.flower import Array, ArrayRecord, ClientApp, Context, Message, RecordDict
+from hansa.common.home import Home
 from link_support import Keys, Net, net
 
 NODES, UPLOADS = 200, 50

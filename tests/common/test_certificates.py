@@ -31,8 +31,6 @@ from hansa.common.certificates import (
     ENDORSEMENT_OID,
     ENDORSEMENT_TYPE,
     SKEW,
-    ConnectionCA,
-    Home,
     PeerCertificate,
     RevocationList,
     check_chain,
@@ -45,7 +43,9 @@ from hansa.common.certificates import (
     spki_sha256,
     split_chain,
 )
+from hansa.common.connection_ca import ConnectionCA
 from hansa.common.errors import HansaError, IdentityError
+from hansa.common.home import Home
 from hansa.common.identity import (
     Envelope,
     Identity,
@@ -234,7 +234,7 @@ def test_an_encrypted_ca(tmp_path: Path) -> None:
         (request("ada", ADA_TLS, x509.UnrecognizedExtension(ENDORSEMENT_OID, endorsed(ADA, ADA_TLS)), ["ada"]), "encoded"),
         (request("ada", ADA_TLS, x509.UnrecognizedExtension(ENDORSEMENT_OID, b"\x0c"), ["ada"]), "encoded"),
         (request("ada", ADA_TLS, wrapped(endorsed(ADA, ADA_TLS, after=NOW)), ["ada"]), "expired"),
-        (request("ada", ADA_TLS, wrapped(endorsed(ADA, ADA_TLS, before=NOW + DAY)), ["ada"]), "from the future"),
+        (request("ada", ADA_TLS, wrapped(endorsed(ADA, ADA_TLS, before=NOW + 2 * DAY, after=NOW + 3 * DAY)), ["ada"]), "from the future"),
         (make_request(ADA, ec.generate_private_key(ec.SECP384R1()), 1), "another kind of TLS key"),
         (make_request(ADA, rsa.generate_private_key(65537, 2048), 1), "another kind of TLS key"),  # type: ignore[arg-type]
     ],

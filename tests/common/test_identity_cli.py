@@ -19,8 +19,10 @@ import typer
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from hansa.common import cli, identity_cli
-from hansa.common.certificates import ConnectionCA, Home, make_request, read_certificate, read_request
+from hansa.common.certificates import make_request, read_certificate, read_request
 from hansa.common.charter import Charter, SignedCharter
+from hansa.common.connection_ca import ConnectionCA
+from hansa.common.home import Home
 from hansa.common.identity import Identity, fingerprint
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"

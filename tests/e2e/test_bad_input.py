@@ -354,7 +354,7 @@ def missing(signed: SignedCharter) -> bytes:
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (missing, ["not signed by cleveland", "hansa charter sign CHARTER.json --key KEY"]),
+        (missing, ["not signed by cleveland", "hansa charter sign CHARTER.json --home HOME"]),
         (edited, ["the charter was edited after signing", "Ask for the file that was signed"]),
         (foreign, ["signed by a key that is not a partner's", "Refuse this charter"]),
     ],

@@ -54,10 +54,11 @@ from e2e_support import (
     write,
 )
 from hansa.common import link_pb2 as pb
-from hansa.common.certificates import ConnectionCA, Home
 from hansa.common.charter import SignedCharter
+from hansa.common.connection_ca import ConnectionCA
 from hansa.common.flower import Array, ArrayRecord, RecordDict
 from hansa.common.frames import METHOD, PROTOCOL, blocks, length_of, take_apart
+from hansa.common.home import Home
 from hansa.common.messages import Manifest, SignedWire
 from hansa.common.verifier import verify_bundle
 from hansa.simulations.network import COORDINATOR, QUIET, LocalNetwork

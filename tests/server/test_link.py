@@ -22,10 +22,10 @@ from h2.connection import H2Connection
 
 from hansa.clients import link as node_link
 from hansa.common import link_pb2 as pb
-from hansa.common.certificates import Home
 from hansa.common.errors import LinkError, OutputError
 from hansa.common.flower import Array, ArrayRecord, ClientApp, Message, RecordDict
 from hansa.common.frames import METHOD, PROTOCOL, take_apart
+from hansa.common.home import Home
 from hansa.common.identity import Identity
 from hansa.common.messages import Manifest, SignedWire
 from hansa.server import streams as server_streams

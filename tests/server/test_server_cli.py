@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from e2e_support import call, environment, script
-from hansa.common.certificates import ConnectionCA, Home
 from hansa.common.charter import SignedCharter, draft
+from hansa.common.connection_ca import ConnectionCA
 from hansa.common.events import EventLog
+from hansa.common.home import Home
 from hansa.common.ledger import read_ledger
 from hansa.common.tasks import code_sha256
 from hansa.server.records import Answer
