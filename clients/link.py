@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
-import logging
 import queue
 import random
-import socket
-import ssl
 import threading
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from ..common import link_pb2 as pb
-from ..common.certificates import PeerCertificate, RevocationList, check_chain, check_peer
-from ..common.errors import HansaError, LedgerError, LinkError, MessageError, OutputError
+from ..common.errors import HansaError, LedgerError, MessageError, OutputError
 from ..common.events import EventLog
 from ..common.flower import CLIENT_APP_FAILED, ClientApp, Context, Message, RecordDict, addressed, grpc
 from ..common.frames import (
@@ -49,72 +41,14 @@ from ..common.frames import (
 )
 from ..common.home import Home
 from ..common.plan import SOFTWARE
-
-_log = logging.getLogger("hansa.node")
+from .dial import CONNECT_S, proxy_for, server_certificate
 
 CREDIT = 8
 """So many unanswered requests are taken at once."""
-CONNECT_S = 10.0
-"""A connection is up within this time, or it is tried again."""
 LONGEST_PAUSE_S = 10.0
 """Between two attempts to connect, at most."""
 RETRY_S = 2.0
 """After a full disk a request is tried again so much later."""
-
-
-def server_certificate(
-    address: str, proxy: str | None, home: Home, name: str, key: str, crl: Path | None
-) -> PeerCertificate:
-    """The certificate that the coordinator at `address` shows, if the charter's coordinator endorsed its TLS key.
-
-    gRPC tells a client nothing of its peer, so the certificate is fetched first, checked, and then the only one that the
-    link trusts: whoever answers must hold exactly this key.
-
-    Args:
-        name, key: the coordinator's name and identity key (hex), as the charter has them.
-
-    Raises:
-        LinkError: nobody answers, or not with TLS 1.3.
-        IdentityError: it is not the coordinator's certificate, or it is revoked or expired.
-    """
-    host, _, port = address.rpartition(":")
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # Before TLS 1.3 a server would ask for our certificate first. What the handshake shows is checked below.
-    tls.minimum_version = ssl.TLSVersion.TLSv1_3
-    tls.check_hostname = False
-    tls.verify_mode = ssl.CERT_NONE
-    tls.set_alpn_protocols(["h2"])
-    try:
-        with _connect(host.strip("[]"), int(port), proxy) as plain, tls.wrap_socket(plain) as connection:
-            der = connection.getpeercert(binary_form=True)
-    except (OSError, ValueError, http.client.HTTPException) as err:
-        raise LinkError(
-            f"{address}: {err}", "Is the coordinator's server running? Is the address in node.yaml right?"
-        ) from err
-    ca = home.ca_certificate()
-    now = datetime.now(UTC)
-    certificate = check_chain(ssl.DER_cert_to_PEM_cert(der or b"").encode(), ca, now)
-    check_peer(certificate, {name: key}, now, RevocationList.load(crl, ca) if crl is not None else None)
-    return certificate
-
-
-def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
-    if proxy is None:
-        return socket.create_connection((host, port), CONNECT_S)
-    where = urllib.parse.urlsplit(proxy)
-    tunnel = http.client.HTTPConnection(where.hostname or "", where.port or 3128, timeout=CONNECT_S)
-    tunnel.set_tunnel(host, port)
-    tunnel.connect()
-    assert tunnel.sock is not None
-    return tunnel.sock
-
-
-def proxy_for(address: str, configured: str | None) -> str | None:
-    """The HTTP proxy to dial through: the configured one, else the environment's (https_proxy, no_proxy)."""
-    if configured is not None:
-        return configured
-    host = address.rpartition(":")[0]
-    return None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get("https")
 
 
 @dataclass(eq=False)

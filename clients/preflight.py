@@ -15,9 +15,9 @@ from ..common.home import Home
 from ..common.ledger import read_ledger
 from ..common.tasks import code_sha256, load_task
 from .datasets import RegisteredDataset
+from .dial import proxy_for, server_certificate
 from .gate import check_charter
 from .law import Control, SiteLaw
-from .link import proxy_for, server_certificate
 from .node import DataFiles
 from .settings import FederationEntry, NodeSettings
 
