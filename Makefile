@@ -16,7 +16,7 @@ help:
 	@echo "make test    the tests (under 10 minutes on two cores)"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make table   the accuracy table of README (10 seeds)"
-	@echo "make bench   measured figures: 1,000 clients a round, accounting"
+	@echo "make bench   measured figures: the link beside stock Flower, 1,000 clients a round, accounting"
 	@echo "make soak    kill -9 at 50 random points of a run, then --resume; every fault of a network alone"
 
 $(VENV)/bin/python:
@@ -62,7 +62,8 @@ table: $(VENV)/.train
 	$(BIN)/hansa simulate configs/heart.yaml --baselines --seeds 10 --out out/heart-table
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -s -m bench tests/bench
+	$(BIN)/python tests/bench/link.py
+	$(BIN)/python -m pytest -q -s -m bench tests
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m soak tests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
@@ -12,13 +13,18 @@ import pytest
 import typer
 
 from e2e_support import HOSPITALS, Result, call, federation, process, write
-from hansa.common.cli import commands as common_commands
-from hansa.simulations.cli import commands as simulation_commands
 
 DemoRun = tuple[Path, Result]
 
 COMMANDS = [
-    ["demo"], ["simulate"], ["plan"], ["audit"],
+    ["demo"], ["simulate"], ["network"], ["plan"], ["audit"],
+    ["identity", "new"], ["identity", "issue"], ["identity", "install"], ["identity", "show"],
+    ["identity", "verify"], ["identity", "revoke"], ["identity", "renew"],
+    ["node", "init"], ["node", "dataset", "add"], ["node", "check"], ["node", "run"], ["node", "budget"],
+    ["node", "approve"], ["node", "pause"], ["node", "resume"], ["node", "withdraw"], ["node", "export"],
+    ["node", "backup"], ["node", "restore"],
+    ["server", "run"], ["server", "status"], ["server", "export"],
+    ["model", "show"], ["model", "predict"],
     ["charter", "new"], ["charter", "show"], ["charter", "sign"], ["charter", "verify"],
     ["ledger", "show"], ["ledger", "verify"],
     ["task", "new"], ["task", "check"], ["task", "list"],
@@ -28,8 +34,8 @@ COMMANDS = [
 def all_commands() -> list[list[str]]:
     """What is really registered, at any depth."""
     app = typer.Typer()
-    common_commands(app)
-    simulation_commands(app)
+    for entry in entry_points(group="hansa.commands"):
+        entry.load()(app)
 
     def walk(command: click.Command, path: list[str]) -> list[list[str]]:
         if not hasattr(command, "commands"):
@@ -49,7 +55,22 @@ def test_help_shows_an_example(command: list[str]) -> None:
 
 
 def test_help_of_the_whole_and_of_groups_names_every_command() -> None:
-    call("--help").expect(0).says("demo", "simulate", "plan", "audit", "charter", "ledger", "task")
+    call("--help").expect(0).says(
+        *(
+            "demo",
+            "simulate",
+            "network",
+            "plan",
+            "audit",
+            "charter",
+            "ledger",
+            "task",
+            "identity",
+            "node",
+            "server",
+            "model",
+        )
+    )
     call("charter", "--help").expect(0).says("new", "show", "sign", "verify")
 
 
