@@ -26,13 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .config import Name
 from .errors import IdentityError, MessageError
-from .identity import (
-    Identity,
-    canonical,
-    read_envelope,
-    sha256,
-    strict_json,
-)
+from .identity import Identity, canonical, read_envelope, sha256, strict_json
 
 ENDORSEMENT_TYPE = "application/vnd.hansa.endorsement+json"
 ENDORSEMENT_OID = x509.ObjectIdentifier("2.25.151277365957606221743317446433421328108")
