@@ -1259,7 +1259,7 @@ def test_signed_nonsense_never_crashes(tmp_path_factory: pytest.TempPathFactory,
             if isinstance(spot[key], dict | list) and spot[key] and data.draw(st.booleans()):
                 spot = spot[key]
                 continue
-            spot[key] = data.draw(st.sampled_from(HOSTILE))
+            spot[key] = copy.deepcopy(data.draw(st.sampled_from(HOSTILE)))
             break
     folder = tmp_path_factory.getbasetemp() / "nonsense"
     verdict_of(made.write(folder))
