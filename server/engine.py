@@ -51,6 +51,10 @@ if TYPE_CHECKING:
 HELLO_TYPE = "application/vnd.hansa.hello+json"  # as in clients/engine.py
 HELLO_S = 60.0
 """So long nodes have to say who they are; one that does, does it in about five seconds."""
+MEET_PART = 0.25
+"""Of a request's time, so much goes at most into finding the partner that it is for."""
+BACK_S = 20.0
+"""So long a node that went away is looked for again: a SuperLink lets one that was started anew in when it gives the old one up."""
 POLL_S = 0.25
 """Between two times that Flower's Grid is asked for one reply."""
 AGAIN_S = 5.0
@@ -94,6 +98,7 @@ class StockGrid(Grid):
         self._names = {node: name for name, node in roster.items()}
         self._roster = dict(roster)
         self._where = dict(where or {})
+        self._gone: dict[str, float] = {}  # partner -> when its node went away (time.monotonic)
         self._sent: dict[str, _Sent] = {}
         self._wanted: set[str] = set()
         self._changed = threading.Condition()
@@ -135,6 +140,16 @@ class StockGrid(Grid):
             if not came:
                 self.wait(left_s)
 
+    def _look(self, timeout_s: float) -> None:
+        """Ask once, and again while a partner that just went away may come back."""
+        deadline = time.monotonic() + timeout_s
+        self.meet(timeout_s)
+        while (now := time.monotonic()) < deadline and any(
+            now - self._gone.get(name, -BACK_S) < BACK_S for name in self.missing()
+        ):
+            time.sleep(POLL_S)
+            self.meet(deadline - now)
+
     def _introduced(self, reply: Message, node: int, nonce: str) -> str | None:
         """The partner that signed this hello for this node and this question; None where nobody did."""
         try:
@@ -169,15 +184,24 @@ class StockGrid(Grid):
         return [self._roster[name] for name in self._roster if name in self._where]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages, one by one as they come; who has no node (any more) is looked for once, and else an error reply."""
+        """Send messages, one by one as they come; those to who has no node (any more) last.
+
+        Such partners are looked for, for a part of the time that their messages have: the others work meanwhile. Who is
+        not found is an error reply.
+        """
         pushed: list[str] = []
-        looked = False
+        left: list[tuple[int, Message]] = []
         for message in messages:
             name = self._names.get(message.metadata.dst_node_id)
-            if name is not None and name not in self._where and not looked:
-                self.meet()
-                looked = True
-            pushed.append(self._push(message, self._where.get(name or "")))
+            if name is not None and name not in self._where:
+                left.append((len(pushed), message))
+                pushed.append("")
+            else:
+                pushed.append(self._push(message, self._where.get(name or "")))
+        if left:
+            self._look(min(HELLO_S, MEET_PART * min(message.metadata.ttl for _, message in left)))
+        for place, message in left:
+            pushed[place] = self._push(message, self._where.get(self._names[message.metadata.dst_node_id]))
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -281,6 +305,7 @@ class StockGrid(Grid):
             with self._changed:
                 for name in [n for n, node in self._where.items() if node == sent.node]:
                     del self._where[name]
+                    self._gone[name] = time.monotonic()
         return Message(Error(error.code, (error.reason or "the node failed")[:200]), reply_to=sent.like)
 
     def _answered(self, sent: _Sent, reply: Message) -> None:

@@ -81,6 +81,7 @@ class FlowerEngine:
     port: int = 0
     node_ids: dict[str, int] = field(default_factory=dict)
     _processes: dict[str, _Process] = field(default_factory=dict)
+    _superlink: tuple[object, ...] = ()
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,11 @@ class FlowerEngine:
         process.popen.kill()
         process.popen.wait()
 
+    def start_superlink(self) -> None:
+        """Start a SuperLink again that was killed or stopped: the same port, certificates and database."""
+        self._spawn("superlink", "flower-superlink", *self._superlink)
+        self._until("superlink", lambda _: self._listens())
+
     def log(self, name: str) -> str:
         """What a process wrote: "superlink" (with its ServerApps) or a node's name (with its ClientApps)."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
@@ -160,7 +166,9 @@ class FlowerEngine:
             key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         )
 
-    def start_node(self, name: str, node_config: Mapping[str, Value] | None = None) -> None:
+    def start_node(
+        self, name: str, node_config: Mapping[str, Value] | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
         """Start a SuperNode and wait until the SuperLink has let it in.
 
         Raises:
@@ -175,6 +183,7 @@ class FlowerEngine:
             *("--auth-supernode-private-key", self.folder / f"{name}.key"),
             *("--host", HOST, "--port", free_port()),
             *(("--node-config", config) if config else ()),
+            env=env,
         )
         self._until(name, lambda log: b"SuperNode ID:" in log)
 
@@ -241,9 +250,7 @@ class FlowerEngine:
             secret = self.folder / "superexec.secret"
             _write_private(secret, os.urandom(32).hex().encode())
             isolation = ("--isolation", "process", "--superexec-auth-secret-file", secret)
-        self._spawn(
-            "superlink",
-            "flower-superlink",
+        self._superlink = (
             *("--host", HOST, "--port", self.port),
             *("--ssl-ca-certfile", self.ca),
             *("--ssl-certfile", self.folder / "server.pem"),
@@ -253,7 +260,7 @@ class FlowerEngine:
             *("--database", self.folder / "superlink.db"),
             *isolation,
         )
-        self._until("superlink", lambda _: self._listens())
+        self.start_superlink()
         if self.superexec_secret:
             self._spawn(
                 "superexec",
@@ -271,14 +278,14 @@ class FlowerEngine:
         except OSError:
             return False
 
-    def _spawn(self, name: str, command: str, *arguments: object) -> None:
+    def _spawn(self, name: str, command: str, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         log = self.folder / f"{name}.log"
         begun = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as out:
             popen = subprocess.Popen(
                 [str(_BIN / command), *map(str, arguments)],
                 cwd=self._home(name),
-                env=self.environment(name),
+                env={**self.environment(name), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -329,6 +329,46 @@ def test_what_goes_wrong_at_one_partner_is_an_error_of_that_partner():
     assert grid.missing() == ["gone"]  # it is looked for again, and may be another node then
 
 
+def test_who_is_looked_for_holds_up_no_other():
+    """Ada's node is gone, and one that is no partner's keeps silent when it is asked who it is."""
+
+    def answer(message: Message) -> Message | None:
+        return Message(RecordDict(), reply_to=message) if message.metadata.dst_node_id == 12 else None
+
+    grid = StockGrid(Superlink([12, 13], answer), {}, {"ada": 1, "ben": 2}, 2, {"ben": 12})
+    began = time.monotonic()
+    messages = [grid.create_message(RecordDict(), "train", node, "1", 8.0) for node in (1, 2)]
+    ada, ben = grid.push_messages(messages)
+    assert 1.5 < time.monotonic() - began < 4  # a part of the request's time, not all that a hello may take
+    found: dict[str, Message] = {}
+    deadline = time.monotonic() + 3
+    while len(found) < 2 and time.monotonic() < deadline:
+        found |= {m.metadata.reply_to_message_id: m for m in grid.pull_messages([ada, ben])}
+        time.sleep(0.05)
+    assert found[ada].error.code == NODE_UNAVAILABLE
+    assert found[ben].has_content()
+
+
+def test_a_node_that_comes_back_when_it_is_given_up_is_in_the_next_round(tmp_path):
+    """A SuperLink lets a node that was started anew in at the moment at which it tells that the old one is gone."""
+    ada = Keys(tmp_path).home("ada").identity(None)
+
+    def answer(message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type == "query.hello":
+            said = {"v": 1, "name": "ada", "node": str(node), "nonce": message.content["hello"]["nonce"]}
+            sealed = ada.seal(HELLO_TYPE, canonical(said))
+            return Message(RecordDict({"hello": ConfigRecord({"sealed": sealed})}), reply_to=message)
+        return Message(Error(NODE_UNAVAILABLE, "gone") if node == 11 else RecordDict(), reply_to=message)
+
+    link = Superlink([11], answer)
+    grid = StockGrid(link, {"ada": ada.key}, {"ada": 1}, 2, {"ada": 11})
+    assert ask(grid, 1)[1].error.code == NODE_UNAVAILABLE
+    link.nodes = []
+    threading.Timer(1.0, lambda: link.nodes.append(12)).start()
+    assert ask(grid, 1)[1].has_content()
+
+
 def test_partners_are_found_by_what_they_sign_for_their_own_node(tmp_path):
     keys = Keys(tmp_path)
     people = {name: keys.home(name).identity(None) for name in ("ada", "ben", "eve")}
