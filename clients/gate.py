@@ -121,8 +121,8 @@ class Gate:
         if charter.privacy.kind == "local":
             agreed = budget_of(charter.privacy)
             # The dataset's own cap over everything, and the charter's over what is spent under it: both must hold.
-            self._admit(self._standing.budget or agreed, plan, None)
-            self._admit(agreed, plan, request.charter_sha256)
+            self._admit(self._standing.budget or agreed, plan, request.charter_sha256, every=True)
+            self._admit(agreed, plan, request.charter_sha256, every=False)
             if self._law is not None:
                 self._law.afford(charter, [*self._standing.spent(), *self._standing.held(), *_asked(plan)])
             if self._standing.budget is None:  # only now: a run that is refused must not fix the budget
@@ -329,21 +329,24 @@ class Gate:
             elif hold.charter_sha256 in standing.charters and now >= standing.charters[hold.charter_sha256][1]:
                 self._append("release", {"run_id": run_id, "why": "expired"})
 
-    def _admit(self, budget: Budget, plan: Iterable[PlanItem], charter_sha256: str | None) -> None:
-        """Refuse a plan that `budget` does not admit after what was spent and held (under one charter, or under all).
+    def _admit(self, budget: Budget, plan: Iterable[PlanItem], charter_sha256: str, *, every: bool) -> None:
+        """Refuse a plan that `budget` does not admit after what was spent and held, under the asking charter or `every` one.
 
         The words are for the coordinator: they tell what was spent under its own charter, and of others only that
         something was.
+
+        Args:
+            charter_sha256: the charter under which the plan is asked for.
         """
         asked = _asked(plan)
-        taken = [*self.spent(charter_sha256), *self._standing.held(charter_sha256)]
+        own = [*self.spent(charter_sha256), *self._standing.held(charter_sha256)]
+        taken = [*self.spent(), *self._standing.held()] if every else own
         if self.unbounded():
             raise Refused(Refusal.BUDGET, "an unprotected run made this budget unbounded")
         if budget.admits([*taken, *asked]):
             return
         cap = f"cap {budget.epsilon:g} (delta {budget.delta:g}, record level, filter)"
-        charters = {h.charter_sha256 for h in self._standing.holds.values()}
-        if charter_sha256 is None and len(charters) > 1:
+        if len(taken) > len(own):  # any number would tell what is spent under charters that are not the asker's
             raise Refused(Refusal.BUDGET, f"with what other charters took, the rest does not pay for this run; {cap}")
         raise Refused(
             Refusal.BUDGET,

@@ -203,6 +203,16 @@ def test_two_charters_share_one_budget(site: Site) -> None:
             opened(fresh, greedy, "greedy")
 
 
+def test_who_never_ran_here_is_not_told_what_others_spent(site: Site) -> None:
+    signed, greedy = charter(), charter(name="greedy", privacy__epsilon=50.0)
+    gate = site.gate(signed, greedy)
+    exhaust(gate, signed)
+    with refused(Refusal.BUDGET, "with what other charters took, the rest does not pay for this run; cap 2"):
+        opened(gate, greedy, "greedy")
+    with refused(Refusal.BUDGET, "spent and held so far epsilon"):
+        opened(gate, signed, "one-too-many")  # its own
+
+
 def test_a_charter_s_own_cap_holds_where_the_dataset_s_is_larger(site: Site) -> None:
     """What a partner signed is what its charter says, whatever another charter agreed to before."""
     rich, poor = charter(name="rich", privacy__epsilon=50.0), charter(name="poor", privacy__epsilon=0.1)
