@@ -4,7 +4,9 @@ What the steward says while the node runs (approve, pause, withdraw) are files i
 commands write them, the daemon obeys at its next request. A file that cannot be read stops the request, never the law.
 
     control/paused                  nothing new is answered until `resume`
-    control/approved/ID.json        one run under one charter; ID is the SHA-256 of the run's name, which a peer chose
+    control/approved/CHARTER-ID.json
+                                    one run under one charter: the first digits of its SHA-256, and the SHA-256 of the
+                                    run's name, which a peer chose
     control/withdrawn/all, SHA256   for good: from every charter, or from one
     control/restored.json           the state came from a backup and nobody has proved that nothing is missing (custody.py)
 """
@@ -55,18 +57,18 @@ class Control:
     def approve(self, run_id: str, charter_sha256: str) -> None:
         """Allow one run under one charter: another coordinator may choose the same name."""
         body = {"run_id": run_id, "charter_sha256": charter_sha256}
-        write_whole(self._place(run_id), canonical(body), mode=0o600)
+        write_whole(self._place(run_id, charter_sha256), canonical(body), mode=0o600)
 
     def approved(self, run_id: str, charter_sha256: str) -> bool:
         """Whether exactly this run was approved."""
         try:
-            found = json.loads(self._place(run_id).read_bytes())
+            found = json.loads(self._place(run_id, charter_sha256).read_bytes())
         except (FileNotFoundError, ValueError):
             return False
         return bool(found == {"run_id": run_id, "charter_sha256": charter_sha256})
 
-    def _place(self, run_id: str) -> Path:
-        return self._approved / f"{sha256(run_id.encode())}.json"
+    def _place(self, run_id: str, charter_sha256: str) -> Path:
+        return self._approved / f"{charter_sha256[:16]}-{sha256(run_id.encode())}.json"
 
 
 class SiteLaw:

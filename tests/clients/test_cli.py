@@ -183,7 +183,7 @@ def test_several_charters_must_be_told_apart(realm: Realm, node: Screen) -> None
     assert "--charter FILE" in node("approve", "run-1", code=2)
     node("approve", "run-1", "--charter", "second.json")
     (file,) = Path("state/control/approved").iterdir()
-    assert file.name == f"{sha256(b'run-1')}.json"
+    assert file.name == f"{second.sha256[:16]}-{sha256(b'run-1')}.json"
     assert json.loads(file.read_text())["charter_sha256"] == second.sha256
     realm.charter("third").save(Path("third.json"))
     assert "not a charter that node.yaml lists" in node("withdraw", "--charter", "third.json", "--yes", code=2)

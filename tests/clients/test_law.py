@@ -219,6 +219,17 @@ def test_an_unapproved_run(site: Site) -> None:
     opened(gate, signed, "../paused")
 
 
+def test_a_name_approved_under_another_charter_keeps_the_first_approval(site: Site) -> None:
+    site.rules = {"approval": True}
+    signed, other = charter(), charter(name="other")
+    gate = site.gate(signed, other)
+    site.control.approve("run-1", signed.sha256)
+    opened(gate, signed)
+    site.control.approve("run-1", other.sha256)
+    train(gate, signed)  # the run goes on
+    assert site.control.approved("run-1", other.sha256)
+
+
 def test_a_damaged_approval_is_none(site: Site) -> None:
     site.rules = {"approval": True}
     gate = site.gate(charter())
