@@ -41,6 +41,14 @@ from .strategies import ServerOptimizer
 MAX_UPDATE = 1e12
 """No tensor of an update has a larger L2 norm; float32 sums of a few of them, and their squares, stay finite."""
 
+MAX_ROWS = 100_000
+ROWS_PER_RECORD = 10
+"""An answer with public scores has at most MAX_ROWS rows, or ROWS_PER_RECORD for each record that its sender declared.
+
+Scores of all partners are held in memory at once, several times over; an honest partner holds out fewer rows than it trains
+on, or one of the usual shared test sets. What a partner declared, everyone signed.
+"""
+
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
 
@@ -252,13 +260,19 @@ class Coordinator:
         def take(partner: str, reply: Manifest, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
             if self._charter.evaluation.kind == "public":
                 s, y = tensors["scores"], tensors["labels"]
+                member = self._charter.member(partner)
+                if y.size > (most := max(MAX_ROWS, ROWS_PER_RECORD * (member.declared_records if member else 0))):
+                    raise MessageError(f"{partner}'s scores are of {y.size} rows; at most {most} are taken")
                 good = s.dtype == np.float32 and y.dtype == np.int64 and y.ndim == 1 and s.shape == (len(y), classes)
                 if not good or not np.isfinite(s).all() or (len(y) and not (y.min() >= 0 and y.max() < classes)):
                     raise MessageError(f"{partner}'s scores are malformed")
             else:
                 h = tensors["histogram"]
-                if h.dtype != np.float64 or h.shape != (2, self._charter.evaluation.bins) or not np.isfinite(h).all():
+                if h.dtype != np.float64 or h.shape != (2, self._charter.evaluation.bins):
                     raise MessageError(f"{partner}'s histogram is malformed")
+                # Also what is not finite. Sums and products of larger ones need not be finite, and metrics are for ever.
+                if not (np.abs(h) < MAX_UPDATE).all():
+                    raise MessageError(f"{partner}'s histogram is not finite, or has counts not below {MAX_UPDATE:g}")
             parts[partner] = tensors
 
         answers = self._exchange(grid, run_id, number, "evaluate", "evaluate", accepted, model, take)
@@ -267,7 +281,8 @@ class Coordinator:
             return {}, answers
         if self._charter.evaluation.kind == "private":
             summed = np.sum([p["histogram"] for p in ordered], axis=0)
-            return histogram_metrics(summed, binary=classes == 2), answers
+            found = histogram_metrics(summed, binary=classes == 2)  # of tiny counts: not finite where a product is 0
+            return {name: value for name, value in found.items() if math.isfinite(value)}, answers
         scores = np.concatenate([p["scores"] for p in ordered])
         labels = np.concatenate([p["labels"] for p in ordered])
         return evaluate(self._task, scores, labels) if len(labels) else {}, answers

@@ -503,6 +503,9 @@ EVALUATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "float64": _scores(np.full((2, 2), 0.5), LABELS),
     "three classes": _scores(np.full((2, 3), 0.5, np.float32), LABELS),
     "an update": ("update", weights()),
+    "more rows than a partner can have": _scores(
+        np.full((rounds.MAX_ROWS + 1, 2), 0.5, np.float32), np.zeros(rounds.MAX_ROWS + 1, np.int64)
+    ),
 }
 
 
@@ -520,6 +523,8 @@ HISTOGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "shape": ("histogram", {"histogram": np.zeros((2, 18))}),
     "nan": ("histogram", {"histogram": np.full((2, 20), np.nan)}),
     "inf": ("histogram", {"histogram": np.full((2, 20), np.inf)}),
+    "huge": ("histogram", {"histogram": np.full((2, 20), 1e307)}),
+    "hugely negative": ("histogram", {"histogram": np.full((2, 20), -1e307)}),
     "float32": ("histogram", {"histogram": np.zeros((2, 20), np.float32)}),
     "nothing": ("histogram", {}),
 }
@@ -538,6 +543,26 @@ def test_malformed_histograms_are_counted_and_the_others_go_on(tmp_path: Path, l
     assert table.outcomes("evaluate", 1) == {"ada": "ok", "ben": "invalid", "cy": "ok"}
     assert outcome.history[0]["metrics"]["auc"] == 1.0
     assert outcome.history[0]["metrics"]["accuracy"] == 1.0
+
+
+def test_rows_are_bounded_by_what_the_partner_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "MAX_ROWS", 1)
+    table = Table(tmp_path, agreed(evaluation={"kind": "public"}, algorithm__rounds=1))
+    for member in table.signed.charter.partners:
+        rows = rounds.ROWS_PER_RECORD * member.declared_records + (member.name == "ben")
+        answer = _scores(np.full((rows, 2), 0.5, np.float32), np.arange(rows) % 2)
+        table.partners[member.name].answers["evaluate"] = lambda *_, answer=answer: (*answer, {})
+    table.run()
+    assert table.outcomes("evaluate", 1) == {"ada": "ok", "ben": "invalid", "cy": "ok"}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_metrics_that_are_not_finite_are_not_recorded(tmp_path: Path) -> None:
+    """Counts so tiny that their product is 0: the AUC is 0/0."""
+    table = Table(tmp_path, agreed(evaluation={"kind": "private", "noise_multiplier": 8.0}, algorithm__rounds=1))
+    for partner in table.partners.values():
+        partner.answers["evaluate"] = lambda *_: ("histogram", {"histogram": np.full((2, 20), 1e-200)}, {})
+    assert set(table.run().history[0]["metrics"]) == {"accuracy", "calibration_error", "brier"}
 
 
 def test_nobody_can_be_evaluated(tmp_path: Path) -> None:
