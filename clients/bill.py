@@ -45,7 +45,11 @@ def budget_report(settings: NodeSettings) -> dict[str, Any]:
         agreed.append(one)
     refused = list(standing.refused.values())
     waiting = {
-        body["run_id"] for body in refused if body["reason"] == Refusal.NOT_APPROVED.value and body["round"] is None
+        body["run_id"]
+        for body in refused
+        if body["reason"] == Refusal.NOT_APPROVED.value
+        and body["round"] is None
+        and not any(control.approved(body["run_id"], sha) for sha in charters)
     }
     return {
         "partner": home.name(),

@@ -226,7 +226,9 @@ def approve(
     settings: SettingsArgument = _HERE,
     charter: Annotated[Path | None, typer.Option(help="under which charter, when node.yaml lists several")] = None,
 ) -> None:
-    """Allow one run, where the site's law has `approval: true`. The coordinator asks again by itself or on --resume.
+    """Allow one run, where the site's law has `approval: true`. The coordinator asks again with `server run --resume`.
+
+    A run that was not asked for yet can be approved before, by a name agreed with the coordinator (`server run --run NAME`).
 
     Example: hansa node approve 20261125-1f3a9c2e
     """

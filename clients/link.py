@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import queue
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,10 @@ from .dial import CONNECT_S, proxy_for, server_certificate
 
 CREDIT = 8
 """So many unanswered requests are taken at once."""
+SPARE_BYTES = 256 * 1024 * 1024
+"""A request is taken only if so much of the disk stays free behind it: the ledger is on it."""
+MOST_UNREAD = 256
+"""Short messages that may wait for the coordinator to read them."""
 LONGEST_PAUSE_S = 10.0
 """Between two attempts to connect, at most."""
 RETRY_S = 2.0
@@ -64,6 +69,11 @@ class _Job:
     @property
     def id(self) -> str:
         return str(self.request.head.id)
+
+    @property
+    def question(self) -> bool:
+        """Whether it is about how things are, and not work whose answer stands."""
+        return str(self.request.head.message_type).startswith("query")
 
     @property
     def done(self) -> bool:
@@ -260,9 +270,15 @@ class NodeLink:
             self._make_room()
         if stream.incoming is not None or len(self._jobs) >= 2 * CREDIT:
             raise MessageError("a request out of order")
+        if stream.out.qsize() >= MOST_UNREAD:
+            raise MessageError("requests, but nobody who reads the answers")
         records = check_head(head)
         stream.passing = 0
         try:
+            size = sum(head.lengths)
+            if size and shutil.disk_usage(self._inbox).free < size + SPARE_BYTES:
+                self._log.log("disk full", coordinator=self._coordinator, request=head.id[:64], bytes=size)
+                raise MessageError("this node's disk has no room for it")
             expected = self._inspect(records, self._coordinator) if self._inspect is not None else None
             stream.incoming = Spool(self._inbox / f"{_safe(head.id)}.request", head, expected)
         except MessageError as err:
@@ -340,10 +356,12 @@ class NodeLink:
         if job is None:
             raise MessageError("a request that this node does not have")
         job.deadline = time.monotonic() + want.remaining_s
-        if job.done:
+        if job.done and not job.question:
             self._offer(job)
-        else:
-            self._begin(job)
+            return
+        if job.done:  # asked anew: what was true then need not be true now
+            job.reply, job.failure, job.working = None, None, False
+        self._begin(job)
 
     def _begin(self, job: _Job) -> None:
         if not job.working:
@@ -363,16 +381,16 @@ class NodeLink:
             self._later(self._forget, name)  # too late to be of use: nothing is spent on it
             return
         head = job.request.head
-        message = addressed(
-            job.request.content(checked=self._inspect is not None),
-            head.message_type,
-            1,
-            head.group_id,
-            max(1.0, job.deadline - time.monotonic()),
-            head.id,
-            time.time(),
-        )
         try:
+            message = addressed(  # a type of message that Flower does not know is an error, too
+                job.request.content(checked=self._inspect is not None),
+                head.message_type,
+                1,
+                head.group_id,
+                max(1.0, job.deadline - time.monotonic()),
+                head.id,
+                time.time(),
+            )
             reply = self._app(message, self._context())
             if not reply.has_content():
                 job.failure = "the node failed"

@@ -7,6 +7,7 @@ the message.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -189,9 +190,11 @@ class Spool:
         return Spooled(self._path, self.head, self._body)
 
     def drop(self) -> None:
-        """Forget it."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        """Forget it, whatever the disk says: a full one would refuse even to write out what is thrown away."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._part.unlink(missing_ok=True)
 
 
 class _Check:

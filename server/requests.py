@@ -161,11 +161,13 @@ class Requests:
                     request.spooled.path.unlink(missing_ok=True)
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Request]:
-        """Take out what nobody waits for any more; the arrays are let go of before this returns."""
+        """Take out what nobody waits for any more; arrays and spooled replies are let go of before this returns."""
         with self.changed:
             found = [self._table.pop(name) for name in message_ids if name in self._table]
             for request in found:
                 request.state, request.arrays = State.EXPIRED, []
+                if request.spooled is not None:
+                    request.spooled.path.unlink(missing_ok=True)
         return found
 
     def wait(self, timeout_s: float) -> None:

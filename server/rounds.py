@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ..common.charter import Charter, SignedCharter
 from ..common.closing import CLOSING_TYPE, closing_payload, read_closing
-from ..common.errors import MessageError, RunFailed
+from ..common.errors import MessageError, Refusal, RunFailed
 from ..common.flower import Grid, Message, RecordDict
 from ..common.identity import Envelope, Identity, real, sha256, verify, write_envelope, write_whole
 from ..common.messages import Manifest, Tensors, Wire, pieces, squares
@@ -214,7 +214,15 @@ class Coordinator:
                 f"{', '.join(silent)} did not answer, and without them the quorum of {self._charter.quorum} is not met",
                 "Nothing was spent. Mend the cause and run again with --resume.",
             )
-        return [name for name, answer in answers.items() if answer.outcome == "ok"]
+        if len(accepted) < self._charter.quorum and (
+            later := [n for n, a in answers.items() if a.outcome.removeprefix("refused: ") in _NOT_YET]
+        ):
+            told = "; ".join(f"{name}: {answers[name].outcome.removeprefix('refused: ')}" for name in later)
+            raise RunFailed(
+                f"{len(accepted)} partners accepted the run now, the quorum is {self._charter.quorum} ({told})",
+                f"Nothing was spent. When they are ready, run again with --resume: run {run_id} is then asked for again.",
+            )
+        return accepted
 
     def _train(
         self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
@@ -448,6 +456,9 @@ class Coordinator:
                 if name in requests and (name not in answers or answers[name].outcome == "invalid"):
                     manifest, digest = requests[name]
                     answers[name] = self._receive(name, manifest, digest, reply, sink)
+                    if isinstance(grid, Link) and answers[name].outcome not in ("ok", "failed"):
+                        # No work that stands: whoever goes on with this run asks again, and a cause may be mended.
+                        grid.withdraw([reply.metadata.reply_to_message_id])
                     self._notify("answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name])
                 del reply  # before the next one is there
             if not came and isinstance(grid, Link):
@@ -529,6 +540,8 @@ def _add(total: npt.NDArray[np.float64], value: npt.NDArray[Any], weight: float)
         to[at : at + len(piece)] += piece if weight == 1.0 else np.multiply(piece, weight, dtype=np.float64)
 
 
+_NOT_YET = (Refusal.NOT_APPROVED, Refusal.PAUSED, Refusal.HOURS)
+"""What a partner refuses today and may accept tomorrow: no reason to close a run that too few accepted."""
 _REPLIES = {
     "open": ("accepted",),
     "train": ("update",),

@@ -48,6 +48,8 @@ RECHECK_S = 30.0
 """How often connected certificates are looked at again: one may have expired."""
 SPARE_BYTES = 256 * 1024 * 1024
 """A reply is granted only if so much of the disk stays free behind it."""
+MOST_UNREAD = 256
+"""Short messages that may wait for a node to read them."""
 MOST_CREDIT = 64
 """The most unanswered requests that a node is sent at once, whatever it offers."""
 
@@ -75,7 +77,10 @@ class Peer:
     )
 
     def tell(self, **body: Any) -> None:
-        """Send a short message, before whatever is waiting."""
+        """Send a short message, before whatever is waiting. Who does not read them is hung up on."""
+        if len(self.control) >= MOST_UNREAD:
+            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "this node does not read what it is told")
+            return
         self.control.append(pb.FromServer(**body))
         self.wake.set()
 
@@ -336,7 +341,8 @@ class Streams:
 
     def _begin(self, peer: Peer, request: Request, head: pb.Head) -> None:
         size = sum(head.lengths)
-        if size and shutil.disk_usage(self._requests.spool).free < size + SPARE_BYTES:
+        coming = sum(other.upload.missing for other in self._peers.values() if other.upload is not None)
+        if size and shutil.disk_usage(self._requests.spool).free < coming + size + SPARE_BYTES:
             raise OSError(28, "not enough space for this answer")
         spool = Spool(self._requests.path(request), head, self._expected(peer, head))
         if not size:
@@ -402,6 +408,9 @@ class Streams:
                     peer.have.discard(request.id)
                     peer.offers.pop(request.id, None)
                     peer.tell(done=pb.Done(id=request.id))
+                    if peer.upload is not None and peer.upload.head.id == request.id:
+                        # Its slot is for those whose answers still count; the node comes back at once.
+                        peer.end(grpc.StatusCode.DEADLINE_EXCEEDED, "the answer was not here in time")
 
     def _crl_stamp(self) -> tuple[int, int] | None:
         if self._crl is None:
@@ -416,7 +425,14 @@ class Streams:
         """Take the list as it is now.
 
         Raises:
-            IdentityError: it cannot be read, or is not this CA's.
+            IdentityError: it cannot be read, is not this CA's, or does not name who was revoked before; nobody comes back.
         """
-        if self._crl is not None:
-            self._revoked = RevocationList.load(self._crl, self._home.ca_certificate())
+        if self._crl is None:
+            return
+        found = RevocationList.load(self._crl, self._home.ca_certificate())
+        if self._revoked is not None and not self._revoked.revoked <= found.revoked:
+            raise IdentityError(
+                "the list is gone, or older than the one in force: it does not name all that were revoked",
+                "Put the CA's newest revoked.crl back.",
+            )
+        self._revoked = found

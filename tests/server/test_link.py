@@ -21,15 +21,17 @@ import pytest
 from h2.connection import H2Connection
 
 from hansa.clients import link as node_link
+from hansa.common import frames
 from hansa.common import link_pb2 as pb
 from hansa.common.errors import LinkError, OutputError
-from hansa.common.flower import Array, ArrayRecord, ClientApp, Message, RecordDict
+from hansa.common.flower import Array, ArrayRecord, ClientApp, ConfigRecord, Context, Message, RecordDict
 from hansa.common.frames import METHOD, PROTOCOL, take_apart
 from hansa.common.home import Home
 from hansa.common.identity import Identity
 from hansa.common.messages import Manifest, SignedWire
 from hansa.server import streams as server_streams
-from hansa.server.link import State
+from hansa.server.link import GrpcGrid
+from hansa.server.requests import Request, State
 from link_support import Keys, Net, model, net, plain_app, until
 
 CHARTER = "c" * 64
@@ -734,3 +736,128 @@ def test_what_nobody_waits_for_is_withdrawn(pair: Net) -> None:
     assert first(answer(pair, ask(pair, value=2.0))) == 3.0
     assert calls[0] == begun
     assert waiting not in calls
+
+
+# -- found by review -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_the_coordinator_no_slot_and_no_partner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with net(tmp_path, "ada", "ben", uploads=1) as made:
+        for name in ("ada", "ben"):
+            made.node(name, plain_app())
+        made.until_connected()
+        real = frames._private
+
+        def full(path: str, flags: int) -> int:  # ENOSPC by the kernel, at the flush
+            return os.open("/dev/full", os.O_WRONLY) if "/spool/" in path else real(path, flags)
+
+        monkeypatch.setattr(frames, "_private", full)
+        assert made.grid is not None
+        large = made.grid.create_message(model(1.0, size=500_000), "train", 1, "1", ttl=30)
+        (name,) = made.grid.push_messages([large])
+        until(lambda: "No space left on device" in made.log.getvalue())
+        monkeypatch.setattr(frames, "_private", real)
+        assert first(answer(made, name)) == 2.0
+        assert first(answer(made, ask(made, node=2))) == 1.0
+
+
+def test_a_partner_that_does_not_read_is_hung_up_on(pair: Net) -> None:
+    pair.node("ben", plain_app())
+    with raw(pair, "ada") as (_, send):
+        name = ask(pair)
+        send(offer=pb.Head(id=name, failure=pb.Failure(code=1, reason="no")))
+        for _i in range(200_000):  # each would be answered by `done`; nobody reads `call`
+            send(offer=pb.Head(id=name, failure=pb.Failure(code=1, reason="no")))
+        until(lambda: "does not read what it is told" in pair.log.getvalue(), 60)
+    assert first(answer(pair, ask(pair, node=2))) == 1.0
+
+
+def test_a_trickle_holds_no_slot_beyond_its_requests_time(tmp_path: Path) -> None:
+    with net(tmp_path, "ada", "ben", uploads=1) as made, raw(made, "ada") as (call, send):
+        made.node("ben", plain_app())
+        made.until_connected()
+        assert made.grid is not None
+        (name,) = made.grid.push_messages([made.grid.create_message(model(), "train", 1, "1", ttl=3)])
+        records, _ = take_apart(model())
+        send(offer=pb.Head(id=name, records=records, lengths=[10**6, 8]))
+        assert any(m.WhichOneof("body") == "grant" for m in call)
+        send(block=pb.Block(data=b"x"))
+        (reply,) = made.grid.send_and_receive([made.grid.create_message(model(), "train", 2, "1", 15)], timeout=15)
+        assert first(reply) == 1.0
+        assert ended(call) == (grpc.StatusCode.DEADLINE_EXCEEDED, "the answer was not here in time")
+
+
+def test_a_list_of_revoked_that_vanishes_or_grows_old_brings_nobody_back(tmp_path: Path) -> None:
+    crl = tmp_path / "ca" / "revoked.crl"
+    with net(tmp_path, "ada", "ben", crl=crl) as made:
+        old = crl.read_bytes()
+        made.node("ada", plain_app())
+        made.until_connected("ada")
+        made.keys.ca.revoke("ada")
+        assert made.grid is not None
+        grid = made.grid
+        until(lambda: not grid.connected(), 5)
+        for change in (crl.unlink, lambda: crl.write_bytes(old)):
+            seen = made.log.getvalue().count("revocation list not read")
+            change()
+            until(lambda seen=seen: made.log.getvalue().count("revocation list not read") > seen, 5)  # type: ignore[misc]
+        time.sleep(2.5)
+        assert not grid.connected()
+
+
+@pytest.mark.parametrize("kind", ["bogus", ""])
+def test_a_type_of_message_that_nobody_knows_is_an_error_and_not_the_nodes_end(
+    kind: str, pair: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.node("ada", plain_app())
+    real = Request.head
+
+    def head(self: Request) -> pb.Head:
+        made = real(self)
+        made.message_type = kind
+        return made
+
+    monkeypatch.setattr(Request, "head", head)
+    assert answer(pair, ask(pair)).error.reason == "the node failed"
+    monkeypatch.setattr(Request, "head", real)
+    assert first(answer(pair, ask(pair))) == 1.0
+
+
+def test_a_question_is_asked_anew_after_a_restart(tmp_path: Path) -> None:
+    said = iter(["refused: not approved", "accepted"])
+    begun, go = threading.Event(), threading.Event()
+    app = ClientApp()
+
+    @app.query("open")
+    def _open(message: Message, context: Context) -> Message:
+        word = next(said)
+        begun.set()
+        go.wait(10)
+        return Message(RecordDict({"said": ConfigRecord({"a": word})}), reply_to=message)
+
+    def question(grid: GrpcGrid) -> Message:
+        sealed = RecordDict({"manifest": ConfigRecord({"sealed": b"the same bytes"}), "chunks": ArrayRecord()})
+        return grid.create_message(sealed, "query.open", 1, "0", ttl=60)
+
+    with net(tmp_path, "ada") as made:
+        made.node("ada", app)
+        made.until_connected()
+        assert made.grid is not None
+        list(made.grid.push_messages([question(made.grid)]))
+        assert begun.wait(10)
+        made.grid.stop()
+        go.set()
+        made.start()
+        made.until_connected()
+        (reply,) = made.grid.send_and_receive([question(made.grid)], timeout=20)
+        assert reply.content["said"]["a"] == "accepted"
+
+
+def test_a_node_takes_no_request_that_its_disk_has_no_room_for(pair: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.node("ada", plain_app())
+    monkeypatch.setattr(node_link, "SPARE_BYTES", 10**18)
+    assert answer(pair, ask(pair)).error.reason == "request refused: this node's disk has no room for it"
+    monkeypatch.undo()
+    assert first(answer(pair, ask(pair))) == 1.0
