@@ -144,6 +144,8 @@ def load_kept(path: Path, task: str | None = None) -> Kept:
         ConfigError: a bare file without a task, or a folder of another task.
         DataError: files that are missing, damaged or do not fit each other.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder", "Kept models are in the node's state/models/RUN.")
     if not path.is_dir():
         if task is None:
             raise ConfigError(f"{path}: a bare model says nothing of its task", "Give --task, or a kept folder.")
