@@ -124,7 +124,9 @@ def test_a_manifest_cannot_steer_the_screen(kept: Path, tmp_path: Path) -> None:
 def test_what_is_no_model(command: list[Any], tmp_path: Path) -> None:
     rest = command[1:]
     call("model", command[0], tmp_path / "nowhere", *rest, "--task", "digits").expect(2).says("nowhere")
-    call("model", command[0], tmp_path / "nowhere", *rest).expect(2).says("Give --task, or a kept folder")
+    call("model", command[0], tmp_path / "nowhere", *rest).expect(2).says("no such file or folder")
+    (tmp_path / "bare").write_bytes(b"x")
+    call("model", command[0], tmp_path / "bare", *rest).expect(2).says("Give --task, or a kept folder")
     call("model", command[0], tmp_path, *rest).expect(2).says("closing.json")
 
 
