@@ -304,6 +304,8 @@ def _yaml_error(path: Path, err: yaml.YAMLError) -> ConfigError:
 
 
 def _short(found: object) -> str:
+    if isinstance(found, str) and "@" in found and "//" in found:
+        return "a URL with a user in it"  # and perhaps a password
     try:
         return reprlib.repr(found)[:200]  # bounded: a few aliases in YAML can stand for gigabytes
     except ValueError:  # an integer of more digits than Python prints

@@ -92,3 +92,10 @@ def test_hours() -> None:
     for bad in ("8:00-09:00", "08:00", "08:00-9", "08:00-09:00-10:00", "08:60-09:00", "aa:bb-cc:dd"):
         with pytest.raises(ValueError, match="HH:MM"):
             window(bad)
+
+
+def test_a_proxys_password_is_not_shown(tmp_path: Path) -> None:
+    text = ONE.replace('"}', '", proxy: "https://user:hush@proxy.example:3128"}')
+    with pytest.raises(ConfigError, match="proxy") as told:
+        load_settings(written(tmp_path, text))
+    assert "hush" not in f"{told.value} {told.value.hint}"
