@@ -247,8 +247,16 @@ def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configu
     try:
         return model.model_validate(_construct(path))
     except ValidationError as err:
+        items = err.errors()
+        # That a list is too short because one of its items is wrong is no second mistake.
+        places = [item["loc"] for item in items]
+        told = [
+            item
+            for item in items
+            if not item["loc"] or not any(p != item["loc"] and p[: len(item["loc"])] == item["loc"] for p in places)
+        ]
         raise ConfigError(
-            "\n".join(_explain(path, root, dict(item)) for item in err.errors()),
+            "\n".join(_explain(path, root, dict(item)) for item in told),
             "Every key is described in docs/configuration.md; ready-made files are in configs/.",
         ) from err
 

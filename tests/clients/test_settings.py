@@ -95,7 +95,7 @@ def test_hours() -> None:
 
 
 def test_a_proxys_password_is_not_shown(tmp_path: Path) -> None:
-    text = ONE.replace('"}', '", proxy: "https://user:hush@proxy.example:3128"}')
+    text = ONE.replace('"}', '", proxy: "https://u:hush@p"}')
     with pytest.raises(ConfigError, match="proxy") as told:
         load_settings(written(tmp_path, text))
     assert "hush" not in f"{told.value} {told.value.hint}"
