@@ -46,8 +46,6 @@ from .dial import CONNECT_S, proxy_for, server_certificate
 
 CREDIT = 8
 """So many unanswered requests are taken at once."""
-SPARE_BYTES = 256 * 1024 * 1024
-"""A request is taken only if so much of the disk stays free behind it: the ledger is on it."""
 MOST_UNREAD = 256
 """Short messages that may wait for the coordinator to read them."""
 LONGEST_PAUSE_S = 10.0
@@ -275,8 +273,9 @@ class NodeLink:
         records = check_head(head)
         stream.passing = 0
         try:
-            size = sum(head.lengths)
-            if size and shutil.disk_usage(self._inbox).free < size + SPARE_BYTES:
+            size, held = sum(head.lengths), sum(sum(job.request.head.lengths) for job in self._jobs.values())
+            # Half of the room is the ledger's, whatever a coordinator sends. What does not fit all the same is tried again.
+            if held + size > (held + shutil.disk_usage(self._inbox).free) / 2:
                 self._log.log("disk full", coordinator=self._coordinator, request=head.id[:64], bytes=size)
                 raise MessageError("this node's disk has no room for it")
             expected = self._inspect(records, self._coordinator) if self._inspect is not None else None

@@ -48,6 +48,14 @@ _BECAUSE = {
     Refusal.ROUND: "the round or run was out of order",
     Refusal.SIMULATED: "a simulated charter may not touch a real dataset",
     Refusal.NUMERIC: "the model it was sent is not finite or has another shape",
+    Refusal.TASK: "its site does not allow this task",
+    Refusal.COORDINATOR: "its site does not allow this coordinator",
+    Refusal.HOURS: "it was outside its site's hours",
+    Refusal.NOT_APPROVED: "nobody at the site approved the run",
+    Refusal.PAUSED: "the site has paused its node",
+    Refusal.WITHDRAWN: "it withdrew from the federation",
+    Refusal.COHORT: "fewer partners take part than its site asks for",
+    Refusal.RESTORED: "it was restored from a backup, and what was spent is not proved",
 }
 
 

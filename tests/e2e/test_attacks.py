@@ -167,6 +167,7 @@ def test_a_committed_request_sent_again(town: Town, monkeypatch: pytest.MonkeyPa
     town.open(run)
     records = town.records(town.ask("train", 1, run), town.model)
     first = to_bytes(town.push(records).content)
+    until(lambda: town.said("ada", "sent"))  # the line comes after the bytes
     town.mark()
     reads: list[int] = []
     opened = RegisteredDataset.open

@@ -267,12 +267,12 @@ def test_another_configuration_does_not_go_on(forked: Forked, tmp_path: Path) ->
 def test_without_noise_a_resumed_run_is_bit_identical(
     strategy: str, more: dict[str, Any], forked: Forked, tmp_path: Path
 ) -> None:
-    text = federation(rounds=3, privacy=None, strategy=strategy, evaluation="{kind: public, every: 3}", **more)
+    text = federation(rounds=3, privacy=None, strategy=strategy, evaluation="{kind: public, every: 1}", **more)
     config = write(tmp_path / "c.yaml", text)
     syncs = forked.syncs("simulate", config, "--out", tmp_path / "whole", folder=tmp_path)
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     saved = [i for i, path in enumerate(syncs, start=1) if ".checkpoint" in path]
-    assert len(saved) == 7, "one checkpoint for the opening, two a round"
+    assert len(saved) == 7, "one checkpoint for the opening, two a round that is measured"
     _, _, first, trained, second, *_ = saved
     points = {"in the second round": first + 6, "between its steps": trained + 2, "after the second round": second + 2}
     for name, number in points.items():

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -857,7 +858,7 @@ def test_a_question_is_asked_anew_after_a_restart(tmp_path: Path) -> None:
 
 def test_a_node_takes_no_request_that_its_disk_has_no_room_for(pair: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.node("ada", plain_app())
-    monkeypatch.setattr(node_link, "SPARE_BYTES", 10**18)
+    monkeypatch.setattr("hansa.clients.link.shutil.disk_usage", lambda _: SimpleNamespace(free=20))
     assert answer(pair, ask(pair)).error.reason == "request refused: this node's disk has no room for it"
     monkeypatch.undo()
     assert first(answer(pair, ask(pair))) == 1.0
