@@ -248,4 +248,5 @@ def _private(path: str, flags: int) -> int:
 def drop_unfinished(folder: Path) -> None:
     """Delete what a killed process had not finished spooling."""
     for path in folder.glob(TEMPORARY + "*"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
