@@ -19,21 +19,20 @@ from ..common.errors import ConfigError, DataError, HansaError, MessageError
 from ..common.events import EventLog
 from ..common.flower import (
     CLIENT_APP_FAILED,
-    Array,
-    ArrayRecord,
+    HELLO_TYPE,
     ClientApp,
     ConfigRecord,
     Context,
     Error,
     Message,
     RecordDict,
+    flowers_own,
 )
 from ..common.home import Home
 from ..common.identity import PASSPHRASE, canonical, read_envelope, strict_json
 from ..common.messages import MESSAGE_TYPE
 from .settings import NodeSettings, load_settings
 
-HELLO_TYPE = "application/vnd.hansa.hello+json"  # as in server/engine.py
 LOCK_S = 30.0
 """So long a message waits for the ledger: the process of the one before may still be going, or a command of the steward's."""
 
@@ -104,20 +103,10 @@ def _work(settings: NodeSettings, passphrase: str | None, message: Message, cont
         for joined in site.joined:
             if joined.signed.sha256 == named:  # only a claim so far: the app of this charter verifies it
                 reply = joined.app(message, context)
-                return Message(_whole(reply.content), reply_to=message)
+                return Message(flowers_own(reply.content), reply_to=message)
         raise MessageError("a message under a charter that this node has not joined")
     finally:
         site.close()  # before the reply leaves: the next message's process needs the ledger
-
-
-def _whole(records: RecordDict) -> RecordDict:
-    """Records as Flower's own Grid sends them: it knows Arrays by their very class, and ours read their bytes later."""
-    made = RecordDict()
-    for name, record in records.items():
-        if isinstance(record, ArrayRecord):
-            record = ArrayRecord({key: Array(a.dtype, a.shape, a.stype, a.data) for key, a in record.items()})
-        made[name] = record
-    return made
 
 
 def _charter(message: Message) -> str:

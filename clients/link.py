@@ -36,11 +36,11 @@ from ..common.frames import (
     Spooled,
     blocks,
     check_head,
-    drop_unfinished,
     length_of,
     take_apart,
 )
 from ..common.home import Home
+from ..common.identity import drop_unfinished
 from ..common.plan import SOFTWARE
 from .dial import CONNECT_S, proxy_for, server_certificate
 

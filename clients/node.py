@@ -28,9 +28,8 @@ from ..common.charter import SignedCharter
 from ..common.errors import CharterError, ConfigError, DataError, LedgerError, LinkError, Refused
 from ..common.events import EventLog
 from ..common.flower import ClientApp, Context, RecordDict
-from ..common.frames import drop_unfinished
 from ..common.home import Home
-from ..common.identity import Identity, write_whole
+from ..common.identity import Identity, drop_unfinished, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import SignedWire
 from ..common.plan import SOFTWARE
@@ -180,10 +179,10 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
     check_model(model)
     law = SiteLaw(settings.site, Control(settings.control), task.name)
     ledger = _ledger(settings, identity, dataset)
-    # The ledger's lock is ours now: nobody else writes these.
-    for folder in (settings.state, *(settings.state / "models").glob("*/")):
-        drop_unfinished(folder)
     try:
+        # The ledger's lock is ours now: nobody else writes these.
+        for folder in (settings.state, *(settings.state / "models").glob("*/")):
+            drop_unfinished(folder)
         if ledger.recovered:
             log.log("ledger recovered", partner=identity.name, bytes=ledger.recovered)
         gate = Gate(

@@ -312,7 +312,9 @@ def _yaml_error(path: Path, err: yaml.YAMLError) -> ConfigError:
 
 
 def _short(found: object) -> str:
-    if isinstance(found, str) and "@" in found and "//" in found:
+    if any(
+        isinstance(one, str) and "@" in one and "//" in one for one in (found if isinstance(found, list) else [found])
+    ):
         return "a URL with a user in it"  # and perhaps a password
     try:
         return reprlib.repr(found)[:200]  # bounded: a few aliases in YAML can stand for gigabytes
@@ -338,7 +340,11 @@ def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
             loc, line = [*loc, *inside], found_line
     key = ".".join(loc) or "(whole file)"
     found = item.get("input")
-    shown = "" if item["type"] == "missing" or isinstance(found, dict | BaseModel) else f" (found {_short(found)})"
+    # Of a part that has parts of its own only the place is shown: what is in it may be nobody's business (a proxy's password).
+    deep = isinstance(found, dict | BaseModel) or (
+        isinstance(found, list) and any(isinstance(one, dict | list) for one in found)
+    )
+    shown = "" if item["type"] == "missing" or deep else f" (found {_short(found)})"
     return f"{path}:{line}: {key}: {what}{shown}"
 
 

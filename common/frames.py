@@ -243,10 +243,3 @@ def _body(size: int) -> int:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def drop_unfinished(folder: Path) -> None:
-    """Delete what a killed process had not finished spooling."""
-    for path in folder.glob(TEMPORARY + "*"):
-        if path.is_file():
-            path.unlink(missing_ok=True)

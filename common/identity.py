@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import errno
 import hashlib
 import json
@@ -324,6 +325,14 @@ def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
         if isinstance(err, OSError):
             raise output_error(path, err) from err
         raise
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Delete the files directly in `folder` that a killed process had not finished writing."""
+    for path in folder.glob(TEMPORARY + "*"):
+        if path.is_file():  # a restore's is a folder, and may be another process's
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                path.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

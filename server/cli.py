@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.cli import Format, FormatOption, clean, passphrase_for, plain, show_json
+from ..common.errors import ConfigError
 from .bundle import export as export_bundle
 from .settings import ServerSettings, load_settings
 from .status import OVER, read_status
@@ -46,6 +47,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with that run, or with the newest that is not closed")
     ] = False,
+    give_up: Annotated[
+        bool, typer.Option("--give-up", help="with --resume: train no more, close that run as it stands")
+    ] = False,
 ) -> int:
     """Wait for the partners' nodes, train under the charter, close with everyone's signature.
 
@@ -56,6 +60,10 @@ def run(
     from ..common.events import EventLog
     from .service import Service
 
+    if give_up and not resume:
+        raise ConfigError(
+            "--give-up is about a run that began", "Say so: --resume --give-up, and which one: --run NAME."
+        )
     loaded = load_settings(settings)
     form = loaded.log
     log = EventLog(form, sys.stdout if form == "json" else cast(TextIO, _Stderr()))
@@ -64,7 +72,7 @@ def run(
         grid = service.link(log)
         log.capture()
         with service.status(run_id, grid) as status, _progress(service, run_id, status, log, form) as notify:
-            outcome = service.run(grid, run_id, status, notify)
+            outcome = service.run(grid, run_id, status, notify, give_up=give_up)
     if form == "text":
         _ending(settings, loaded, outcome)
     return 0 if outcome.why == "completed" else 1
@@ -241,9 +249,13 @@ def _ending(settings: Path, loaded: ServerSettings, outcome: Outcome) -> None:
     from ..common.model import file_sha256
 
     if outcome.model is None:
-        _say("Nothing was trained: too few partners accepted the run; their reasons are above.", "bold red")
-        _say(f"They stay in: hansa server status {settings}")
+        _say(
+            "Nothing was trained, and the run is closed. Who refused it is above, or was when it was asked for.",
+            "bold red",
+        )
         return
+    if outcome.why != "completed":
+        _say(f"Given up after {len(outcome.history)} rounds.", "bold red")
     model = loaded.model(outcome.run_id)
     _say(f"The run is closed and signed by everyone. The model: {model}", "bold green")
     where = "every other partner has" if outcome.undelivered else "every partner has"

@@ -10,6 +10,7 @@ asking every node who it is.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import sys
@@ -25,9 +26,8 @@ from ..common.events import EventLog
 from ..common.flower import (
     CLIENT_APP_FAILED,
     DEFAULT_TTL,
+    HELLO_TYPE,
     NODE_UNAVAILABLE,
-    Array,
-    ArrayRecord,
     ConfigRecord,
     Context,
     Error,
@@ -37,18 +37,18 @@ from ..common.flower import (
     Run,
     ServerApp,
     addressed,
+    flowers_own,
 )
 from ..common.identity import PASSPHRASE, read_envelope, strict_json
 from ..common.model import write_model
 from .rounds import Outcome
 from .service import Service
 from .settings import load_settings
-from .status import WAITING, Status
+from .status import WAITING
 
 if TYPE_CHECKING:
     from .link import GrpcGrid
 
-HELLO_TYPE = "application/vnd.hansa.hello+json"  # as in clients/engine.py
 HELLO_S = 60.0
 """So long nodes have to say who they are; one that does, does it in about five seconds."""
 MEET_PART = 0.25
@@ -145,7 +145,7 @@ class StockGrid(Grid):
         deadline = time.monotonic() + timeout_s
         self.meet(timeout_s)
         while (now := time.monotonic()) < deadline and any(
-            now - self._gone.get(name, -BACK_S) < BACK_S for name in self.missing()
+            now - self._gone.get(name, -math.inf) < BACK_S for name in self.missing()
         ):
             time.sleep(POLL_S)
             self.meet(deadline - now)
@@ -241,6 +241,13 @@ class StockGrid(Grid):
         with self._changed:
             self._changed.wait_for(there, timeout_s)
 
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more; what a node has begun it finishes, and nobody fetches it."""
+        with self._changed:
+            for name in message_ids:
+                self._sent.pop(name, None)
+            self._changed.notify_all()
+
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _name(self) -> str:
@@ -262,7 +269,7 @@ class StockGrid(Grid):
         theirs = ""
         if node is not None:
             outgoing = Message(
-                _whole(message.content),
+                flowers_own(message.content),
                 dst_node_id=node,
                 message_type=meta.message_type,
                 ttl=meta.ttl,
@@ -277,7 +284,7 @@ class StockGrid(Grid):
 
     def _collect(self, name: str, sent: _Sent, theirs: str) -> None:
         """Fetch one reply once it is asked for, and keep its slot until it is taken or too late."""
-        while (left_s := sent.deadline - time.monotonic()) > 0:
+        while name in self._sent and (left_s := sent.deadline - time.monotonic()) > 0:
             if name in self._wanted:
                 with self._slots:
                     reply = self._fetch(sent, theirs)
@@ -314,20 +321,10 @@ class StockGrid(Grid):
             self._changed.notify_all()
 
 
-def _whole(records: RecordDict) -> RecordDict:
-    """Records as Flower's own Grid sends them: it knows Arrays by their very class, and ours read their bytes later."""
-    made = RecordDict()
-    for name, record in records.items():
-        if isinstance(record, ArrayRecord):
-            record = ArrayRecord({key: Array(a.dtype, a.shape, a.stype, a.data) for key, a in record.items()})
-        made[name] = record
-    return made
-
-
 # -- the run -------------------------------------------------------------------------------------------------------------
 
 
-def run(grid: Grid, settings: Path, name: str | None, resume: bool) -> Outcome:
+def run(grid: Grid, settings: Path, name: str | None, *, resume: bool, give_up: bool) -> Outcome:
     """Wait for the partners' nodes, train under the charter, close with everyone's signature, and write the model.
 
     Raises:
@@ -342,47 +339,34 @@ def run(grid: Grid, settings: Path, name: str | None, resume: bool) -> Outcome:
         # A status asks a Grid for nothing but who is connected.
         with service.status(run_id, cast("GrpcGrid", stock)) as status:
             status.about(address="a SuperLink")
-            _meet(stock, service, status, log, run_id)
+            status.phase(WAITING)
+            log.log("waiting", run=run_id, seconds=loaded.wait_for_nodes_s)
+
+            def look(left_s: float) -> list[str]:
+                stock.meet(max(1.0, min(HELLO_S, left_s)))
+                missing = stock.missing()
+                if missing:
+                    time.sleep(min(AGAIN_S, left_s))
+                return missing
+
+            hint = "Their operators look at the SuperNode's log; then run again with hansa-resume=true."
+            service.gather(look, "came to this SuperLink", hint)
             status.phase("opening")
 
             def notify(event: str, **facts: Any) -> None:
                 status.notify(event, **facts)
                 _tell(log, run_id, event, facts)
 
-            outcome = service.coordinator(service.roster, notify).run(stock, run_id)
+            outcome = service.coordinator(service.roster, notify).run(stock, run_id, give_up=give_up)
             if outcome.model is not None:
                 write_model(loaded.model(run_id), outcome.model)
             status.phase(outcome.why)
     if outcome.why != "completed":
         raise RunFailed(
-            f"run {run_id}: too few partners accepted it, so nothing was trained",
+            f"run {run_id} is closed after {len(outcome.history)} rounds: too few partners accepted it, or it was given up",
             f"Who refused, and why: hansa server status {settings}",
         )
     return outcome
-
-
-def _meet(stock: StockGrid, service: Service, status: Status, log: EventLog, run_id: str) -> None:
-    """Until all partners are there, or a quorum is and the time for the others is over."""
-    status.phase(WAITING)
-    wait_s = service.settings.wait_for_nodes_s
-    log.log("waiting", run=run_id, seconds=wait_s)
-    deadline = time.monotonic() + wait_s
-    while True:
-        stock.meet(max(1.0, min(HELLO_S, deadline - time.monotonic())))
-        missing = stock.missing()
-        left_s = deadline - time.monotonic()
-        if not missing:
-            return
-        here = len(service.roster) - len(missing)
-        if left_s <= 0 and here < service.charter.quorum:
-            raise RunFailed(
-                f"{here} of {len(service.roster)} partners are at this SuperLink after {wait_s:g} s, the quorum is "
-                f"{service.charter.quorum}; missing: {', '.join(missing)}",
-                "Nothing was spent. Their operators look at the SuperNode's log; then run again with hansa-resume=true.",
-            )
-        if left_s <= 0:
-            return
-        time.sleep(min(AGAIN_S, left_s))
 
 
 def _tell(log: EventLog, run_id: str, event: str, facts: Mapping[str, Any]) -> None:
@@ -415,4 +399,7 @@ def _main(grid: Grid, context: Context) -> None:
             "Set HANSA_SERVER for the SuperLink, or: flwr run --run-config 'hansa-server=\"/path/to/server.yaml\"'",
         )
     name = str(context.run_config.get("hansa-run") or "") or None
-    run(grid, Path(str(path)), name, bool(context.run_config.get("hansa-resume", False)))
+    resume, give_up = (bool(context.run_config.get(f"hansa-{key}", False)) for key in ("resume", "give-up"))
+    if give_up and not resume:
+        raise ConfigError("hansa-give-up is about a run that began", "Say so: hansa-resume=true, and its hansa-run.")
+    run(grid, Path(str(path)), name, resume=resume, give_up=give_up)

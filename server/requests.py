@@ -14,7 +14,8 @@ from pathlib import Path
 from ..common import link_pb2 as pb
 from ..common.errors import MessageError
 from ..common.flower import MESSAGE_UNAVAILABLE, NODE_UNAVAILABLE, Array, Error, Message, RecordDict, addressed
-from ..common.frames import Inspect, Spooled, drop_unfinished, length_of, take_apart
+from ..common.frames import Inspect, Spooled, length_of, take_apart
+from ..common.identity import drop_unfinished
 
 
 class State(StrEnum):

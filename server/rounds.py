@@ -81,7 +81,7 @@ class Outcome:
     Attributes:
         model: final parameters by name, None when no round was run.
         history: {"round", "metrics", "partners"} a completed round.
-        why: "completed", or "refused" when too few accepted the run.
+        why: "completed", or "refused" when too few accepted the run, or it was given up before its last round.
         undelivered: partners that did not confirm in time that they keep the model and the closing checkpoint; the same
             run again delivers again.
     """
@@ -132,11 +132,12 @@ class Coordinator:
         self._notify = notify
         self._refusals: list[Refusing] = []
 
-    def run(self, grid: Grid, run_id: str, only: list[str] | None = None) -> Outcome:
+    def run(self, grid: Grid, run_id: str, only: list[str] | None = None, *, give_up: bool = False) -> Outcome:
         """Run, or go on with, the run `run_id`, and close it.
 
         Args:
             only: ask these partners for the run, not the whole roster.
+            give_up: begin nothing more and close it as it stands, so that what partners hold for the rest is free again.
 
         Raises:
             RunFailed: too few partners answered a round; what was spent is recorded, and the run can go on later.
@@ -151,6 +152,8 @@ class Coordinator:
             model = state.model if state.round else None
             outcome = Outcome(run_id, why, model, state.history, self._refusals)
             return self._close(grid, outcome, closed_before=True)
+        if state.accepted is None and give_up:
+            return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
         if state.accepted is None:
             state.accepted = self._open(grid, run_id, only or list(self._roster))
             if len(state.accepted) < self._charter.quorum:
@@ -165,6 +168,9 @@ class Coordinator:
         # Every step of a round is on disk before the ledger says that it is done and before the next one is asked for:
         # a resumed run repeats the same questions to the same partners, and never folds a second answer of one of them.
         for number in range(state.round + 1, self._charter.algorithm.rounds + 1):
+            if give_up and not state.trained:
+                model = state.model if state.round else None
+                return self._close(grid, Outcome(run_id, "refused", model, state.history, self._refusals))
             began = time.perf_counter()
             self._notify("round", round=number)
             metrics: dict[str, float] = {}
@@ -220,7 +226,8 @@ class Coordinator:
             told = "; ".join(f"{name}: {answers[name].outcome.removeprefix('refused: ')}" for name in later)
             raise RunFailed(
                 f"{len(accepted)} partners accepted the run now, the quorum is {self._charter.quorum} ({told})",
-                f"Nothing was spent. When they are ready, run again with --resume: run {run_id} is then asked for again.",
+                f"Nothing was spent. When they are ready, run again with --resume: run {run_id} is then asked for again. Until "
+                "then those who accepted hold their part of the budget for it; --resume --give-up closes it instead.",
             )
         return accepted
 
@@ -529,7 +536,8 @@ class Coordinator:
         )
         return RunFailed(
             f"round {number}: {folded} of {len(answers)} partners answered, the quorum is {self._charter.quorum} ({told})",
-            "Nothing was aggregated. What was spent stays on the ledgers; mend the cause and run again with --resume.",
+            "Nothing was aggregated. What was spent stays on the ledgers; mend the cause and run again with --resume, or close "
+            "the run as it stands with --resume --give-up.",
         )
 
 
@@ -542,6 +550,7 @@ def _add(total: npt.NDArray[np.float64], value: npt.NDArray[Any], weight: float)
 
 _NOT_YET = (Refusal.NOT_APPROVED, Refusal.PAUSED, Refusal.HOURS)
 """What a partner refuses today and may accept tomorrow: no reason to close a run that too few accepted."""
+
 _REPLIES = {
     "open": ("accepted",),
     "train": ("update",),

@@ -198,7 +198,15 @@ class Service:
         }
         return Status(self.settings.status, about, list(self.roster), grid.connected)
 
-    def run(self, grid: GrpcGrid, run_id: str, status: Status, notify: Notify = lambda *_, **__: None) -> Outcome:
+    def run(
+        self,
+        grid: GrpcGrid,
+        run_id: str,
+        status: Status,
+        notify: Notify = lambda *_, **__: None,
+        *,
+        give_up: bool = False,
+    ) -> Outcome:
         """Run, or go on with, a run over our link, and write its model.
 
         `grid` is started and stopped here; `status` is being kept by the caller. A signal may interrupt it anywhere, like
@@ -216,9 +224,19 @@ class Service:
         try:
             host = self.settings.listen.rpartition(":")[0]
             status.about(address=f"{host}:{grid.port}")
-            self._wait(grid, status, notify)
+            status.phase(WAITING)
+            wait_s = self.settings.wait_for_nodes_s
+            notify("waiting", partners=list(self.roster), wait_s=wait_s, port=grid.port)
+
+            def look(left_s: float) -> list[str]:
+                if set(self.roster) - set(grid.connected()):
+                    grid.wait(min(left_s, 1.0))
+                return [name for name in self.roster if name not in grid.connected()]
+
+            hint = "Their operators look with `hansa node check`; then run again with --resume."
+            self.gather(look, "connected", hint)
             status.phase("opening")
-            outcome = self.coordinator(self.roster, both).run(grid, run_id)
+            outcome = self.coordinator(self.roster, both).run(grid, run_id, give_up=give_up)
             if outcome.model is not None:
                 write_model(self.settings.model(run_id), outcome.model)
             status.phase(outcome.why)
@@ -226,21 +244,26 @@ class Service:
         finally:
             grid.stop()
 
-    def _wait(self, grid: GrpcGrid, status: Status, notify: Notify) -> None:
-        """Until all partners are connected, or a quorum is and the time for the others is over."""
-        status.phase(WAITING)
+    def gather(self, look: Callable[[float], list[str]], what: str, hint: str) -> None:
+        """Return when all partners are there, or a quorum is and the time for the others is over.
+
+        Args:
+            look: who is missing; it waits for a change, so many seconds at most.
+            what: what the partners did who are there, for the error's words; with `hint`.
+
+        Raises:
+            RunFailed: too few came.
+        """
         wait_s = self.settings.wait_for_nodes_s
-        notify("waiting", partners=list(self.roster), wait_s=wait_s, port=grid.port)
         deadline = time.monotonic() + wait_s
-        while missing := [name for name in self.roster if name not in grid.connected()]:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                here = len(self.roster) - len(missing)
-                if here < self.charter.quorum:
-                    raise RunFailed(
-                        f"{here} of {len(self.roster)} partners connected within {wait_s:g} s, the quorum is "
-                        f"{self.charter.quorum}; missing: {', '.join(missing)}",
-                        "Nothing was spent. Their operators look with `hansa node check`; then run again with --resume.",
-                    )
-                break
-            grid.wait(min(left_s, 1.0))
+        while missing := look(max(0.0, deadline - time.monotonic())):
+            if time.monotonic() < deadline:
+                continue
+            here = len(self.roster) - len(missing)
+            if here < self.charter.quorum:
+                raise RunFailed(
+                    f"{here} of {len(self.roster)} partners {what} within {wait_s:g} s, the quorum is "
+                    f"{self.charter.quorum}; missing: {', '.join(missing)}",
+                    f"Nothing was spent. {hint}",
+                )
+            return

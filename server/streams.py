@@ -151,9 +151,8 @@ class Streams:
             max(1, min(hello.credit, MOST_CREDIT)),
             set(hello.have[:MOST_CREDIT]),
         )
-        while (
-            older := self._peers.get(name)
-        ) is not None:  # the newest wins: an older one may be dead, and not know it
+        # The newest wins: an older one may be dead, and not know it.
+        while (older := self._peers.get(name)) is not None:
             older.end(grpc.StatusCode.ABORTED, "another connection of this partner took over")
             await older.gone.wait()
         with self._requests.changed:

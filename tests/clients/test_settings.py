@@ -94,8 +94,9 @@ def test_hours() -> None:
             window(bad)
 
 
-def test_a_proxys_password_is_not_shown(tmp_path: Path) -> None:
-    text = ONE.replace('"}', '", proxy: "https://u:hush@p"}')
+@pytest.mark.parametrize("proxy", ['"https://u:hush@p"', '["http://u:hush@p"]', '[["http://u:hush@p"]]'])
+def test_a_proxys_password_is_not_shown(proxy: str, tmp_path: Path) -> None:
+    text = ONE.replace('"}', f'", proxy: {proxy}}}')
     with pytest.raises(ConfigError, match="proxy") as told:
         load_settings(written(tmp_path, text))
     assert "hush" not in f"{told.value} {told.value.hint}"

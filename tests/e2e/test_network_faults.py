@@ -287,6 +287,10 @@ class Trial:
         inner = "coordinator/ledger.jsonl" if name == COORDINATOR else "ledger.jsonl"
         return self.net.folder(name) / "state" / inner
 
+    def wrote(self, name: str, kind: str) -> bool:
+        """Whether a ledger, which need not be there yet, has an entry of that type."""
+        return self.book(name).exists() and bool(of_type(self.book(name), kind))
+
     def carry_on(self, until_s: float = 90.0) -> None:
         """Start whoever is not running, again and again, until the run is closed. Nobody dies but by its fault."""
         self.start(*(name for name in EVERYONE if name not in self.net._processes))
@@ -711,7 +715,7 @@ def test_a_revoked_partner_is_thrown_out_and_comes_back_with_a_renewal(network: 
     # The first round lasts as long as it takes to revoke.
     trial = Trial(net, {"hungary": ["hansa.clients.app:train_locally:before:1:sleep:4"]})
     trial.start(*EVERYONE)
-    trial.until(lambda: of_type(trial.book("cleveland"), "commit"), "cleveland's first answer")
+    trial.until(lambda: trial.wrote("cleveland", "commit"), "cleveland's first answer")
     net.command(COORDINATOR, "identity", "revoke", "cleveland", "--yes")
     trial.until(lambda: "is revoked" in net.log(COORDINATOR), "the server notices", 5)
     trial.until(lambda: "cleveland" not in connected(net), "cleveland is thrown out", 5)

@@ -35,6 +35,9 @@ class Quorate(Town):
         assert outcome.why == "completed"
         assert outcome.model is not None
         write_model(self.service.settings.model(RUN), outcome.model)
+        self.audited()
+
+    def audited(self) -> None:
         bundle = self.root / "bundle"
         server_bundle.export(self.service.settings, bundle)
         for name in NAMES:
@@ -93,3 +96,33 @@ def test_a_run_waits_for_those_who_approve_each_by_hand(town: Quorate) -> None:
         assert budget_report(town.nodes[name].settings)["waiting_for_approval"] == []
     town.resumed()
     town.finished()
+
+
+def test_a_run_that_nobody_can_finish_is_given_up_and_holds_nothing(town: Quorate) -> None:
+    """Once where it was never accepted, and once after a round."""
+    town.control("ada").pause()
+    with pytest.raises(RunFailed, match="ada: paused"):
+        town.service.coordinator(town.service.roster).run(town.grid, RUN)
+    assert town.kinds("ben", RUN) == ["hold"]
+    town.resumed()
+    assert town.service.coordinator(town.service.roster).run(town.grid, RUN, give_up=True).why == "refused"
+    assert town.kinds("ben", RUN) == ["hold", "release"]
+    town.control("ada").resume()
+
+    def pause_then(event: str, **facts: Any) -> None:
+        if event == "done":
+            town.control("ada").pause()
+
+    with pytest.raises(RunFailed, match="ada: refused: paused"):
+        town.service.coordinator(town.service.roster, pause_then).run(town.grid, "run-2")
+    town.resumed()
+    outcome = town.service.coordinator(town.service.roster).run(town.grid, "run-2", give_up=True)
+    assert (outcome.why, len(outcome.history), outcome.undelivered) == ("refused", 1, [])
+    assert outcome.model is not None
+    write_model(town.service.settings.model("run-2"), outcome.model)
+    for name, debits in (("ada", 1), ("ben", 2)):  # ben trained in the round that failed, too
+        assert town.kinds(name, "run-2").count("debit") == debits, name
+        assert town.kinds(name, "run-2")[-1] == "release", name
+    town.resumed()  # delivered again, to whoever asks
+    assert town.service.coordinator(town.service.roster).run(town.grid, "run-2").why == "refused"
+    town.audited()
