@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..common import verifier
+from ..common.audit_cli import print_verdict
 from ..common.charter import in_words
-from ..common.cli import Format, FormatOption, clean, plain, print_verdict, show_json
+from ..common.cli import Format, FormatOption, clean, plain, show_json
 from ..common.config import Federation, load_config
 from ..common.errors import OutputError, Refusal, RunFailed
 
