@@ -195,7 +195,7 @@ def doubts(entries: Sequence[Entry], at: int, given: Sequence[Statement], kept: 
     if at > len(entries):
         return "the restore was not finished: restore the same backup again"
     for _, length, head in (*given, *kept):
-        if not (1 <= length <= len(entries) and entries[length - 1].sha256 == head):
+        if not (1 <= length <= len(entries) and entries[length - 1].root == head):
             return (
                 f"everyone signed for a head of this ledger at {length} entries that it does not have: entries are lost; "
                 "restore the backup that has it"
@@ -206,7 +206,7 @@ def doubts(entries: Sequence[Entry], at: int, given: Sequence[Statement], kept: 
     newest, restored = max(before)[0], Standing(entries[:at])
     if any(entry.type not in SPENDS_NOTHING for entry in entries[newest:at]):
         return f"the newest checkpoint covers {newest} of {at} entries, and something was held or spent behind it"
-    if open_runs := [run for run, hold in restored.holds.items() if hold.open]:
+    if open_runs := [hold.run_id for hold in restored.holds.values() if hold.open]:
         return f"run {open_runs[-1]} was open when the backup was taken: what it spent since is unknown"
     unheard = {hold.charter_sha256 for hold in restored.holds.values()} - {charter for _, charter in before}
     if unheard:
@@ -230,7 +230,7 @@ def _statement(path: Path, charters: Mapping[str, Charter], owner: str) -> State
     mine = next((item for item in body["ledgers"] if item["owner"] == owner), None)
     if mine is None or type(mine["length"]) is not int:
         raise MessageError(f"{path}: says nothing of {owner}'s ledger")
-    return sha, mine["length"], str(mine["head"])
+    return sha, mine["length"], str(mine["root"])
 
 
 def _charters(settings: NodeSettings) -> dict[str, Charter]:
@@ -305,7 +305,7 @@ def _fitting(settings: NodeSettings, staged: Path, archive: Path) -> list[Entry]
                 f"{settings.ledger}: is longer ({len(there)} entries) than the backup's ({len(entries)})",
                 "It knows more of what was spent: keep it. To lose only the rest, restore into another state folder.",
             )
-        if there and there[-1].sha256 != entries[len(there) - 1].sha256:
+        if there and there[-1].root != entries[len(there) - 1].root:
             raise LedgerError(
                 f"{settings.ledger}: is another ledger than the backup's, not an earlier part of it",
                 "Both were signed: show them to an auditor, and restore into another state folder.",

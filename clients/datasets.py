@@ -8,7 +8,7 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from ..common.identity import write_whole
 from ..common.tasks import Task
 from ..common.tasks.schema import TableSchema, parse_table, read_table
 
-__all__ = ["RegisteredDataset", "Rows", "Split", "csv_files", "csv_source", "fingerprint", "rows_in_both", "split_rows"]
+__all__ = [
+    "Declaration",
+    "RegisteredDataset",
+    "Rows",
+    "Split",
+    "csv_files",
+    "csv_source",
+    "fingerprint",
+    "rows_in_both",
+    "split_rows",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,13 +143,31 @@ def fingerprint(rows: Rows) -> bytes:
     return digest.digest()
 
 
+@dataclass(frozen=True)
+class Declaration:
+    """What an owner declares of a data set's records, signed by the entry that registers it in the ledger.
+
+    Attributes:
+        kind: "first" of its ledger; "version": appended or corrected rows of `of`; "overlap": shares records with `of`; "disjoint":
+            collected from `cutoff` on, no record is in any data set that was registered before.
+        of: a data set's id; None for "first" and "disjoint".
+        cutoff: a date (YYYY-MM-DD); None but for "disjoint".
+    """
+
+    kind: str = "first"
+    of: str | None = None
+    cutoff: str | None = None
+
+
 @dataclass(eq=False)
 class RegisteredDataset:
     """What a node registered: where the rows are and what it committed to. Only `open` reads them.
 
     Attributes:
         task: name of the task.
-        dataset_id: 16 random bytes, hex; the budget belongs to it.
+        dataset_id: 16 random bytes, hex.
+        lineage: 16 random bytes, hex: what the budget belongs to. Versions and overlapping data sets share it.
+        declared: what its owner says of its records.
         commitment: hex HMAC-SHA256 over the fingerprint of the training rows. Its 32-byte key is random and stays at
             the node, so it binds the node and tells nobody else anything (records can be guessed, and a plain hash would
             confirm a guess).
@@ -149,6 +177,8 @@ class RegisteredDataset:
 
     task: str
     dataset_id: str
+    lineage: str
+    declared: Declaration
     commitment: str
     held_out: str
     held_out_commitment: str | None
@@ -168,6 +198,8 @@ class RegisteredDataset:
         allow_single_class: bool = False,
         *,
         public: bool = False,
+        lineage: str | None = None,
+        declared: Declaration = Declaration(),
     ) -> RegisteredDataset:
         """Read once, check, commit; keep id, key, commitments and size in `folder`/dataset.json (mode 0600).
 
@@ -175,6 +207,8 @@ class RegisteredDataset:
 
         Args:
             public: the held-out rows are registered as public: their scores and labels may leave.
+            lineage: whose budget it shares; None opens one.
+            declared: by the owner; one that is registered already keeps what was declared then.
 
         Raises:
             DataError: rows that are empty, not finite, out of range, of the wrong shape or type, or all of one class
@@ -198,6 +232,8 @@ class RegisteredDataset:
         dataset = cls(
             task=task.name,
             dataset_id=secrets.token_hex(16) if kept is None else kept["dataset_id"],
+            lineage=(lineage or secrets.token_hex(16)) if kept is None else kept["lineage"],
+            declared=declared if kept is None else Declaration(**kept["declared"]),
             commitment=_commit(key, task.name, split.train),
             held_out=("public" if public else "private") if some else "none",
             held_out_commitment=_commit(key, task.name, split.held_out) if some else None,
@@ -235,6 +271,8 @@ class RegisteredDataset:
         return cls(
             task=task.name,
             dataset_id=kept["dataset_id"],
+            lineage=kept["lineage"],
+            declared=Declaration(**kept["declared"]),
             commitment=kept["commitment"],
             held_out=kept["held_out"],
             held_out_commitment=kept["held_out_commitment"],
@@ -251,9 +289,16 @@ class RegisteredDataset:
         return self._ledger_id is not None
 
     def describe(self) -> dict[str, Any]:
-        """What the genesis entry of its ledger says about it."""
+        """What its entry in the ledger says about it."""
         held_out = {"kind": self.held_out, "commitment": self.held_out_commitment}
-        return {"id": self.dataset_id, "commitment": self.commitment, "held_out": held_out}
+        return {
+            "dataset": self.dataset_id,
+            "lineage": self.lineage,
+            "task": self.task,
+            "commitment": self.commitment,
+            "held_out": held_out,
+            "declared": asdict(self.declared),
+        }
 
     def bind(self, ledger_id: str) -> None:
         """Tie this dataset's budget to the one ledger that holds it, for good.
@@ -274,6 +319,8 @@ class RegisteredDataset:
         return {
             "task": self.task,
             "dataset_id": self.dataset_id,
+            "lineage": self.lineage,
+            "declared": asdict(self.declared),
             "key": self._key.hex(),
             "commitment": self.commitment,
             "held_out": self.held_out,
@@ -347,8 +394,9 @@ def _load(path: Path) -> dict[str, Any]:
         kept = json.loads(path.read_bytes())
         if len(bytes.fromhex(kept["key"])) != 32 or not all(kept[k] for k in ("task", "dataset_id", "commitment")):
             raise ValueError
-        if not {"ledger_id", "held_out", "held_out_commitment", "train_size"} <= set(kept):
+        if not {"ledger_id", "held_out", "held_out_commitment", "train_size", "lineage"} <= set(kept):
             raise ValueError
+        Declaration(**kept["declared"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is not a dataset registration that can be read",

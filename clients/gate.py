@@ -1,7 +1,8 @@
 """Every refusal, before data is touched: hold, debit, commit.
 
-One gate guards one registered dataset. Its state is the ledger: everything here is replayed from entries when the node
-starts, so a crash, a restart or another coordinator changes nothing about what may still be spent.
+One gate guards everything that a partner registered; each lineage of data sets has one budget, whoever asks. Its state is the
+ledger: everything here is replayed from entries when the node starts, so a crash, a restart or another coordinator changes
+nothing about what may still be spent.
 
   hold      accepting a run reserves its whole plan, so that it can finish
   debit     before a round reads data, part of the hold is spent on (request id, hash of request), on disk
@@ -19,7 +20,7 @@ from ..common.charter import Charter, Member, SignedCharter
 from ..common.config import check_delta
 from ..common.errors import LedgerError, Refusal, Refused
 from ..common.events import EventLog
-from ..common.identity import canonical, real
+from ..common.identity import real
 from ..common.ledger import Ledger
 from ..common.messages import Manifest
 from ..common.plan import (
@@ -33,30 +34,31 @@ from ..common.plan import (
 )
 from .datasets import RegisteredDataset
 from .law import SiteLaw
-from .standing import Exchange, Hold, Standing, kind_of, times
+from .standing import Exchange, Hold, Standing, kind_of, refusal_key, times
 
 
 class Gate:
-    """Decides, and records the decision before it takes effect.
+    """Decides, and records the decision before it takes effect. One thread at a time uses it.
 
     Args:
         name: the partner.
         key: the public half of the partner's identity key.
+        datasets: what is registered, in the order in which it was; what the ledger does not have yet is recorded in it: this
+            is the owner's signed declaration of what shares a budget.
         law: what the site refuses beyond the charters; None in simulations.
         log: every entry of the ledger is an event of it too.
 
     Raises:
-        LedgerError: the ledger is of another dataset, or one is simulated and the other is not, or its restore was not
-            finished.
+        LedgerError: the ledger is of other data sets, or one is simulated and the other is not, or its restore was not
+            finished, or it holds something that this version does not know.
     """
 
     def __init__(
         self,
         name: str,
         key: str,
-        dataset: RegisteredDataset,
+        datasets: Iterable[RegisteredDataset],
         ledger: Ledger,
-        code_sha256: str,
         *,
         simulated: bool,
         law: SiteLaw | None = None,
@@ -65,45 +67,39 @@ class Gate:
         self.name = name
         self.ledger = ledger
         self._key = key
-        self._dataset = dataset
-        self._code_sha256 = code_sha256
         self._simulated = simulated
         self._law = law
         self._log = log
-        self._charters: dict[str, Charter] = {}
+        self._charters: dict[str, tuple[Charter, RegisteredDataset]] = {}
         begun = ledger.entries[0].body
-        if (begun["simulated"], (begun["dataset"] or {}).get("id")) != (simulated, dataset.dataset_id):
+        if begun["simulated"] != simulated:
             raise LedgerError(
-                f"{name}'s ledger is of dataset {begun['dataset']}, simulated {begun['simulated']}",
-                f"Give the ledger of dataset {dataset.dataset_id}, simulated {simulated}: what was spent stands in it.",
+                f"{name}'s ledger says simulated: {begun['simulated']}", "A simulation and a real node share no ledger."
             )
-        dataset.bind(begun["ledger_id"])
         self._standing = Standing(ledger.entries)
         self._begin_after_restore()
+        self._register(list(datasets))
         self._release_ended()
 
-    def accept(self, signed: SignedCharter) -> None:
-        """Install a charter that the partner signed; nothing is spent by it.
+    def accept(self, signed: SignedCharter, dataset: RegisteredDataset, code_sha256: str) -> None:
+        """Install a charter that the partner signed, to be served from one of the registered data sets; nothing is spent by it.
+
+        Args:
+            code_sha256: of the installed task's code.
 
         Raises:
             CharterError: not signed by everyone, edited, expired.
-            Refused: it is not for this partner, this code or this dataset. What the site's law says is refused run by run,
+            Refused: it is not for this partner, this code or this data set. What the site's law says is refused run by run,
                 so that the coordinator sees why, and runs from before can be closed.
         """
         known = signed.sha256 in self._standing.charters
         # One that was accepted before is read again after it expired, so that its runs can be closed: it spends nothing.
         charter = signed.verify(now=None if known else datetime.now(UTC))
-        check_charter(charter, self.name, self._key, self._dataset, self._code_sha256, simulated=self._simulated)
-        self._charters[signed.sha256] = charter
+        check_charter(charter, self.name, self._key, dataset, code_sha256, simulated=self._simulated)
+        self._charters[signed.sha256] = charter, dataset
         if not known:
-            self._append(
-                "charter",
-                {
-                    "charter_sha256": signed.sha256,
-                    "name": charter.name,
-                    "expires": charter.expires.isoformat(),
-                },
-            )
+            about = {"name": charter.name, "expires": charter.expires.isoformat()}
+            self._append("charter", about, signed.sha256)
 
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Hold a whole run's plan, or refuse it.
@@ -113,41 +109,38 @@ class Gate:
         """
         if self._known(request, request_sha256) is not None:
             return
-        charter = self._charter(request)
-        if request.run_id in self._standing.holds:
+        charter, dataset = self._charter(request)
+        if (request.charter_sha256, request.run_id) in self._standing.holds:
             raise Refused(Refusal.REPLAY, "this run is already held")
         self._ask_site(charter, request)
+        lineage = dataset.lineage
+        account = self._standing.accounts[lineage]
         plan = plan_of(charter.algorithm, charter.privacy, charter.evaluation)
         if charter.privacy.kind == "local":
             agreed = budget_of(charter.privacy)
-            # The dataset's own cap over everything, and the charter's over what is spent under it: both must hold.
-            self._admit(self._standing.budget or agreed, plan, request.charter_sha256, every=True)
-            self._admit(agreed, plan, request.charter_sha256, every=False)
+            # The lineage's own cap over everything, and the charter's over what is spent under it: both must hold.
+            self._admit(account.budget or agreed, plan, request.charter_sha256, lineage, every=True)
+            self._admit(agreed, plan, request.charter_sha256, lineage, every=False)
             if self._law is not None:
-                self._law.afford(charter, [*self._standing.spent(), *self._standing.held(), *_asked(plan)])
-            if self._standing.budget is None:  # only now: a run that is refused must not fix the budget
-                self._append(
-                    "budget",
-                    {
-                        "dataset": self._dataset.dataset_id,
-                        "charter_sha256": request.charter_sha256,
-                        "unit": "record",
-                        "adjacency": "add-or-remove-one",
-                        "budget": agreed.to_fields(),
-                    },
-                )
+                taken = [*self._standing.spent(lineage), *self._standing.held(lineage), *_asked(plan)]
+                self._law.afford(charter, taken)
+            if account.budget is None:  # only now: a run that is refused must not fix the budget
+                fields = agreed.to_fields()
+                about = {"unit": "record", "adjacency": "add-or-remove-one", "lineage": lineage, "budget": fields}
+                self._append("budget", about, request.charter_sha256, {"lineage": lineage, "budget": fields})
         self._append(
             "hold",
             {
                 "request_id": request.request_id,
                 "request_sha256": request_sha256,
                 "run_id": request.run_id,
-                "charter_sha256": request.charter_sha256,
-                "dataset": self._dataset.dataset_id,
+                "dataset": dataset.dataset_id,
                 "plan": [item.to_fields() for item in plan],
                 "plan_sha256": plan_sha256(plan),
                 "software": SOFTWARE,
             },
+            request.charter_sha256,
+            {"lineage": lineage, "hold": [[event_fields(item.event), item.count] for item in plan]},
         )
 
     def debit(self, request: Manifest, request_sha256: str, purpose: str) -> bool:
@@ -159,9 +152,9 @@ class Gate:
         known = self._known(request, request_sha256)
         if known is not None and known.done:
             return True
-        charter = self._charter(request)
+        charter, dataset = self._charter(request)
         self._ask_site(charter, request)
-        hold = self._open_hold(request)
+        hold = self._open_hold(request, dataset)
         if known is not None:
             return False  # debited, then a crash: nothing was released, so the same debit pays for it
         item = next(
@@ -182,13 +175,14 @@ class Gate:
                 "run_id": request.run_id,
                 "round": request.round,
                 "purpose": purpose,
-                "charter_sha256": request.charter_sha256,
                 "plan_sha256": hold.plan_sha256,
-                "dataset": self._dataset.dataset_id,
+                "dataset": dataset.dataset_id,
                 "event": event_fields(item.event),
                 "clip_norm": real(charter.privacy.clip_norm or 0.0) if protected_training else None,
                 "declared_records": member.declared_records,
             },
+            request.charter_sha256,
+            {"lineage": hold.lineage, "debit": event_fields(item.event)},
         )
         return False
 
@@ -200,10 +194,10 @@ class Gate:
         """
         if self._known(request, request_sha256) is not None:
             return True
-        charter = self._charter(request)
+        charter, dataset = self._charter(request)
         self._ask_site(charter, request)
-        hold = self._open_hold(request)
-        if charter.evaluation.kind != "public" or self._dataset.held_out != "public":
+        hold = self._open_hold(request, dataset)
+        if charter.evaluation.kind != "public" or dataset.held_out != "public":
             raise Refused(Refusal.NOT_HELD, "the charter agrees to no public evaluation")
         self._check_round(request, charter, hold, "public")
         return False
@@ -219,20 +213,21 @@ class Gate:
                 "round": request.round,
                 "reply_sha256": reply_sha256,
             },
+            request.charter_sha256,
         )
 
     def close_run(self, run_id: str, charter_sha256: str) -> dict[str, Any]:
-        """Free what a run held and never debited, if it is open here; the ledger's length and head after that.
+        """Free what a run held and never debited, if it is open here; the ledger's length and root after that.
 
         Raises:
-            Refused: this node accepted no such charter, or the run is another charter's.
+            Refused: this node accepted no such charter.
         """
-        hold = self._standing.holds.get(run_id)
-        if charter_sha256 not in self._charters or (hold is not None and hold.charter_sha256 != charter_sha256):
+        if charter_sha256 not in self._charters:
             raise Refused(Refusal.CHARTER_UNKNOWN, "this run is not of a charter that this node accepted")
+        hold = self._standing.holds.get((charter_sha256, run_id))
         if hold is not None and hold.open:
-            self._append("release", {"run_id": run_id, "why": "closed"})
-        return {"length": self.ledger.length, "head": self.ledger.head}
+            self._release(hold, "closed")
+        return self.ledger.head()
 
     def refuse(self, request: Manifest, request_sha256: str, refused: Refused) -> None:
         """Record a refusal before it is answered; the same request refused twice is recorded once."""
@@ -244,47 +239,81 @@ class Gate:
             "reason": refused.reason.value,
             "detail": refused.detail,
         }
-        if canonical(body) not in self._standing.refused:
-            self._append("refuse", body)
+        if refusal_key(request.charter_sha256, body) not in self._standing.refused:
+            self._append("refuse", body, request.charter_sha256)
 
     def charter(self, sha256_hex: str) -> Charter | None:
         """An accepted charter by its hash."""
-        return self._charters.get(sha256_hex)
+        known = self._charters.get(sha256_hex)
+        return None if known is None else known[0]
 
     def spent(self, charter_sha256: str | None = None) -> list[PrivacyEvent]:
-        """Everything debited on this dataset, over all runs, under one charter or all."""
-        return self._standing.spent(charter_sha256)
+        """Everything debited here, over all runs and lineages, under one charter or all."""
+        return [e for lineage in self._standing.accounts for e in self._standing.spent(lineage, charter_sha256)]
 
     def unbounded(self) -> bool:
-        """Whether an unprotected round was ever debited: no finite ε holds any more."""
-        return self._standing.unbounded
+        """Whether an unprotected round was ever debited: no finite ε holds any more for that lineage."""
+        return any(account.unbounded for account in self._standing.accounts.values())
 
     def spent_epsilon(self) -> float | None:
-        """What the filter counts as spent on this dataset; None when there is no budget yet or it is unbounded."""
-        budget = self._standing.budget
-        return None if budget is None or self.unbounded() else budget.spent(self.spent())
+        """What the filter counts as spent, of the lineage that spent most; None when there is no budget yet or it is unbounded."""
+        if self.unbounded():
+            return None
+        accounts = self._standing.accounts.items()
+        return max((a.budget.spent(self._standing.spent(n)) for n, a in accounts if a.budget is not None), default=None)
 
     # -- rules -------------------------------------------------------------------------------------------------------
 
     def _known(self, request: Manifest, request_sha256: str) -> Exchange | None:
-        known = self._standing.exchanges.get(request.request_id)
+        known = self._standing.exchanges.get((request.charter_sha256, request.request_id))
         if known is not None and known.sha256 != request_sha256:
             raise Refused(Refusal.REPLAY, "a request of this id but other content was taken before")
         return known
 
-    def _charter(self, request: Manifest) -> Charter:
-        charter = self._charters.get(request.charter_sha256)
-        if charter is None:
+    def _charter(self, request: Manifest) -> tuple[Charter, RegisteredDataset]:
+        known = self._charters.get(request.charter_sha256)
+        if known is None:
             raise Refused(Refusal.CHARTER_UNKNOWN, "this node accepted no such charter")
-        if datetime.now(UTC) >= charter.expires:
-            raise Refused(Refusal.CHARTER_EXPIRED, f"it expired {charter.expires:%Y-%m-%d}")
-        return charter
+        if datetime.now(UTC) >= known[0].expires:
+            raise Refused(Refusal.CHARTER_EXPIRED, f"it expired {known[0].expires:%Y-%m-%d}")
+        return known
 
-    def _open_hold(self, request: Manifest) -> Hold:
-        hold = self._standing.holds.get(request.run_id)
-        if hold is None or not hold.open or hold.charter_sha256 != request.charter_sha256:
+    def _open_hold(self, request: Manifest, dataset: RegisteredDataset) -> Hold:
+        hold = self._standing.holds.get((request.charter_sha256, request.run_id))
+        if hold is None or not hold.open:
             raise Refused(Refusal.NOT_HELD, "this run is not open here")
+        if hold.lineage != dataset.lineage:  # the charter was given to another data set meanwhile
+            raise Refused(Refusal.NOT_HELD, "this run is held on the budget of other data than the charter has now")
         return hold
+
+    def _register(self, datasets: list[RegisteredDataset]) -> None:
+        """Record what is registered and not in the ledger yet."""
+        given = {dataset.dataset_id for dataset in datasets}
+        if strange := set(self._standing.datasets) - given:
+            raise LedgerError(
+                f"{self.name}'s ledger has the data set {min(strange)}, which is not registered here",
+                "Restore its registration: what was spent on it stands in this ledger.",
+            )
+        for dataset in datasets:
+            dataset.bind(self.ledger.entries[0].body["ledger_id"])
+            lineage = self._standing.datasets.get(dataset.dataset_id)
+            if lineage not in (None, dataset.lineage):
+                raise LedgerError(
+                    f"the data set {dataset.dataset_id} is of another lineage in {self.name}'s ledger than registered",
+                    "A registration is never edited. Restore it.",
+                )
+            if lineage is None:
+                declared = dataset.declared
+                opens = declared.kind in ("first", "disjoint")
+                if opens == (dataset.lineage in self._standing.accounts) or (
+                    declared.kind == "first" and self._standing.accounts
+                ):
+                    raise LedgerError(
+                        f"the data set {dataset.dataset_id} is declared {declared.kind}, which does not fit the ledger",
+                        "A registration is never edited. Restore it, or register the data again.",
+                    )
+                privacy = {"lineage": dataset.lineage, "open": declared.kind} if opens else None
+                self._append("dataset", dataset.describe(), None, privacy)
 
     def _check_round(self, request: Manifest, charter: Charter, hold: Hold, purpose: str) -> None:
         rounds = charter.algorithm.rounds
@@ -314,22 +343,26 @@ class Gate:
                 f"{self.name}'s restore was not finished: the ledger ends before {at} entries",
                 "Restore the same backup again: hansa node restore BACKUP",
             )
-        body = {"request_id": "restored", "request_sha256": "0" * 64, "run_id": "restored", "round": None}
-        detail = "the ledger up to here came from a backup; refused is whatever is asked until it is proved whole"
-        self._append("refuse", body | {"reason": Refusal.RESTORED.value, "detail": detail})
+        self._append("restored", {"length": at})
 
     def _release_ended(self) -> None:
         """Free what runs under expired or withdrawn charters still hold: nothing can be debited for them any more."""
         now, standing = datetime.now(UTC), self._standing
-        for run_id, hold in standing.holds.items():
+        for hold in standing.holds.values():
             if not hold.open:
                 continue
             if self._law is not None and self._law.withdrawn(hold.charter_sha256):
-                self._append("release", {"run_id": run_id, "why": "cancelled"})
+                self._release(hold, "cancelled")
             elif hold.charter_sha256 in standing.charters and now >= standing.charters[hold.charter_sha256][1]:
-                self._append("release", {"run_id": run_id, "why": "expired"})
+                self._release(hold, "expired")
 
-    def _admit(self, budget: Budget, plan: Iterable[PlanItem], charter_sha256: str, *, every: bool) -> None:
+    def _release(self, hold: Hold, why: str) -> None:
+        privacy = {"lineage": hold.lineage, "release": hold.rest()}
+        self._append("release", {"run_id": hold.run_id, "why": why}, hold.charter_sha256, privacy)
+
+    def _admit(
+        self, budget: Budget, plan: Iterable[PlanItem], charter_sha256: str, lineage: str, *, every: bool
+    ) -> None:
         """Refuse a plan that `budget` does not admit after what was spent and held, under the asking charter or `every` one.
 
         The words are for the coordinator: they tell what was spent under its own charter, and of others only that
@@ -338,10 +371,10 @@ class Gate:
         Args:
             charter_sha256: the charter under which the plan is asked for.
         """
-        asked = _asked(plan)
-        own = [*self.spent(charter_sha256), *self._standing.held(charter_sha256)]
-        taken = [*self.spent(), *self._standing.held()] if every else own
-        if self.unbounded():
+        asked, standing = _asked(plan), self._standing
+        own = [*standing.spent(lineage, charter_sha256), *standing.held(lineage, charter_sha256)]
+        taken = [*standing.spent(lineage), *standing.held(lineage)] if every else own
+        if standing.accounts[lineage].unbounded:
             raise Refused(Refusal.BUDGET, "an unprotected run made this budget unbounded")
         if budget.admits([*taken, *asked]):
             return
@@ -354,10 +387,17 @@ class Gate:
             f"with this run {budget.spent([*taken, *asked]):.3f}, {cap}",
         )
 
-    def _append(self, kind: str, body: Mapping[str, Any]) -> None:
-        self._standing.apply(self.ledger.append(kind, body))
+    def _append(
+        self,
+        kind: str,
+        body: Mapping[str, Any],
+        charter_sha256: str | None = None,
+        privacy: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._standing.apply(self.ledger.append(kind, body, charter=charter_sha256, privacy=privacy))
         if self._log is not None:
-            told = {word: body[key] for key, word in _TOLD.items() if body.get(key) is not None}
+            about = {**body, "charter_sha256": charter_sha256}
+            told = {word: about[key] for key, word in _TOLD.items() if about.get(key) is not None}
             self._log.log(kind, partner=self.name, **told)
 
 

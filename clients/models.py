@@ -87,9 +87,7 @@ def verified(
     if closing["run_id"] != run_id:
         raise MessageError("a closing checkpoint of another run")
     (mine,) = (item for item in closing["ledgers"] if item["owner"] == name)
-    length = mine["length"]
-    stood = type(length) is int and 1 <= length <= ledger.length and ledger.entries[length - 1].sha256 == mine["head"]
-    if not stood:
+    if not ledger.states(mine["length"], mine["root"]):
         raise MessageError("a closing checkpoint that does not state this ledger as it is or was")
     if closing["model_sha256"] is None:
         if model or about is not None:

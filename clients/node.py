@@ -30,7 +30,7 @@ from ..common.events import EventLog
 from ..common.flower import ClientApp, Context, RecordDict
 from ..common.home import Home
 from ..common.identity import Identity, drop_unfinished, write_whole
-from ..common.ledger import Ledger
+from ..common.ledger import Counter, Ledger
 from ..common.messages import SignedWire
 from ..common.plan import SOFTWARE
 from ..common.tasks import Task, code_sha256, initial_model, load_task
@@ -188,19 +188,17 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
         gate = Gate(
             identity.name,
             identity.key,
-            dataset,
+            [dataset],
             ledger,
-            code_sha256(task.name),
             simulated=settings.simulated,
             law=law,
             log=log,
         )
-        outbox = Outbox(settings.state / "outbox")
         joined, refused = [], []
         for entry, signed in charters:
             about = {"federation": signed.charter.name, "charter": signed.sha256}
             try:
-                gate.accept(signed)
+                gate.accept(signed, dataset, code_sha256(task.name))
             except (CharterError, Refused) as err:
                 reason = err.reason.value if isinstance(err, Refused) else err.message
                 log.log("charter refused", reason=reason, **about)
@@ -221,7 +219,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
                 gate,
                 wire,
                 coordinator=signed.charter.coordinator.name,
-                outbox=outbox,
+                outbox=Outbox(settings.state / "outbox" / signed.sha256),
                 identity=identity,
                 keep=settings.models,
             )
@@ -244,12 +242,11 @@ def _ledger(settings: NodeSettings, identity: Identity, dataset: RegisteredDatas
     genesis = {
         "owner": identity.name,
         "role": "partner",
-        "dataset": dataset.describe(),
         "ledger_id": secrets.token_hex(16),
         "simulated": settings.simulated,
         "software": SOFTWARE,
     }
-    return Ledger(settings.ledger, identity, genesis)
+    return Ledger(settings.ledger, identity, genesis, Counter(settings.state / "counter"))
 
 
 def _always(node: Node) -> Callable[[Context], Node]:

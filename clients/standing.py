@@ -1,6 +1,10 @@
-"""What the entries of one partner's ledger come to: budget, holds, exchanges, spending. State only; `gate` decides on it.
+"""What the entries of one partner's ledger come to: data sets, budgets, holds, exchanges, spending. State only; `gate` decides.
 
-Whoever reads a ledger without writing it (`hansa node budget`, a restore) replays it by the same rules as the gate.
+Whoever reads a ledger without writing it (`hansa node budget`, a restore) replays it by the same rules as the gate. An entry of a
+type that is not known here stops the node: it may have spent something.
+
+A *lineage* is what has one budget: a data set, its later versions, and whatever its owner declared to overlap with it. Runs and
+requests are known by charter and name: no coordinator can take the names of another's.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from datetime import datetime
 from typing import Any
 
 from ..common.accounting import Budget, PrivacyEvent, odometer
+from ..common.errors import LedgerError
 from ..common.identity import canonical, strict_json
 from ..common.ledger import Entry
 from ..common.plan import event_from
 
-SPENDS_NOTHING = frozenset({"genesis", "charter", "refuse", "recovered"})
+SPENDS_NOTHING = frozenset({"genesis", "charter", "refuse", "recovered", "restored", "dataset"})
 """Types of entries that neither hold, debit nor release anything."""
 
 
@@ -25,12 +30,14 @@ class Hold:
     """What one run may still spend here.
 
     Attributes:
-        left: (purpose, event) -> how many.
+        left: (purpose, event) -> how many, in the order of the plan.
         rounds: (purpose, round) -> the request that it was debited for.
         ended: why it was released; None while it is open.
     """
 
     charter_sha256: str
+    run_id: str
+    lineage: str
     plan_sha256: str
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
     rounds: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -41,6 +48,10 @@ class Hold:
         """Whether something may still be debited."""
         return self.ended is None
 
+    def rest(self) -> list[list[Any]]:
+        """What was never debited, as a header has it: [event, count] in the order of the plan."""
+        return [[strict_json(fields.encode()), count] for (_, fields), count in self.left.items() if count > 0]
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -50,80 +61,107 @@ class Exchange:
     done: bool
 
 
+@dataclass
+class Account:
+    """The budget of one lineage.
+
+    Attributes:
+        budget: its own, fixed by the first run that was accepted; None before.
+        debits: (charter, time, event), in order.
+        unbounded: an unprotected round was debited: no finite ε holds any more.
+    """
+
+    budget: Budget | None = None
+    debits: list[tuple[str, str, PrivacyEvent]] = field(default_factory=list)
+    unbounded: bool = False
+
+
 class Standing:
     """The state after some entries.
 
     Attributes:
-        budget: the dataset's own, fixed by the first run that was accepted; None before.
-        holds: by run.
-        exchanges: by request.
+        datasets: data set -> its lineage.
+        accounts: by lineage, in the order in which they were opened.
+        holds: by (charter, run).
+        exchanges: by (charter, request).
         charters: SHA-256 of every accepted charter -> (name, expires).
-        refused: bodies of recorded refusals, in canonical bytes.
-        unbounded: an unprotected round was debited: no finite ε holds any more.
+        refused: (charter, body) of recorded refusals, by their canonical bytes.
     """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self.budget: Budget | None = None
-        self.holds: dict[str, Hold] = {}
-        self.exchanges: dict[str, Exchange] = {}
+        self.datasets: dict[str, str] = {}
+        self.accounts: dict[str, Account] = {}
+        self.holds: dict[tuple[str, str], Hold] = {}
+        self.exchanges: dict[tuple[str, str], Exchange] = {}
         self.charters: dict[str, tuple[str, datetime]] = {}
-        self.refused: dict[bytes, Mapping[str, Any]] = {}
-        self.unbounded = False
-        self._debits: list[tuple[str, PrivacyEvent]] = []
+        self.refused: dict[bytes, tuple[str, Mapping[str, Any]]] = {}
         for entry in entries:
             self.apply(entry)
 
     def apply(self, entry: Entry) -> None:
-        """Take in one more entry."""
-        body = entry.body
+        """Take in one more entry.
+
+        Raises:
+            LedgerError: of a type or privacy event that this version does not know.
+        """
+        body, charter = entry.body, entry.charter or ""
         match entry.type:
+            case "dataset":
+                self.datasets[body["dataset"]] = body["lineage"]
+                self.accounts.setdefault(body["lineage"], Account())
             case "charter":
-                self.charters[body["charter_sha256"]] = (body["name"], datetime.fromisoformat(body["expires"]))
+                self.charters[charter] = (body["name"], datetime.fromisoformat(body["expires"]))
             case "budget":
-                self.budget = Budget.from_fields(body["budget"])
+                self.accounts[body["lineage"]].budget = Budget.from_fields(body["budget"])
             case "hold":
-                hold = Hold(body["charter_sha256"], body["plan_sha256"])
+                hold = Hold(charter, body["run_id"], self.datasets[body["dataset"]], body["plan_sha256"])
                 for item in body["plan"]:
+                    event_from(item["event"])  # known to this version?
                     hold.left[kind_of(item["purpose"], item["event"])] += item["count"]
-                self.holds[body["run_id"]] = hold
-                self.exchanges[body["request_id"]] = Exchange(body["request_sha256"], done=True)
+                self.holds[charter, body["run_id"]] = hold
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], done=True)
             case "debit":
-                hold = self.holds[body["run_id"]]
+                hold = self.holds[charter, body["run_id"]]
                 hold.left[kind_of(body["purpose"], body["event"])] -= 1
                 hold.rounds[body["purpose"], body["round"]] = body["request_id"]
-                self.exchanges[body["request_id"]] = Exchange(body["request_sha256"], done=False)
-                event = event_from(body["event"])
-                self.unbounded |= event is None
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], done=False)
+                event, account = event_from(body["event"]), self.accounts[hold.lineage]
+                account.unbounded |= event is None
                 if event is not None:
-                    self._debits.append((body["charter_sha256"], event))
+                    account.debits.append((charter, entry.time, event))
             case "commit" | "public":
                 if entry.type == "public":
-                    self.holds[body["run_id"]].rounds["public", body["round"]] = body["request_id"]
-                self.exchanges[body["request_id"]] = Exchange(body["request_sha256"], done=True)
+                    self.holds[charter, body["run_id"]].rounds["public", body["round"]] = body["request_id"]
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], done=True)
             case "release":
-                self.holds[body["run_id"]].ended = body["why"]
+                self.holds[charter, body["run_id"]].ended = body["why"]
             case "refuse":
-                self.refused[canonical(dict(body))] = body
-            case _:
+                self.refused[refusal_key(charter, body)] = (charter, body)
+            case "genesis" | "recovered" | "restored":
                 pass
+            case unknown:
+                raise LedgerError(
+                    f"entry {entry.seq}: an event of the type {unknown!r}, which this version does not know",
+                    "Install the version of hansa that wrote it: what it spent must be counted.",
+                )
 
-    def spent(self, charter_sha256: str | None = None) -> list[PrivacyEvent]:
-        """Everything debited on this dataset, over all runs, under one charter or all."""
-        return [event for charter, event in self._debits if charter_sha256 in (None, charter)]
+    def spent(self, lineage: str, charter_sha256: str | None = None) -> list[PrivacyEvent]:
+        """Everything debited on a lineage, over all runs, under one charter or all."""
+        return [event for charter, _, event in self.accounts[lineage].debits if charter_sha256 in (None, charter)]
 
-    def held(self, charter_sha256: str | None = None) -> list[PrivacyEvent]:
-        """What open holds may still spend, under one charter or all."""
+    def held(self, lineage: str, charter_sha256: str | None = None) -> list[PrivacyEvent]:
+        """What open holds may still spend of a lineage, under one charter or all."""
         found = []
         for hold in self.holds.values():
-            if hold.open and charter_sha256 in (None, hold.charter_sha256):
+            if hold.open and hold.lineage == lineage and charter_sha256 in (None, hold.charter_sha256):
                 for (_, fields), count in hold.left.items():
                     found += times(event_from(strict_json(fields.encode())), count)
         return found
 
-    def epsilons(self, budget: Budget, charter_sha256: str | None = None) -> dict[str, float]:
+    def epsilons(self, lineage: str, budget: Budget, charter_sha256: str | None = None) -> dict[str, float]:
         """What was spent and is held under one charter or all, measured by a filter and, at its δ, by the odometer."""
-        spent = self.spent(charter_sha256)
-        taken = [*spent, *self.held(charter_sha256)]
+        spent = self.spent(lineage, charter_sha256)
+        taken = [*spent, *self.held(lineage, charter_sha256)]
         return {
             "epsilon_cap": budget.epsilon,
             "delta": budget.delta,
@@ -133,6 +171,11 @@ class Standing:
             "with_held_odometer": odometer(taken, budget.delta),
             "left_filter": max(0.0, budget.epsilon - budget.spent(taken)),
         }
+
+
+def refusal_key(charter_sha256: str, body: Mapping[str, Any]) -> bytes:
+    """What makes two refusals the same."""
+    return charter_sha256.encode() + canonical(dict(body))
 
 
 def kind_of(purpose: str, fields: Mapping[str, Any]) -> tuple[str, str]:

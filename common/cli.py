@@ -368,10 +368,10 @@ def ledger_verify(
     if not file.is_file():
         raise LedgerError(f"{file}: no such file", "Give the path of a ledger.jsonl.")
     problem = None
-    length, head, torn = 0, None, b""
+    length, root, torn = 0, None, b""
     try:
         entries, torn = read_ledger(file, public)
-        length, head = len(entries), entries[-1].sha256 if entries else None
+        length, root = len(entries), entries[-1].root if entries else None
         if torn:
             problem = (
                 f"{file}:{length + 1}: torn last line ({len(torn)} bytes): a crash while writing; never acknowledged"
@@ -381,12 +381,12 @@ def ledger_verify(
     except LedgerError as err:
         problem = err.message
     if form is Format.JSON:
-        show_json({"valid": problem is None, "problem": problem, "length": length, "head": head})
+        show_json({"valid": problem is None, "problem": problem, "length": length, "root": root})
     elif problem is not None:
         _say(problem, "", 1)
     else:
         who = "" if public is not None else " (by the key that it names itself; give --key to check whose it is)"
-        out.print(plain(f"{file}: {length} entries, signed and chained{who}; head {head}"))
+        out.print(plain(f"{file}: {length} entries, signed and in one tree{who}; root {root}"))
     return 0 if problem is None else 1
 
 

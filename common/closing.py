@@ -1,4 +1,4 @@
-"""Closing checkpoints: every ledger's length and head at the end of a run, signed by all (docs/ledger-format.md)."""
+"""Closing checkpoints: every ledger's length and root at the end of a run, signed by all (docs/ledger-format.md)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CLOSING_TYPE = "application/vnd.hansa.closing+json"
 def closing_payload(
     run_id: str, charter_sha256: str, model_sha256: str | None, heads: Mapping[str, Mapping[str, Any]]
 ) -> bytes:
-    """The bytes that everyone signs. `heads`: owner -> {"length", "head"}."""
-    ledgers = [{"owner": name, "length": h["length"], "head": h["head"]} for name, h in sorted(heads.items())]
+    """The bytes that everyone signs. `heads`: owner -> {"length", "root"}."""
+    ledgers = [{"owner": name, "length": h["length"], "root": h["root"]} for name, h in sorted(heads.items())]
     return canonical(
         {
-            "v": 1,
+            "v": 2,
             "run_id": run_id,
             "charter_sha256": charter_sha256,
             "model_sha256": model_sha256,
@@ -41,18 +41,18 @@ def sign_closing(
         owners: everyone who stands in the charter: the checkpoint names these ledgers and no other.
 
     Raises:
-        MessageError: it is of another run or charter, names other ledgers, or states another length or head.
+        MessageError: it is of another run or charter, names other ledgers, or states another length or root.
     """
     body = strict_json(payload)
     try:
         mine = [item for item in body["ledgers"] if item["owner"] == identity.name]
         named = [item["owner"] for item in body["ledgers"]]
-        same = (body["v"], body["run_id"], body["charter_sha256"]) == (1, run_id, charter_sha256)
+        same = (body["v"], body["run_id"], body["charter_sha256"]) == (2, run_id, charter_sha256)
     except (KeyError, TypeError) as err:
         raise MessageError("a malformed closing checkpoint") from err
     if named != sorted(owners):
         raise MessageError("a closing checkpoint that does not name the ledgers of its charter")
-    if not same or mine != [{"owner": identity.name, "length": head["length"], "head": head["head"]}]:
+    if not same or mine != [{"owner": identity.name, "length": head["length"], "root": head["root"]}]:
         raise MessageError("a closing checkpoint that does not state this ledger as it is")
     return identity.sign(CLOSING_TYPE, payload)
 
@@ -73,7 +73,7 @@ def read_closing(sealed: bytes, keys: Mapping[str, str], charter_sha256: str) ->
         raise MessageError("a closing checkpoint with a signature too many")
     body = strict_json(envelope.payload)
     try:
-        heads = {item["owner"]: {"length": item["length"], "head": item["head"]} for item in body["ledgers"]}
+        heads = {item["owner"]: {"length": item["length"], "root": item["root"]} for item in body["ledgers"]}
         again = closing_payload(body["run_id"], body["charter_sha256"], body["model_sha256"], heads)
     except (KeyError, TypeError) as err:
         raise MessageError("a malformed closing checkpoint") from err

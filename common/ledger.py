@@ -1,22 +1,27 @@
-"""An append-only, hash-chained, signed log: tamper-evident, and durable before anything that it records happens.
+"""An append-only, signed log under a Merkle tree: tamper-evident, and durable before anything that it records happens.
 
 The format is docs/ledger-format.md. One process writes at a time (an exclusive lock on the file). `append` returns after
 fsync, so an entry that was acknowledged survives a crash; a torn last line was never acknowledged and is cut off, and the
 cut itself recorded, when the ledger is next opened for writing.
+
+A ledger that an auditor gets may have entries whose bodies stay with its owner (`redacted`): of these a reader sees what they do to
+a budget, and that they are signed and in the tree.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .errors import LedgerError, MessageError, OutputError
 from .identity import (
+    Envelope,
     Identity,
     canonical,
     fingerprint,
@@ -25,25 +30,40 @@ from .identity import (
     read_envelope,
     sha256,
     strict_json,
+    write_envelope,
 )
+from .merkle import Tree, consistency_proof, inclusion_proof, leaf_hash
 
-ENTRY_TYPE = "application/vnd.hansa.entry+json"
-GENESIS_PREV = "0" * 64
+ENTRY_TYPE = "application/vnd.hansa.entry.v2+json"
+VERSION = 2
+UNDISCLOSED = "undisclosed"
+"""The type of an entry whose body stays with its owner."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One verified line."""
+    """One verified line.
+
+    Attributes:
+        charter: SHA-256 of the charter that it is about; None for what is about none, and where it is undisclosed.
+        body: its data; empty where it is undisclosed (`type` says so).
+        privacy: what it does to the budget of a lineage; None: nothing.
+        leaf: hash of its leaf in the tree.
+        root: of the tree that ends with it: with its length, the head of the ledger then.
+    """
 
     seq: int
     time: str
     type: str
+    charter: str | None
     body: Mapping[str, Any]
-    sha256: str
+    privacy: Mapping[str, Any] | None
+    leaf: bytes = field(repr=False)
+    root: str
 
 
 def read_ledger(path: Path, key: str | None = None) -> tuple[list[Entry], bytes]:
-    """Read and verify a whole ledger: layout, signature, sequence, chain.
+    """Read and verify a whole ledger: layout, signatures, sequence, tree.
 
     Args:
         key: whose signature each line must bear (hex); None takes the key that the genesis entry names.
@@ -60,39 +80,44 @@ def read_ledger(path: Path, key: str | None = None) -> tuple[list[Entry], bytes]
         raise LedgerError(f"{path}: {err.strerror}", "Give the path of a ledger.jsonl.") from err
     *lines, torn = data.split(b"\n")
     entries: list[Entry] = []
-    prev = GENESIS_PREV
+    tree = Tree()
     for number, line in enumerate(lines, start=1):
         try:
             if key is None:
                 key = _genesis_key(line)
-            entry = _parse(line, number - 1, prev, key)
+            entries.append(_parse(line, tree, key))
         except MessageError as err:
             raise LedgerError(
                 f"{path}:{number}: {err.message}",
                 "This ledger was edited or damaged. Compare it with another copy or its countersigned head.",
             ) from err
-        entries.append(entry)
-        prev = entry.sha256
     return entries, torn
 
 
 class Ledger:
     """A ledger open for writing.
 
+    Args:
+        counter: a file that remembers how long the ledger is: an older copy of it is then refused. None in simulations.
+
     Attributes:
         entries: every verified entry so far.
         recovered: the number of bytes of a torn last line that was cut off on opening; 0 when there was none.
     """
 
-    def __init__(self, path: Path, identity: Identity, genesis: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, identity: Identity, genesis: Mapping[str, Any], counter: Counter | None = None
+    ) -> None:
         """Open `path`, or create it with a genesis entry.
 
         Raises:
-            LedgerError: another process writes it, it belongs to another key, or it does not verify.
+            LedgerError: another process writes it, it belongs to another key, it does not verify, or it is an older copy
+                than its counter knows.
             OutputError: it cannot be written.
         """
         self._path = path
         self._identity = identity
+        self._counter = counter
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
@@ -111,6 +136,16 @@ class Ledger:
             ) from err
         try:
             self.entries, torn = read_ledger(path, identity.key)
+            if any(entry.type == UNDISCLOSED for entry in self.entries):
+                raise LedgerError(
+                    f"{path}: is a copy for an auditor, with entries that are not disclosed",
+                    "Restore the node's own ledger: hansa node restore BACKUP",
+                )
+            self._tree = Tree()
+            for entry in self.entries:
+                self._tree.append(entry.leaf)
+            if counter is not None:
+                counter.check(self.entries)
             self._size = path.stat().st_size - len(torn)
             self.recovered = len(torn)
             if torn:
@@ -120,7 +155,7 @@ class Ledger:
             if torn:
                 self.append("recovered", {"torn_bytes": len(torn), "torn_sha256": sha256(torn)})
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     @property
@@ -129,20 +164,50 @@ class Ledger:
         return len(self.entries)
 
     @property
-    def head(self) -> str:
-        """Hash of the last entry."""
-        return self.entries[-1].sha256 if self.entries else GENESIS_PREV
+    def root(self) -> str:
+        """Root of the tree over all entries."""
+        return self._tree.root().hex()
 
-    def append(self, kind: str, body: Mapping[str, Any]) -> Entry:
+    def head(self) -> dict[str, Any]:
+        """{"length", "root"}: what a checkpoint states of this ledger."""
+        return {"length": self.length, "root": self.root}
+
+    def states(self, length: object, root: object) -> bool:
+        """Whether this ledger has, or had, this root at this length."""
+        return type(length) is int and 1 <= length <= self.length and self.entries[length - 1].root == root
+
+    def consistency(self, first: int) -> list[str]:
+        """A proof (hex) that this ledger extends its own first `first` entries.
+
+        Raises:
+            LedgerError: it has fewer.
+        """
+        return [h.hex() for h in consistency_proof([entry.leaf for entry in self.entries], first)]
+
+    def append(
+        self,
+        kind: str,
+        body: Mapping[str, Any],
+        *,
+        charter: str | None = None,
+        privacy: Mapping[str, Any] | None = None,
+    ) -> Entry:
         """Write one entry and return when it is on disk.
+
+        Args:
+            charter: SHA-256 of the charter that it is about.
+            privacy: what it does to a budget, as docs/ledger-format.md has it: this is told to every auditor.
 
         Raises:
             OutputError: it could not be written; the ledger is as it was before.
         """
         time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        seq = self.length
-        payload = canonical({"v": 1, "seq": seq, "prev": self.head, "time": time, "type": kind, "body": body})
-        line = self._identity.seal(ENTRY_TYPE, payload)
+        salt = secrets.token_hex(16)
+        whole = canonical({"salt": salt, "time": time, "type": kind, "charter": charter, "data": body})
+        header = canonical(
+            {"v": VERSION, "seq": self.length, "root": self.root, "body_sha256": sha256(whole), "privacy": privacy}
+        )
+        line = _line(self._identity.seal(ENTRY_TYPE, header), whole)
         if self._file.closed:
             raise LedgerError(f"{self._path}: is closed, or could not be written before", "Open it again.")
         try:
@@ -157,8 +222,17 @@ class Ledger:
                 self.close()  # the file may end in half an entry: nothing may be written behind it
             raise output_error(self._path, err) from err
         self._size += len(line) + 1
-        entry = Entry(seq, time, kind, strict_json(payload)["body"], sha256(line))
+        leaf = leaf_hash(header)
+        self._tree.append(leaf)
+        data = strict_json(whole)["data"]
+        entry = Entry(self.length, time, kind, charter, data, strict_json(header)["privacy"], leaf, self.root)
         self.entries.append(entry)
+        if self._counter is not None:
+            try:
+                self._counter.advance(entry)
+            except OutputError:
+                self.close()  # the entry stands in the ledger, but nobody here acts on it: nothing more may follow
+                raise
         return entry
 
     def of(self, *kinds: str) -> list[Entry]:
@@ -168,6 +242,8 @@ class Ledger:
     def close(self) -> None:
         """Let go of the lock."""
         self._file.close()
+        if self._counter is not None:
+            self._counter.close()
 
     def _truncate(self) -> None:
         """Cut the file back to its last acknowledged entry."""
@@ -178,35 +254,177 @@ class Ledger:
             raise output_error(self._path, err) from err
 
 
-def _genesis_key(line: bytes) -> str:
-    body = strict_json(read_envelope(line, ENTRY_TYPE).payload)
-    try:
-        return str(body["body"]["key"])
-    except (KeyError, TypeError) as err:
-        raise MessageError("the first entry names no key") from err
+class Counter:
+    """A small file beside a ledger that only counts up: how long the ledger was, and its root then.
+
+    It binds whoever restores or edits a ledger by itself; who puts the whole disk back to an earlier day puts the counter back
+    with it, and only heads that others hold can show that.
+
+    Two slots are written in turn, each with its own hash, so that a crash in mid-write leaves the other one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: int | None = None
+
+    def check(self, entries: list[Entry]) -> None:
+        """Return when the ledger with these entries is the one that was counted, or goes on from it.
+
+        Raises:
+            LedgerError: it is an older copy, another one, or the counter is missing or damaged.
+            OutputError: the counter cannot be written.
+        """
+        hint = "Restore the ledger with its newest entries: hansa node restore BACKUP"
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            if entries:
+                raise LedgerError(f"{self._path}: missing, and it says how long the ledger must be", hint) from None
+            data = None
+        except OSError as err:
+            raise LedgerError(f"{self._path}: {err.strerror}", hint) from err
+        if data:
+            slots = [found for at in range(2) if (found := self._slot(data[at * _SLOT : (at + 1) * _SLOT]))]
+            if not slots:
+                raise LedgerError(f"{self._path}: damaged; it says how long the ledger must be", hint)
+            length, root = max(slots)
+            if length > len(entries):
+                raise LedgerError(
+                    f"the ledger has {len(entries)} entries and had {length} before: it is an older copy, or was cut",
+                    hint,
+                )
+            if entries[length - 1].root != root:
+                raise LedgerError(f"the ledger's first {length} entries are not those that were there before", hint)
+        try:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if data is None:
+                fsync_folder(self._path.parent)
+        except OSError as err:
+            raise output_error(self._path, err) from err
+        if entries:
+            self.advance(entries[-1])
+
+    def advance(self, entry: Entry) -> None:
+        """Count an entry that is on disk.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        assert self._handle is not None
+        text = f"{entry.seq + 1:020d} {entry.root} "
+        record = (text + sha256(text.encode())).encode().ljust(_SLOT - 1) + b"\n"
+        try:
+            os.pwrite(self._handle, record, (entry.seq % 2) * _SLOT)
+            os.fdatasync(self._handle)
+        except OSError as err:
+            raise output_error(self._path, err) from err
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    @staticmethod
+    def _slot(data: bytes) -> tuple[int, str] | None:
+        try:
+            text, digest = data.decode("ascii").rstrip()[:86], data.decode("ascii").rstrip()[86:]
+            if sha256(text.encode()) == digest:
+                return int(text[:20]), text[21:85]
+        except (UnicodeDecodeError, ValueError):
+            pass
+        return None
 
 
-def _parse(line: bytes, seq: int, prev: str, key: str) -> Entry:
-    envelope = read_envelope(line, ENTRY_TYPE)
-    if len(envelope.signatures) != 1:
-        raise MessageError("an entry has exactly one signature")
-    envelope.signed_by(key)
-    payload = strict_json(envelope.payload)
-    if not isinstance(payload, dict) or set(payload) != {"v", "seq", "prev", "time", "type", "body"}:
-        raise MessageError("an entry with other fields than v, seq, prev, time, type, body")
-    if type(payload["v"]) is not int or payload["v"] != 1:
-        raise MessageError(f"an entry of an unknown version ({payload['v']!r})")
-    if not (isinstance(payload["body"], dict) and all(isinstance(payload[k], str) for k in ("type", "time"))):
-        raise MessageError("an entry with fields of the wrong type")
-    if type(payload["seq"]) is not int or payload["seq"] != seq:
-        raise MessageError(f"sequence number {payload['seq']!r}, wanted {seq}: entries are missing or out of order")
-    if payload["prev"] != prev:
-        raise MessageError("does not follow the line above it: entries were edited, dropped or reordered")
-    if canonical(payload) != envelope.payload:
-        raise MessageError("a payload in an unusual layout")
-    return Entry(seq, payload["time"], payload["type"], payload["body"], sha256(line))
+_SLOT = 256
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------------
+
+
+def redacted(data: bytes, disclose: Callable[[Entry], bool], key: str) -> bytes:
+    """A ledger's whole lines, with the bodies of those entries left out that `disclose` says no to.
+
+    Args:
+        key: the owner's.
+
+    Raises:
+        MessageError: not a ledger of that key.
+    """
+    tree = Tree()
+    made = []
+    for line in data.rpartition(b"\n")[0].split(b"\n") if data else []:
+        entry = _parse(line, tree, key)
+        made.append(line if disclose(entry) else _line(write_envelope(_split(line)[0]), None))
+    return b"".join(line + b"\n" for line in made)
+
+
+def prove_inclusion(entries: list[Entry], number: int) -> list[str]:
+    """The audit path (hex) of entry `number` (from 0) in the tree of all."""
+    return [h.hex() for h in inclusion_proof([entry.leaf for entry in entries], number)]
 
 
 def owner_line(entry: Entry) -> str:
     """Whose ledger this is, in words, from its genesis entry."""
     return f"{entry.body.get('owner')} ({entry.body.get('role')}), key {fingerprint(str(entry.body.get('key')))}"
+
+
+def _line(envelope: bytes, body: bytes | None) -> bytes:
+    """Canonical JSON of both, which they are already."""
+    return b'{"envelope":' + envelope + b"}" if body is None else b'{"body":' + body + b',"envelope":' + envelope + b"}"
+
+
+def _split(line: bytes) -> tuple[Envelope, bytes | None]:
+    """The envelope and the body's canonical bytes; nothing is verified but the layout."""
+    whole = strict_json(line)
+    if not isinstance(whole, dict) or not {"envelope"} <= set(whole) <= {"envelope", "body"}:
+        raise MessageError("not an entry")
+    body = canonical(whole["body"]) if "body" in whole else None
+    envelope = read_envelope(canonical(whole["envelope"]), ENTRY_TYPE)
+    if _line(write_envelope(envelope), body) != line:
+        raise MessageError("an entry in an unusual layout (edited?)")
+    return envelope, body
+
+
+def _genesis_key(line: bytes) -> str:
+    try:
+        return str(strict_json(line)["body"]["data"]["key"])
+    except (KeyError, TypeError) as err:
+        raise MessageError("the first entry names no key") from err
+
+
+def _parse(line: bytes, tree: Tree, key: str) -> Entry:
+    """The next entry of a ledger; `tree` grows by it."""
+    envelope, whole = _split(line)
+    if len(envelope.signatures) != 1:
+        raise MessageError("an entry has exactly one signature")
+    envelope.signed_by(key)
+    header = strict_json(envelope.payload)
+    if not isinstance(header, dict) or set(header) != {"v", "seq", "root", "body_sha256", "privacy"}:
+        raise MessageError("an entry with other fields than v, seq, root, body_sha256, privacy")
+    if type(header["v"]) is not int or header["v"] != VERSION:
+        raise MessageError(f"an entry of an unknown version ({header['v']!r})")
+    seq, privacy = header["seq"], header["privacy"]
+    if type(seq) is not int or seq != tree.size:
+        raise MessageError(f"sequence number {seq!r}, wanted {tree.size}: entries are missing or out of order")
+    if header["root"] != tree.root().hex():
+        raise MessageError("does not follow the lines above it: entries were edited, dropped or reordered")
+    if not (privacy is None or isinstance(privacy, dict)) or canonical(header) != envelope.payload:
+        raise MessageError("a header in an unusual layout")
+    leaf = leaf_hash(envelope.payload)
+    if whole is None:
+        time, kind, charter, data = "", UNDISCLOSED, None, {}
+    else:
+        if sha256(whole) != header["body_sha256"]:
+            raise MessageError("another body than was signed")
+        body = strict_json(whole)
+        if not isinstance(body, dict) or set(body) != {"salt", "time", "type", "charter", "data"}:
+            raise MessageError("a body with other fields than salt, time, type, charter, data")
+        time, kind, charter, data = body["time"], body["type"], body["charter"], body["data"]
+        texts = isinstance(time, str) and isinstance(kind, str) and isinstance(body["salt"], str)
+        if not (texts and isinstance(data, dict) and (charter is None or isinstance(charter, str))):
+            raise MessageError("a body with fields of the wrong type")
+        if kind == UNDISCLOSED:
+            raise MessageError("an entry of no type")
+    tree.append(leaf)
+    return Entry(seq, time, kind, charter, data, privacy, leaf, tree.root().hex())

@@ -27,7 +27,9 @@ def runs_of(entries: Iterable[Entry], charter_sha256: str) -> list[Run]:
     found: dict[str, Run] = {}
     for entry in entries:
         body = entry.body
-        if entry.type == "run" and body["charter_sha256"] == charter_sha256:
+        if entry.charter != charter_sha256:
+            continue
+        if entry.type == "run":
             found.setdefault(body["run_id"], Run(body["run_id"]))
         elif entry.type == "close" and body["run_id"] in found:
             found[body["run_id"]] = Run(body["run_id"], body["why"], body["model_sha256"])

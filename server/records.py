@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..common.identity import real
-from ..common.ledger import Ledger
+from ..common.ledger import Entry, Ledger
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Answer:
 class Records(Protocol):
     """How a run is recorded; each call returns when the entry is on disk."""
 
-    def run(self, run_id: str, charter_sha256: str) -> str | None:
+    def run(self, run_id: str) -> str | None:
         """A run begins, or goes on. Returns why it was closed; None while it is open."""
 
     def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
@@ -43,27 +43,28 @@ class Records(Protocol):
         """A round is complete; said again after a crash, it is recorded once."""
 
     def close(self, run_id: str, rounds: int, model_sha256: str | None, why: str) -> dict[str, Any]:
-        """The run is over; this ledger's length and head after that."""
+        """The run is over; this ledger's length and root after that."""
 
 
 class LedgerRecords:
-    """Records in the coordinator's own ledger."""
+    """Records of the runs under one charter, in the coordinator's own ledger; other charters' entries are not looked at."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, charter_sha256: str) -> None:
         self._ledger = ledger
+        self._charter = charter_sha256
 
-    def run(self, run_id: str, charter_sha256: str) -> str | None:
+    def run(self, run_id: str) -> str | None:
         """See `Records`."""
-        if not any(e.body["charter_sha256"] == charter_sha256 for e in self._ledger.of("charter")):
+        if not self._of("charter"):
             raise AssertionError("the charter is recorded first")
-        if not any(e.body["run_id"] == run_id for e in self._ledger.of("run")):
-            self._ledger.append("run", {"run_id": run_id, "charter_sha256": charter_sha256})
-        return next((e.body["why"] for e in self._ledger.of("close") if e.body["run_id"] == run_id), None)
+        if not any(e.body["run_id"] == run_id for e in self._of("run")):
+            self._append("run", {"run_id": run_id})
+        return next((e.body["why"] for e in self._of("close") if e.body["run_id"] == run_id), None)
 
     def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
         """See `Records`."""
         named = {name: {"request_id": rid, "request_sha256": digest} for name, (rid, digest) in requests.items()}
-        self._ledger.append("ask", {"run_id": run_id, "round": round_number, "purpose": purpose, "requests": named})
+        self._append("ask", {"run_id": run_id, "round": round_number, "purpose": purpose, "requests": named})
 
     def answered(self, run_id: str, round_number: int, purpose: str, replies: Mapping[str, Answer]) -> None:
         """See `Records`."""
@@ -72,8 +73,8 @@ class LedgerRecords:
             for name, a in replies.items()
         }
         body = {"run_id": run_id, "round": round_number, "purpose": purpose, "replies": named}
-        if not any(e.body == body for e in self._ledger.of("answers")[-2:]):  # said again after a crash: once is enough
-            self._ledger.append("answers", body)
+        if not any(e.body == body for e in self._of("answers")[-2:]):  # said again after a crash: once is enough
+            self._append("answers", body)
 
     def round(
         self,
@@ -84,9 +85,9 @@ class LedgerRecords:
         metrics: Mapping[str, float],
     ) -> None:
         """See `Records`."""
-        if any((e.body["run_id"], e.body["round"]) == (run_id, round_number) for e in self._ledger.of("round")):
+        if any((e.body["run_id"], e.body["round"]) == (run_id, round_number) for e in self._of("round")):
             return
-        self._ledger.append(
+        self._append(
             "round",
             {
                 "run_id": run_id,
@@ -99,6 +100,12 @@ class LedgerRecords:
 
     def close(self, run_id: str, rounds: int, model_sha256: str | None, why: str) -> dict[str, Any]:
         """See `Records`."""
-        if not any(e.body["run_id"] == run_id for e in self._ledger.of("close")):
-            self._ledger.append("close", {"run_id": run_id, "rounds": rounds, "model_sha256": model_sha256, "why": why})
-        return {"length": self._ledger.length, "head": self._ledger.head}
+        if not any(e.body["run_id"] == run_id for e in self._of("close")):
+            self._append("close", {"run_id": run_id, "rounds": rounds, "model_sha256": model_sha256, "why": why})
+        return self._ledger.head()
+
+    def _append(self, kind: str, body: Mapping[str, Any]) -> None:
+        self._ledger.append(kind, body, charter=self._charter)
+
+    def _of(self, kind: str) -> list[Entry]:
+        return [entry for entry in self._ledger.of(kind) if entry.charter == self._charter]

@@ -145,7 +145,7 @@ class Coordinator:
         self._refusals = []
         path = self._folder / f"{run_id}.checkpoint"
         state = self._standing(path, run_id)
-        why = self._records.run(run_id, self._signed.sha256)
+        why = self._records.run(run_id)
         if why is None:
             self._record(state)  # what the checkpoint knows and a crash may have kept from the ledger
         else:  # stopped between its last entry and the countersigned checkpoint, or asked for again
@@ -330,10 +330,10 @@ class Coordinator:
         heads: dict[str, Mapping[str, Any]] = {}
 
         def head(partner: str, reply: Manifest, _: Tensors) -> None:
-            length, digest = reply.fields.get("length"), reply.fields.get("head")
-            if type(length) is not int or not isinstance(digest, str):
+            length, root = reply.fields.get("length"), reply.fields.get("root")
+            if type(length) is not int or not isinstance(root, str):
                 raise MessageError(f"{partner}'s head is malformed")
-            heads[partner] = {"length": length, "head": digest}
+            heads[partner] = {"length": length, "root": root}
 
         self._must(self._ask(grid, run_id, "close", {}, {}, head))
         heads[self._charter.coordinator.name] = self._records.close(run_id, len(outcome.history), name, outcome.why)

@@ -91,9 +91,9 @@ class Service:
                 f"{self.settings.ledger}: of simulated {not self.charter.simulated}, the charter is not",
                 "A simulation and the real thing never share a ledger: give another state folder.",
             )
-        if not any(e.body["charter_sha256"] == self.signed.sha256 for e in self.ledger.of("charter")):
-            body = {"charter_sha256": self.signed.sha256, "name": self.charter.name}
-            self.ledger.append("charter", {**body, "expires": self.charter.expires.isoformat()})
+        if not any(e.charter == self.signed.sha256 for e in self.ledger.of("charter")):
+            body = {"name": self.charter.name, "expires": self.charter.expires.isoformat()}
+            self.ledger.append("charter", body, charter=self.signed.sha256)
 
     def __enter__(self) -> Service:
         return self
@@ -118,7 +118,7 @@ class Service:
             self.task,
             self.wire,
             roster,
-            LedgerRecords(self.ledger),
+            LedgerRecords(self.ledger, self.signed.sha256),
             self._initial,
             self.settings.checkpoints,
             self.settings.closing,

@@ -347,17 +347,13 @@ class Simulation:
                 )
             except DataError as err:
                 raise type(err)(f"{name}: {err.message}", err.hint) if type(err) is DataError else err from err
-        genesis = {"owner": COORDINATOR, "role": "coordinator" if signed_form else "population", "dataset": None}
+        genesis = {"owner": COORDINATOR, "role": "coordinator" if signed_form else "population"}
         ledger = self.run_ledger = self._ledger(self.out / "coordinator" / "ledger.jsonl", me, genesis)
         if not ledger.of("charter"):
-            agreed = {
-                "charter_sha256": self.signed.sha256,
-                "name": charter.name,
-                "expires": charter.expires.isoformat(),
-            }
-            ledger.append("charter", agreed)
+            agreed = {"name": charter.name, "expires": charter.expires.isoformat()}
+            ledger.append("charter", agreed, charter=self.signed.sha256)
         if signed_form:
-            records: Records = LedgerRecords(ledger)
+            records: Records = LedgerRecords(ledger, self.signed.sha256)
             for name in parts:
                 self._partner(name, who[name], model)
             wire: Any = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
@@ -392,22 +388,17 @@ class Simulation:
 
     def _partner(self, name: str, identity: Identity, model: torch.nn.Module) -> None:
         charter, dataset = self.signed.charter, self.datasets[name]
-        genesis = {
-            "owner": name,
-            "role": "partner",
-            "dataset": dataset.describe(),
-        }
+        genesis = {"owner": name, "role": "partner"}
         ledger = self._ledger(self.out / "partners" / name / "ledger.jsonl", identity, genesis)
         gate = Gate(
             name,
             identity.key,
-            dataset,
+            [dataset],
             ledger,
-            code_sha256(self.task.name),
             simulated=True,
         )
         try:
-            gate.accept(self.signed)
+            gate.accept(self.signed, dataset, code_sha256(self.task.name))
         except Refused as err:
             raise Refused(err.reason, f"{name}: {err.detail}", err.hint) from err
         self.gates[name] = gate

@@ -28,15 +28,16 @@ class PopulationRecords:
 
     def __init__(self, ledger: Ledger, signed: SignedCharter) -> None:
         self.ledger = ledger
-        self._own = LedgerRecords(ledger)
+        self._own = LedgerRecords(ledger, signed.sha256)
         self._charter = signed.charter
+        self._sha256 = signed.sha256
         assert signed.charter.population is not None
         self._population = signed.charter.population
         self._plan = plan_of(self._charter.algorithm, self._charter.privacy, self._charter.evaluation)
         self._items = {item.purpose: item for item in self._plan}
         self.debited = {(e.body["run_id"], e.body["round"], e.body["purpose"]) for e in ledger.of("cohort-debit")}
 
-    def run(self, run_id: str, charter_sha256: str) -> str | None:
+    def run(self, run_id: str) -> str | None:
         """Begin: the budget of each client, and a hold for the whole plan, which the filter must admit.
 
         Returns why the run was closed; None while it is open.
@@ -44,7 +45,7 @@ class PopulationRecords:
         Raises:
             Refused: the plan does not fit.
         """
-        why = self._own.run(run_id, charter_sha256)
+        why = self._own.run(run_id)
         if self._charter.privacy.kind == "local" and not self.ledger.of("budget"):
             budget = budget_of(self._charter.privacy)
             # A population's budget begins with its run, so nothing was spent before.
@@ -54,19 +55,17 @@ class PopulationRecords:
                     f"the plan costs epsilon {budget.spent(events_of(self._plan)):.3f}, the cap is {budget.epsilon:g}",
                     "Ask for fewer rounds or more noise; `hansa plan CONFIG` shows what fits.",
                 )
-            self.ledger.append(
+            self._append(
                 "budget",
                 {
-                    "dataset": None,
                     "clients": self._population.clients,
-                    "charter_sha256": charter_sha256,
                     "unit": "record",
                     "adjacency": "add-or-remove-one",
                     "budget": budget.to_fields(),
                 },
             )
         if not any(e.body["run_id"] == run_id for e in self.ledger.of("cohort-hold")):
-            self.ledger.append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
+            self._append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
         return why
 
     def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
@@ -75,7 +74,7 @@ class PopulationRecords:
         if item is None or (run_id, round_number, purpose) in self.debited:
             return  # opening and public evaluation cost nothing; after a crash the same debit pays
         protected_training = purpose == "train" and item.event is not None
-        self.ledger.append(
+        self._append(
             "cohort-debit",
             {
                 "run_id": run_id,
@@ -95,7 +94,7 @@ class PopulationRecords:
             good = [name for name, answer in replies.items() if answer.outcome == "ok"]
             body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": _ranges(good)}
             if not any(e.body == body for e in self.ledger.of("cohort-commit")[-2:]):  # said again after a crash
-                self.ledger.append("cohort-commit", body)
+                self._append("cohort-commit", body)
 
     def round(
         self,
@@ -111,6 +110,9 @@ class PopulationRecords:
     def close(self, run_id: str, rounds: int, model_sha256: str | None, why: str) -> dict[str, Any]:
         """See `Records`."""
         return self._own.close(run_id, rounds, model_sha256, why)
+
+    def _append(self, kind: str, body: Mapping[str, Any]) -> None:
+        self.ledger.append(kind, body, charter=self._sha256)
 
 
 class PopulationGate:
