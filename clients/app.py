@@ -5,7 +5,7 @@ with a signed refusal and reads nothing.
 
 What may leave a node, and nothing else: `update` (a round's model update), `scores` (scores and labels of rows registered
 as public), `histogram` (noisy score histogram, charged), `failed` (that, and nothing else, when the work failed after it was
-paid for), `head` and `signature` (of its ledger), `accepted`, `refused`, `kept`.
+paid for), `head` and `signature` (of its ledger), `witnessed` (its signatures under heads of others' ledgers), `accepted`, `refused`, `kept`.
 
 What is logged holds no record value: of an exception its class and where in the code it was raised, never its words.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +27,13 @@ from ..common.charter import Charter
 from ..common.closing import sign_closing
 from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused
 from ..common.flower import ClientApp, Context, Message, RecordDict
+from ..common.heads import KeptHeads
 from ..common.identity import Identity, sha256
 from ..common.ledger import Ledger
 from ..common.messages import Manifest, Tensors, Wire, is_finite
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
+from ..common.witness import Asked, signatures, telling
 from .datasets import RegisteredDataset, Rows, Split
 from .models import verified
 from .noise import SecureNoise
@@ -77,6 +79,7 @@ class Node:
         outbox: where finished replies are kept; None in simulations of more than 100 clients.
         identity: signs closing checkpoints; None there as well.
         keep: where models that closing messages deliver are kept, one folder a run; None there as well.
+        heads: where heads of others' ledgers that this node countersigned are kept; None there as well.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Node:
         outbox: Outbox | None = None,
         identity: Identity | None = None,
         keep: Path | None = None,
+        heads: KeptHeads | None = None,
     ) -> None:
         self._task = task
         self._model = model
@@ -101,6 +105,7 @@ class Node:
         self._outbox = outbox
         self._identity = identity
         self._keep = keep
+        self._heads = heads
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -108,11 +113,13 @@ class Node:
     def open(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
         """Accept or refuse a whole run."""
         self._gate.open_run(request, digest)
-        return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+        fields = {} if self._heads is None or self._identity is None else self._head([])
+        return self._wire.encode(request.reply("accepted", digest, **fields), self._wire.pack({}))[0]
 
     def train(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
         """One round of local training; answers with the update w_after − w_before."""
         self._check_model(tensors)
+        asked = self._asked(request)
         if self._gate.debit(request, digest, "train"):
             return self._again(request)
         charter = self._agreed(request)
@@ -130,7 +137,7 @@ class Node:
                 seed=None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name),
             )
 
-        return self._answer(request, digest, "update", update, public=False)
+        return self._answer(request, digest, "update", update, public=False, asked=asked)
 
     def evaluate(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
         """Measure the model on held-out rows, as the charter's evaluation says."""
@@ -226,7 +233,14 @@ class Node:
         return Message(reply, reply_to=message)
 
     def _answer(
-        self, request: Manifest, digest: str, kind: str, work: Callable[[], Tensors], *, public: bool
+        self,
+        request: Manifest,
+        digest: str,
+        kind: str,
+        work: Callable[[], Tensors],
+        *,
+        public: bool,
+        asked: Asked | None = None,
     ) -> RecordDict:
         """Do the work that was paid for, and commit its one answer before it leaves.
 
@@ -240,7 +254,8 @@ class Node:
         except Exception as err:
             _log.error("%s: round %s failed: %s", self._gate.name, request.round, without_words(err))
             kind, tensors = "failed", {}
-        reply, reply_sha256 = self._wire.encode(request.reply(kind, digest), self._wire.pack(tensors))
+        fields = {} if asked is None else self._witnessed(asked)
+        reply, reply_sha256 = self._wire.encode(request.reply(kind, digest, **fields), self._wire.pack(tensors))
         if self._outbox is not None:
             self._outbox.put(request.run_id, request.request_id, reply)
         self._gate.commit(request, digest, reply_sha256, public=public)
@@ -250,6 +265,40 @@ class Node:
         if self._outbox is None:
             raise MessageError(f"{request.request_id} was answered before")
         return self._outbox.get(request.run_id, request.request_id)
+
+    def _asked(self, request: Manifest) -> Asked | None:
+        """What the request asks about heads; checked before anything is spent.
+
+        Raises:
+            MessageError: malformed.
+            Refused: this ledger is not what this node itself signed before: it was put back to an older copy.
+        """
+        if self._heads is None:
+            return None
+        asked = Asked.parse(request.fields.get("witness"), self._agreed(request).keys(), self._gate.name)
+        own, ledger = asked.yours, self._gate.ledger
+        if own is not None and not ledger.states(own.length, own.root):
+            raise Refused(
+                Refusal.ROLLED_BACK,
+                f"this node signed a head of its ledger at {own.length} entries that it does not have now",
+                "Restore the newest backup: hansa node restore BACKUP",
+            )
+        return asked
+
+    def _witnessed(self, asked: Asked) -> dict[str, Any]:
+        """The fields that answer it: this ledger's head, and signatures under heads of others, which are on disk."""
+        assert self._heads is not None
+        assert self._identity is not None
+        signed = self._heads.witness(asked.heads)
+        if behind := {head.owner for head, _ in asked.heads} - set(signed):
+            _log.warning(
+                "%s: heads that do not extend what was signed before: %s", self._gate.name, ", ".join(sorted(behind))
+            )
+        return {**self._head(asked.since), "witnessed": signatures(signed, self._identity.key)}
+
+    def _head(self, since: Iterable[int]) -> dict[str, Any]:
+        assert self._identity is not None
+        return {"head": telling(self._identity, self._gate.ledger, since)}
 
     def _agreed(self, request: Manifest) -> Charter:
         charter = self._gate.charter(request.charter_sha256)

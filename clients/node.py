@@ -28,6 +28,7 @@ from ..common.charter import SignedCharter
 from ..common.errors import CharterError, ConfigError, DataError, LedgerError, LinkError, Refused
 from ..common.events import EventLog
 from ..common.flower import ClientApp, Context, RecordDict
+from ..common.heads import KeptHeads
 from ..common.home import Home
 from ..common.identity import Identity, drop_unfinished, write_whole
 from ..common.ledger import Counter, Ledger
@@ -69,10 +70,13 @@ class Site:
     gate: Gate
     ledger: Ledger
     joined: tuple[Joined, ...]
+    heads: tuple[KeptHeads, ...]
 
     def close(self) -> None:
-        """Let go of the ledger."""
+        """Let go of the ledger, and of the heads that are kept."""
         self.ledger.close()
+        for heads in self.heads:
+            heads.close()
 
 
 # -- the registered data -------------------------------------------------------------------------------------------------
@@ -179,6 +183,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
     check_model(model)
     law = SiteLaw(settings.site, Control(settings.control), task.name)
     ledger = _ledger(settings, identity, dataset)
+    kept: list[KeptHeads] = []
     try:
         # The ledger's lock is ours now: nobody else writes these.
         for folder in (settings.state, *(settings.state / "models").glob("*/")):
@@ -212,6 +217,8 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
             wire = SignedWire(
                 identity, {signed.charter.coordinator.name: signed.charter.coordinator.key}, signed.sha256
             )
+            heads = KeptHeads(settings.state / "heads" / f"{signed.sha256}.jsonl", identity, signed.charter.keys())
+            kept.append(heads)
             node = Node(
                 task,
                 model,
@@ -222,14 +229,17 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
                 outbox=Outbox(settings.state / "outbox" / signed.sha256),
                 identity=identity,
                 keep=settings.models,
+                heads=heads,
             )
             joined.append(Joined(signed, entry, wire, make_client_app(_always(node))))
         if not joined:
             raise CharterError("no charter can be joined:\n  " + "\n  ".join(refused), "See: hansa node check")
     except BaseException:
         ledger.close()
+        for heads in kept:
+            heads.close()
         raise
-    return Site(identity, gate, ledger, tuple(joined))
+    return Site(identity, gate, ledger, tuple(joined), tuple(kept))
 
 
 def _ledger(settings: NodeSettings, identity: Identity, dataset: RegisteredDataset) -> Ledger:
@@ -246,7 +256,7 @@ def _ledger(settings: NodeSettings, identity: Identity, dataset: RegisteredDatas
         "simulated": settings.simulated,
         "software": SOFTWARE,
     }
-    return Ledger(settings.ledger, identity, genesis, Counter(settings.state / "counter"))
+    return Ledger(settings.ledger, identity, genesis, Counter(settings.counter))
 
 
 def _always(node: Node) -> Callable[[Context], Node]:

@@ -135,6 +135,7 @@ class Refusal(StrEnum):
     WITHDRAWN = "withdrawn"
     COHORT = "cohort below this site's minimum"
     RESTORED = "restored from a backup, spending not proved"
+    ROLLED_BACK = "ledger is older than a head that this node signed"
 
 
 class Refused(HansaError):

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import LedgerError, MessageError
 from .identity import (
@@ -82,6 +81,8 @@ class Head:
         """
         if (self.owner, self.ledger_id) != (earlier.owner, earlier.ledger_id):
             raise LedgerError(f"{self.owner} began another ledger")
+        if (self.length, self.root) == (earlier.length, earlier.root):
+            return
         try:
             path = [bytes.fromhex(step) for step in proof]
             first, second = bytes.fromhex(earlier.root), bytes.fromhex(self.root)
@@ -128,47 +129,83 @@ def read_head(sealed: bytes, keys: Mapping[str, str]) -> Head:
 
 
 class KeptHeads:
-    """The heads that one holder keeps: a file of lines, only ever appended to, and the newest of each ledger in memory.
+    """The heads that one holder keeps: a file of lines, only ever appended to.
 
-    Two heads that contradict one another may both be in it: that is the proof against their owner.
+    It signs only what extends the last one that it signed. Heads that contradict one another may both be in the file: that is the
+    proof against their owner.
+
+    Args:
+        keys: name -> public key of everyone in the charter.
     """
 
-    def __init__(self, path: Path, keys: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, identity: Identity, keys: Mapping[str, str]) -> None:
         """Read what is kept; a torn last line was never acknowledged and is cut off.
 
         Raises:
-            MessageError: a line that is no head of these keys.
+            LedgerError: another process writes it, or a line is no head of these keys.
             OutputError: the file cannot be written.
         """
         self._path = path
-        self._keys = dict(keys)
-        self._newest: dict[str, Head] = {}
+        self._identity = identity
+        self._newest: dict[tuple[str, str], Head] = {}  # by owner and signer
         self._known: set[str] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  held open: one writer
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if new:
                 fsync_folder(path.parent)
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-            if torn:
-                os.ftruncate(self._file.fileno(), len(whole) + 1 if whole else 0)
-        except BlockingIOError as err:
-            raise LedgerError(f"{path}: another process is writing it", "Stop it first.") from err
         except OSError as err:
             raise output_error(path, err) from err
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                self._take(read_head(line, keys))
-            except MessageError as err:
-                raise MessageError(
-                    f"{path}:{number}: {err.message}", "Move the file away and keep it: it is evidence."
-                ) from err
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole, found, torn = path.read_bytes().rpartition(b"\n")
+            if torn:
+                os.ftruncate(self._file.fileno(), len(whole) + len(found))
+            for number, line in enumerate(whole.split(b"\n") if found else [], start=1):
+                try:
+                    self._take(read_head(line, keys))
+                except MessageError as err:
+                    raise LedgerError(
+                        f"{path}:{number}: {err.message}", "Move the file away, and keep it for an auditor."
+                    ) from err
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise LedgerError(f"{path}: another process is writing it", "Stop it first.") from error
+            if isinstance(error, OSError):
+                raise output_error(path, error) from error
+            raise
 
-    def newest(self, owner: str) -> Head | None:
-        """The longest head of this owner's ledger that is kept."""
-        return self._newest.get(owner)
+    def newest(self, owner: str, signer: str | None = None) -> Head | None:
+        """The longest head of this owner's ledger that `signer` (a public key) signed; None: that its holder did."""
+        return self._newest.get((owner, signer or self._identity.key))
+
+    def witness(self, offers: Iterable[tuple[Head, Sequence[str]]]) -> dict[str, Head]:
+        """Countersign the heads (each with a proof) that extend the last one of their owner that was signed here; keep them all.
+
+        Returns:
+            By owner, those that were signed, on disk. What is not among them does not extend what was signed before, or the
+            proof does not show it.
+
+        Raises:
+            MessageError: a malformed proof.
+            OutputError: they cannot be written.
+        """
+        signed: dict[str, Head] = {}
+        kept = []
+        for head, proof in offers:
+            before = signed.get(head.owner) or self.newest(head.owner)
+            try:
+                if before is not None:
+                    head.extends(before, proof)
+            except LedgerError:
+                kept.append(head)
+            else:
+                signed[head.owner] = head.countersigned(self._identity)
+                kept.append(signed[head.owner])
+        self.keep(kept)
+        return signed
 
     def keep(self, heads: Iterable[Head]) -> None:
         """Add heads; on disk when this returns.
@@ -197,25 +234,7 @@ class KeptHeads:
 
     def _take(self, head: Head) -> None:
         self._known.add(sha256(head.sealed))
-        before = self._newest.get(head.owner)
-        if before is None or head.length > before.length:
-            self._newest[head.owner] = head
-
-
-def head_fields(head: Head, proof: Sequence[str]) -> dict[str, Any]:
-    """A head and the proof that it extends an earlier one, as fields of a message."""
-    return {"head": head.sealed.decode(), "proof": list(proof)}
-
-
-def from_fields(fields: object, keys: Mapping[str, str]) -> tuple[Head, list[str]]:
-    """Back from `head_fields`; the proof is not checked yet.
-
-    Raises:
-        MessageError: malformed.
-    """
-    if not isinstance(fields, dict) or set(fields) != {"head", "proof"} or not isinstance(fields["head"], str):
-        raise MessageError("a malformed head")
-    proof = fields["proof"]
-    if not isinstance(proof, list) or len(proof) > MAX_PROOF or not all(isinstance(step, str) for step in proof):
-        raise MessageError("a malformed consistency proof")
-    return read_head(fields["head"].encode(), keys), proof
+        for signer in head.signers:
+            before = self._newest.get((head.owner, signer))
+            if before is None or head.length > before.length:
+                self._newest[head.owner, signer] = head

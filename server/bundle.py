@@ -9,7 +9,7 @@ from pathlib import Path
 from ..common.charter import SignedCharter
 from ..common.errors import OutputError
 from ..common.identity import public_pem, sha256, write_whole
-from ..common.ledger import Entry, read_ledger
+from ..common.ledger import Entry, read_ledger, redacted
 from .settings import ServerSettings
 
 
@@ -58,24 +58,34 @@ def export(settings: ServerSettings, to: Path) -> list[str]:
     charter = signed.verify()
     entries, _ = read_ledger(settings.ledger, charter.coordinator.key)
     runs = runs_of(entries, signed.sha256)
-    if open_runs := [run.run_id for run in runs if not is_finished(run, settings)]:
+    if unfinished := [run.run_id for run in runs if run.why is not None and not is_finished(run, settings)]:
         raise OutputError(
-            f"run {open_runs[-1]} is not closed: nobody could verify this bundle",
-            f"Finish it: hansa server run --run {open_runs[-1]} --resume",
+            f"run {unfinished[-1]} is closed here, but not countersigned by everyone: no auditor could verify this bundle",
+            f"Finish it: hansa server run --run {unfinished[-1]} --resume",
         )
     if not runs:
         raise OutputError(f"{settings.ledger}: no run yet under this charter", "Start one: hansa server run")
     files = {"charter.json": signed.to_bytes()}
     files |= {f"keys/{name}.pem": public_pem(key) for name, key in charter.keys().items()}
-    files |= {f"closing/{run.run_id}.json": _read(settings.closing / f"{run.run_id}.json") for run in runs}
-    # Whole lines only: what stands behind the last one was never acknowledged.
-    files["coordinator/ledger.jsonl"] = _read(settings.ledger).rpartition(b"\n")[0] + b"\n"
+    done_runs = [run for run in runs if run.why is not None]
+    files |= {f"closing/{run.run_id}.json": _read(settings.closing / f"{run.run_id}.json") for run in done_runs}
+    # Of other charters' entries no more than an auditor of this one needs: that they are there.
+    files["coordinator/ledger.jsonl"] = redacted(
+        _read(settings.ledger), lambda entry: entry.charter in (None, signed.sha256), charter.coordinator.key
+    )
+    if (kept := settings.heads(signed.sha256)).exists():
+        files[f"heads/{charter.coordinator.name}.jsonl"] = _whole_lines(_read(kept))
     if done := [run for run in runs if run.why == "completed"]:
         files["model.safetensors"] = _model(settings.model(done[-1].run_id), done[-1])
     _refuse_another(to, signed)
     for name, data in files.items():
         write_whole(to / name, data)
     return list(files)
+
+
+def _whole_lines(data: bytes) -> bytes:
+    """What stands behind the last line break was never acknowledged."""
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _refuse_another(to: Path, signed: SignedCharter) -> None:

@@ -28,6 +28,7 @@ class Checkpoint:
         accepted: who accepted the run; None until they were asked.
         folded: whose updates are in the last training.
         answers: purpose -> partner -> answer, of the last step; the ledger may not have them yet.
+        witness: partner -> what the next request to train asks of it about heads; asked again, it is the same.
     """
 
     run_id: str
@@ -39,6 +40,7 @@ class Checkpoint:
     accepted: list[str] | None = None
     trained: bool = False
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
+    witness: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write, whole or not at all; no tensor is copied for it.
@@ -62,7 +64,7 @@ class Checkpoint:
         # asdict would copy every tensor.
         answers = {p: {n: asdict(a) for n, a in given.items()} for p, given in self.answers.items()}
         about = {"run_id": self.run_id, "round": self.round, "history": self.history, "folded": self.folded}
-        about |= {"accepted": self.accepted, "trained": self.trained, "answers": answers}
+        about |= {"accepted": self.accepted, "trained": self.trained, "answers": answers, "witness": self.witness}
         return tensor_bytes(tensors, json.dumps(about))
 
     @classmethod

@@ -37,6 +37,7 @@ from ..common.tasks.metrics import evaluate, histogram_metrics
 from .checkpoint import Checkpoint
 from .records import Answer, Records
 from .strategies import ServerOptimizer
+from .witness import Witnessing
 
 MAX_UPDATE = 1e12
 """No tensor of an update has a larger L2 norm; float32 sums of a few of them, and their squares, stay finite."""
@@ -103,6 +104,7 @@ class Coordinator:
         folder: where the checkpoint is kept.
         closing: the folder of closing checkpoints.
         notify: called with an event's name and facts, for a display.
+        witnessing: heads of ledgers are countersigned and kept; None in a population, which has one ledger.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Coordinator:
         folder: Path,
         closing: Path,
         notify: Callable[..., None] = lambda *_, **__: None,
+        witnessing: Witnessing | None = None,
     ) -> None:
         self._signed = signed
         self._charter: Charter = signed.charter
@@ -130,6 +133,7 @@ class Coordinator:
         self._folder = folder
         self._closing = closing
         self._notify = notify
+        self._witnessing = witnessing
         self._refusals: list[Refusing] = []
 
     def run(self, grid: Grid, run_id: str, only: list[str] | None = None, *, give_up: bool = False) -> Outcome:
@@ -155,9 +159,10 @@ class Coordinator:
         if state.accepted is None and give_up:
             return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
         if state.accepted is None:
-            state.accepted = self._open(grid, run_id, only or list(self._roster))
+            state.accepted, said = self._open(grid, run_id, only or list(self._roster))
             if len(state.accepted) < self._charter.quorum:
                 return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
+            self._witness(state, 1, said)
             state.save(path)
         optimizer = ServerOptimizer(self._charter.algorithm.strategy)
         optimizer.restore(state.strategy)
@@ -175,8 +180,9 @@ class Coordinator:
             self._notify("round", round=number)
             metrics: dict[str, float] = {}
             if not state.trained:
-                mean, state.folded, answers = self._train(grid, run_id, number, state.accepted, state.model)
+                mean, state.folded, answers, said = self._train(grid, run_id, number, state)
                 state.model = optimizer.step(number, state.model, mean)
+                self._witness(state, number + 1, said)
                 state.strategy, state.trained, state.answers = optimizer.state(), True, {"train": answers}
             if number in measured:
                 state.save(path)
@@ -199,6 +205,13 @@ class Coordinator:
         state.model = {name: np.require(state.model[name], requirements=("C", "W")) for name in initial}
         return state
 
+    def _witness(self, state: Checkpoint, number: int, said: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep what the replies say of heads, and what round `number` will ask about them; the checkpoint is saved after it."""
+        if self._witnessing is not None:
+            assert state.accepted is not None
+            self._witnessing.collect(state.witness, said)
+            state.witness = self._witnessing.next_round(self._cohort(number, state.accepted), said)
+
     def _record(self, state: Checkpoint) -> None:
         """Write down what the checkpoint has: the answers of its last step and, at the end of a round, the round."""
         number = state.round + 1 if state.trained else state.round
@@ -210,8 +223,14 @@ class Coordinator:
 
     # -- the phases of a run -----------------------------------------------------------------------------------------
 
-    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> list[str]:
-        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, lambda *_: None)
+    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
+        """Who accepted the run, and the fields of what they said."""
+        said: dict[str, Mapping[str, Any]] = {}
+
+        def accept(partner: str, reply: Manifest, _: Tensors) -> None:
+            said[partner] = reply.fields
+
+        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, accept)
         self._records.answered(run_id, 0, "open", answers)
         accepted = [name for name, answer in answers.items() if answer.outcome == "ok"]
         silent = [name for name, answer in answers.items() if answer.outcome in ("timeout", "invalid")]
@@ -229,19 +248,21 @@ class Coordinator:
                 f"Nothing was spent. When they are ready, run again with --resume: run {run_id} is then asked for again. Until "
                 "then those who accepted hold their part of the budget for it; --resume --give-up closes it instead.",
             )
-        return accepted
+        return accepted, said
 
     def _train(
-        self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
-    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer]]:
-        """The weighted mean of the cohort's updates (float64), who is in it, and what everybody answered."""
+        self, grid: Grid, run_id: str, number: int, state: Checkpoint
+    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer], dict[str, Mapping[str, Any]]]:
+        """The weighted mean of the cohort's updates (float64), who is in it, what everybody answered, and their fields."""
+        assert state.accepted is not None
+        model, said = state.model, dict[str, Mapping[str, Any]]()
         weights = self._weights()
         total = zeros_like(model, np.float64)
         expected = {name: value.shape for name, value in model.items()}
         folded: list[str] = []
         mass = 0.0
 
-        def fold(partner: str, _: Manifest, update: Mapping[str, npt.NDArray[Any]]) -> None:
+        def fold(partner: str, reply: Manifest, update: Mapping[str, npt.NDArray[Any]]) -> None:
             nonlocal mass
             if {n: v.shape for n, v in update.items()} != expected or any(
                 v.dtype != np.float32 for v in update.values()
@@ -255,15 +276,16 @@ class Coordinator:
                 _add(total[name], value, weights[partner])
             mass += weights[partner]
             folded.append(partner)
+            said[partner] = reply.fields
 
-        cohort = self._cohort(number, accepted)
-        answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold)
+        cohort = self._cohort(number, state.accepted)
+        answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold, state.witness)
         if len(folded) < self._charter.quorum:
             self._records.answered(run_id, number, "train", answers)
             raise self._no_quorum(number, len(folded), answers)
         for value in total.values():
             value /= mass
-        return total, folded, answers
+        return total, folded, answers, said
 
     def _evaluate(
         self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
@@ -380,9 +402,11 @@ class Coordinator:
         cohort: list[str],
         model: Arrays,
         sink: Sink,
+        witness: Mapping[str, Any] | None = None,
     ) -> dict[str, Answer]:
         """One question to a cohort: requests on the ledger, then sent, answers folded; the caller records them."""
-        requests, records = self._encoded(purpose, cohort, run_id, number, {}, model)
+        fields = {name: {"witness": asked} for name, asked in (witness or {}).items()}
+        requests, records = self._encoded(purpose, cohort, run_id, number, fields, model)
         asked = {name: (manifest.request_id, digest) for name, (manifest, digest) in requests.items()}
         self._records.asked(run_id, number, purpose, asked)
         answers = self._deliver(grid, message_type, requests, records, sink)
@@ -400,7 +424,7 @@ class Coordinator:
         """A question to every partner outside of the ledgers (closing them is what it is about)."""
         partners = [m.name for m in self._charter.partners]
         number = self._charter.algorithm.rounds + 1
-        requests, records = self._encoded(kind, partners, run_id, number, fields, tensors)
+        requests, records = self._encoded(kind, partners, run_id, number, dict.fromkeys(partners, fields), tensors)
         return self._deliver(grid, f"query.{kind}", requests, records, sink)
 
     def _must(self, answers: Mapping[str, Answer]) -> None:
@@ -413,13 +437,19 @@ class Coordinator:
             )
 
     def _encoded(
-        self, kind: str, partners: list[str], run_id: str, number: int, fields: dict[str, Any], tensors: Arrays
+        self,
+        kind: str,
+        partners: list[str],
+        run_id: str,
+        number: int,
+        fields: Mapping[str, dict[str, Any]],
+        tensors: Arrays,
     ) -> tuple[dict[str, tuple[Manifest, str]], dict[str, RecordDict]]:
         """By partner: the request and its hash, and its records. All records share the tensors' bytes."""
         packed = self._wire.pack(tensors)
         requests, records = {}, {}
         for name in partners:
-            manifest = self._manifest(kind, name, run_id, number, fields)
+            manifest = self._manifest(kind, name, run_id, number, fields.get(name, {}))
             records[name], digest = self._wire.encode(manifest, packed)
             requests[name] = (manifest, digest)
         return requests, records

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.charter import SignedCharter
 from ..common.errors import CharterError, ConfigError, IdentityError, LedgerError, OutputError, RunFailed, TaskError
+from ..common.heads import KeptHeads
 from ..common.home import Home
 from ..common.identity import fingerprint
 from ..common.ledger import Ledger
@@ -29,6 +30,7 @@ from .records import LedgerRecords
 from .rounds import Coordinator, Outcome
 from .settings import ServerSettings
 from .status import WAITING, Status, read_status
+from .witness import Witnessing
 
 if TYPE_CHECKING:
     from ..common.events import EventLog
@@ -75,11 +77,12 @@ class Service:
             )
         check_model(self.task)
         self.wire = SignedWire(self.identity, {m.name: m.key for m in charter.partners}, self.signed.sha256)
-        genesis = {"owner": me.name, "role": "coordinator", "dataset": None, "simulated": charter.simulated}
+        genesis = {"owner": me.name, "role": "coordinator", "simulated": charter.simulated}
         about = {"ledger_id": secrets.token_hex(16), "software": SOFTWARE}
         self.ledger = Ledger(settings.ledger, self.identity, {**genesis, **about})
         try:
             self._join()
+            self._heads = KeptHeads(settings.heads(self.signed.sha256), self.identity, charter.keys())
         except BaseException:
             self.ledger.close()
             raise
@@ -103,6 +106,7 @@ class Service:
 
     def close(self) -> None:
         """Let go of the state folder."""
+        self._heads.close()
         self.ledger.close()
 
     @property
@@ -123,6 +127,7 @@ class Service:
             self.settings.checkpoints,
             self.settings.closing,
             notify,
+            Witnessing(self.identity, self.ledger, self._heads, self.charter.keys(), notify),
         )
 
     def _initial(self) -> Arrays:

@@ -53,6 +53,10 @@ class ServerSettings(Section):
         """The coordinator's own ledger."""
         return self.state / "coordinator" / "ledger.jsonl"
 
+    def heads(self, charter_sha256: str) -> Path:
+        """Heads of all ledgers that were countersigned under one charter."""
+        return self.state / "heads" / f"{charter_sha256}.jsonl"
+
     @property
     def closing(self) -> Path:
         """The folder of closing checkpoints."""

@@ -33,6 +33,7 @@ from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
 from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
 from ..common.flower import Context, RecordDict
+from ..common.heads import KeptHeads
 from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire
@@ -42,6 +43,7 @@ from ..common.tasks import Task, code_sha256, initial_model, load_task
 from ..server.app import make_server_app
 from ..server.records import LedgerRecords, Records
 from ..server.rounds import Coordinator, Outcome
+from ..server.witness import Witnessing
 from . import partitions, sources
 from .grid import InProcessGrid
 from .population import PopulationGate, PopulationRecords, client_name
@@ -204,7 +206,7 @@ class Simulation:
     private_root: Path | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
-    _ledgers: list[Ledger] = field(default_factory=list)
+    _ledgers: list[Ledger | KeptHeads] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.private = self.private_root or private_folder(self.out)
@@ -357,9 +359,10 @@ class Simulation:
             for name in parts:
                 self._partner(name, who[name], model)
             wire: Any = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
+            witnessing = Witnessing(me, ledger, self._kept_heads(me), charter.keys(), self.notify)
         else:
             population = PopulationRecords(ledger, self.signed)
-            records, wire = population, PlainWire()
+            records, wire, witnessing = population, PlainWire(), None
             for name, dataset in self.datasets.items():
                 gate = PopulationGate(name, charter, population)
                 self.nodes[name] = Node(self.task, model, dataset, gate, wire)
@@ -376,6 +379,7 @@ class Simulation:
             self.private / COORDINATOR,
             self.out / "closing",
             self.notify,
+            witnessing,
         )
         # The lock says that nobody else writes here, so these are a killed process's.
         for path in (*self.out.rglob(".*"), *self.private.rglob(".*")):
@@ -411,7 +415,13 @@ class Simulation:
             outbox=Outbox(self.private / name / "outbox"),
             identity=identity,
             keep=self.private / name / "models",
+            heads=self._kept_heads(identity),
         )
+
+    def _kept_heads(self, identity: Identity) -> KeptHeads:
+        kept = KeptHeads(self.out / "heads" / f"{identity.name}.jsonl", identity, self.signed.charter.keys())
+        self._ledgers.append(kept)
+        return kept
 
     def _ledger(self, path: Path, identity: Identity, genesis: Mapping[str, Any]) -> Ledger:
         about = {"ledger_id": secrets.token_hex(16), "simulated": True, "software": SOFTWARE}

@@ -1,0 +1,104 @@
+"""The coordinator's part in witnessed heads: it countersigns each partner's head and hands it to others with the next round.
+
+Nothing waits for it, and no round fails for it: a head that nobody witnessed is a tail that an auditor sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..common.errors import MessageError
+from ..common.heads import Head, KeptHeads
+from ..common.identity import Identity
+from ..common.ledger import Ledger
+from ..common.witness import Asked, asking, telling, told, with_signatures
+
+WITNESSES = 2
+"""Partners, other than its owner, that are asked to sign a head; fewer where there are fewer."""
+
+
+class Witnessing:
+    """Heads of one charter, over all its runs.
+
+    Args:
+        keys: name -> public key of everyone in the charter.
+        notify: told of a head that does not extend what its owner signed before.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        ledger: Ledger,
+        kept: KeptHeads,
+        keys: Mapping[str, str],
+        notify: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        self._identity = identity
+        self._ledger = ledger
+        self._kept = kept
+        self._keys = dict(keys)
+        self._notify = notify
+
+    def next_round(self, cohort: Sequence[str], replies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """By partner of the cohort: the field `witness` of its next request.
+
+        A request must have the same bytes when it is asked again after a crash, so whoever calls this keeps what it returns.
+
+        Args:
+            replies: partner -> fields of its reply to the round before.
+        """
+        me = self._identity
+        heads = {}
+        for owner, fields in replies.items():
+            try:
+                heads[owner] = told(fields.get("head"), self._keys, owner)
+            except MessageError:
+                continue  # no head is a tail
+        mine = telling(me, self._ledger, self._since(me.name))
+        heads[me.name] = told(mine, self._keys, me.name)
+        signed: dict[str, Head] = {}
+        for owner, (head, proofs) in heads.items():
+            before = self._kept.newest(owner)
+            found = self._kept.witness([(head, proofs.get(before.length, []) if before else [])])
+            if owner not in found:
+                self._notify("contradiction", partner=owner, length=head.length)
+            signed |= found
+        offers: dict[str, list[tuple[Head, list[str]]]] = {name: [] for name in cohort}
+        for owner, head in signed.items():
+            for witness in _others(owner, cohort):
+                stands = self._kept.newest(owner, self._keys[witness])
+                offers[witness].append((head, heads[owner][1].get(stands.length, []) if stands else []))
+        return {name: asking(self._kept.newest(name), self._since(name), offers[name]) for name in cohort}
+
+    def collect(self, asked: Mapping[str, Any], replies: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep the signatures that came with the replies.
+
+        Args:
+            asked: what `next_round` returned for this round.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        gathered: dict[str, Head] = {}
+        for witness, fields in replies.items():
+            try:
+                offered = {head.owner: head for head, _ in Asked.parse(asked.get(witness), self._keys, witness).heads}
+                for owner, head in with_signatures(fields.get("witnessed"), offered, self._keys[witness]).items():
+                    so_far = gathered.get(owner, offered[owner])
+                    gathered[owner] = so_far.with_signature(self._keys[witness], head.signature(self._keys[witness]))
+            except MessageError:
+                continue
+        self._kept.keep(gathered.values())
+
+    def _since(self, owner: str) -> list[int]:
+        """Where everybody who may be asked to sign stands with this owner's ledger."""
+        found = (self._kept.newest(owner, key) for name, key in self._keys.items() if name != owner)
+        return sorted({head.length for head in found if head is not None}, reverse=True)
+
+
+def _others(owner: str, cohort: Sequence[str]) -> list[str]:
+    """The next ones in the cohort's circle."""
+    names = [name for name in cohort if name != owner]
+    at = next((number for number, name in enumerate(cohort) if name == owner), 0) % max(1, len(names))
+    return (names[at:] + names[:at])[:WITNESSES]
