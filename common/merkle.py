@@ -89,6 +89,7 @@ def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes],
     """
     if not 0 <= index < size:
         raise LedgerError(f"no entry {index} in a tree of {size}")
+    _of_hashes(proof)
     fn, sn, found = index, size - 1, leaf
     for step in proof:
         if sn == 0:
@@ -132,6 +133,7 @@ def verify_consistency(first: int, first_root: bytes, second: int, second_root: 
     """
     if not 0 <= first <= second:
         raise LedgerError(f"a head at {second} entries cannot follow one at {first}")
+    _of_hashes(proof)
     if first in (0, second):
         if proof or first_root != (second_root if first else EMPTY):
             raise LedgerError("the heads contradict one another")
@@ -157,6 +159,12 @@ def verify_consistency(first: int, first_root: bytes, second: int, second_root: 
         fn, sn = fn >> 1, sn >> 1
     if sn or old != first_root or new != second_root:
         raise LedgerError("the later head does not extend the earlier one: entries were dropped, edited or forked")
+
+
+def _of_hashes(proof: Sequence[bytes]) -> None:
+    """Nobody may cut the bytes of two hashes in another place."""
+    if any(len(step) != len(EMPTY) for step in proof):
+        raise LedgerError("a proof of something else than hashes")
 
 
 def _split(size: int) -> int:
