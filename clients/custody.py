@@ -41,7 +41,7 @@ from ..common.closing import CLOSING_TYPE, read_closing
 from ..common.errors import DataError, IdentityError, LedgerError, MessageError, OutputError
 from ..common.home import Home
 from ..common.identity import TEMPORARY, canonical, fsync_folder, output_error, read_envelope, strict_json, write_whole
-from ..common.ledger import Entry, read_ledger
+from ..common.ledger import Counter, Entry, read_ledger
 from .law import Control, restored_length
 from .settings import NodeSettings
 from .standing import SPENDS_NOTHING, Standing
@@ -104,7 +104,7 @@ def _files(settings: NodeSettings) -> Iterator[tuple[str, Path]]:
     for path in sorted(settings.state.rglob("*")):
         relative = path.relative_to(settings.state)
         passing = relative.parts[0] == "inbox" or any(part.startswith(TEMPORARY) for part in relative.parts)
-        if path.is_file() and not path.is_symlink() and not passing and path != settings.ledger:
+        if path.is_file() and not path.is_symlink() and not passing and path not in (settings.ledger, settings.counter):
             yield f"state/{relative.as_posix()}", path
 
 
@@ -145,6 +145,8 @@ def restore(settings: NodeSettings, archive: Path, closings: Sequence[Path]) -> 
             write_whole(Control(settings.control).restored, marker, mode=0o600)
             for name in [*sorted(names - {_MARKER, _LEDGER}), _LEDGER]:
                 _place(staged / name, settings, PurePosixPath(name))
+            # It counts from what was restored: that this may be too little is what the marker says.
+            Counter(settings.counter).renew(entries)
     except OSError as err:
         raise output_error(settings.state, err) from err
     return _settle(settings, charters, closings)
@@ -277,7 +279,7 @@ def _expected(name: str) -> bool:
     whole = bool(rest) and all(part not in ("", ".", "..") and "\0" not in part for part in rest)
     if folder == "home":
         return whole and len(rest) == 1 and _HOME.fullmatch(rest[0]) is not None
-    return whole and folder == "state" and rest[0] != "inbox"
+    return whole and folder == "state" and rest[0] not in ("inbox", "counter")
 
 
 def _fitting(settings: NodeSettings, staged: Path, archive: Path) -> list[Entry]:

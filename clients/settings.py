@@ -137,6 +137,11 @@ class NodeSettings(Section):
         return self.state / "ledger.jsonl"
 
     @property
+    def counter(self) -> Path:
+        """How long this node's ledger must be at least."""
+        return self.state / "counter"
+
+    @property
     def registration(self) -> Path:
         """What was registered: id, key and commitments of the dataset."""
         return self.state / "dataset.json"

@@ -31,6 +31,7 @@ from .identity import (
     sha256,
     strict_json,
     write_envelope,
+    write_whole,
 )
 from .merkle import Tree, consistency_proof, inclusion_proof, leaf_hash
 
@@ -284,10 +285,9 @@ class Counter:
         except OSError as err:
             raise LedgerError(f"{self._path}: {err.strerror}", hint) from err
         if data:
-            slots = [found for at in range(2) if (found := self._slot(data[at * _SLOT : (at + 1) * _SLOT]))]
-            if not slots:
+            if (counted := self.counted()) is None:
                 raise LedgerError(f"{self._path}: damaged; it says how long the ledger must be", hint)
-            length, root = max(slots)
+            length, root = counted
             if length > len(entries):
                 raise LedgerError(
                     f"the ledger has {len(entries)} entries and had {length} before: it is an older copy, or was cut",
@@ -295,6 +295,8 @@ class Counter:
                 )
             if entries[length - 1].root != root:
                 raise LedgerError(f"the ledger's first {length} entries are not those that were there before", hint)
+        elif data is not None and len(entries) > 1:  # it is empty only until the first entry was counted
+            raise LedgerError(f"{self._path}: empty, and it says how long the ledger must be", hint)
         try:
             self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if data is None:
@@ -311,13 +313,32 @@ class Counter:
             OutputError: it cannot be written.
         """
         assert self._handle is not None
-        text = f"{entry.seq + 1:020d} {entry.root} "
-        record = (text + sha256(text.encode())).encode().ljust(_SLOT - 1) + b"\n"
         try:
-            os.pwrite(self._handle, record, (entry.seq % 2) * _SLOT)
+            os.pwrite(self._handle, _record(entry), (entry.seq % 2) * _SLOT)
             os.fdatasync(self._handle)
         except OSError as err:
             raise output_error(self._path, err) from err
+
+    def counted(self) -> tuple[int, str] | None:
+        """Length and root that were counted last; None when there is nothing that can be read."""
+        try:
+            data = self._path.read_bytes()
+        except OSError:
+            return None
+        return max(
+            (found for at in range(2) if (found := self._slot(data[at * _SLOT : (at + 1) * _SLOT]))), default=None
+        )
+
+    def renew(self, entries: list[Entry]) -> None:
+        """Forget what was counted, and count from here: for a ledger that comes from a backup, and is marked so.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        slots = b"".join(
+            _record(entry) if entry.seq % 2 == at else b" " * _SLOT for at in range(2) for entry in entries[-1:]
+        )
+        write_whole(self._path, slots, mode=0o600)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -339,6 +360,11 @@ class Counter:
 _SLOT = 256
 
 
+def _record(entry: Entry) -> bytes:
+    text = f"{entry.seq + 1:020d} {entry.root} "
+    return (text + sha256(text.encode())).encode().ljust(_SLOT - 1) + b"\n"
+
+
 # -- lines ---------------------------------------------------------------------------------------------------------------
 
 
@@ -353,7 +379,7 @@ def redacted(data: bytes, disclose: Callable[[Entry], bool], key: str) -> bytes:
     """
     tree = Tree()
     made = []
-    for line in data.rpartition(b"\n")[0].split(b"\n") if data else []:
+    for line in data.split(b"\n")[:-1]:  # what follows the last line break is torn
         entry = _parse(line, tree, key)
         made.append(line if disclose(entry) else _line(write_envelope(_split(line)[0]), None))
     return b"".join(line + b"\n" for line in made)

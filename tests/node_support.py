@@ -142,16 +142,11 @@ class Realm:
         me = self.keys.home("coordinator", coordinator).identity()
         folder = self.root / agreed.sha256[:8]
         if agreed.sha256 not in self.ledgers:
-            genesis = {
-                "owner": "coordinator",
-                "role": "coordinator",
-                "dataset": None,
-                "ledger_id": secrets.token_hex(16),
-            }
+            genesis = {"owner": "coordinator", "role": "coordinator", "ledger_id": secrets.token_hex(16)}
             about = {"simulated": True, "software": SOFTWARE}
             ledger = self.ledgers[agreed.sha256] = Ledger(folder / "ledger.jsonl", me, {**genesis, **about})
             expires = agreed.charter.expires.isoformat()
-            ledger.append("charter", {"charter_sha256": agreed.sha256, "name": agreed.charter.name, "expires": expires})
+            ledger.append("charter", {"name": agreed.charter.name, "expires": expires}, charter=agreed.sha256)
         names = list(NAMES)
 
         def app(message: Message, where: Context) -> Message:
@@ -169,7 +164,7 @@ class Realm:
             task,
             SignedWire(me, {n: self.keys.home(n).key() for n in NAMES}, agreed.sha256),
             {name: number for number, name in enumerate(names, start=1)},
-            LedgerRecords(self.ledgers[agreed.sha256]),
+            LedgerRecords(self.ledgers[agreed.sha256], agreed.sha256),
             initial,
             folder / "runs",
             self.closing,

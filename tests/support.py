@@ -24,7 +24,7 @@ from hansa.clients.settings import SiteSettings
 from hansa.common.charter import Charter, SignedCharter
 from hansa.common.config import Federation
 from hansa.common.identity import Identity
-from hansa.common.ledger import Ledger
+from hansa.common.ledger import Counter, Ledger
 from hansa.common.messages import Manifest, SignedWire
 from hansa.common.tasks import Task
 from hansa.common.tasks.schema import ArraySchema
@@ -152,21 +152,21 @@ class Site:
         self.ledger = Ledger(
             self.folder / "ledger.jsonl",
             me,
-            {**genesis, "simulated": self.simulated, "dataset": self.dataset.describe()},
+            {**genesis, "simulated": self.simulated},
+            Counter(self.folder / "counter"),
         )
         made = Gate(
             self.name,
             me.key,
-            self.dataset,
+            [self.dataset],
             self.ledger,
-            code,
             simulated=self.simulated,
             law=SiteLaw(
                 SiteSettings(**{"allow_unprotected": self.allow_unprotected, **self.rules}), self.control, "tiny"
             ),
         )
         for signed in charters:
-            made.accept(signed)
+            made.accept(signed, self.dataset, code)
         return made
 
     def node(self, *charters: SignedCharter) -> Node:

@@ -136,12 +136,14 @@ def test_budget_beside_every_cap(realm: Realm, node: Screen) -> None:
     report = node.json("budget")
     assert (report["unit"], report["adjacency"], report["noise"]) == ("record", "add-or-remove-one", "local")
     assert report["adversary"].startswith("everyone but")
-    assert report["dataset"]["epsilon_cap"] == 2.0
-    assert 0 < report["dataset"]["spent_odometer"] <= report["dataset"]["spent_filter"] < 2
-    (one,) = report["charters"]
-    assert one["own"]["spent_filter"] == report["dataset"]["spent_filter"]
+    (lineage,) = report["lineages"]
+    assert lineage["budget"]["epsilon_cap"] == 2.0
+    assert 0 < lineage["budget"]["spent_odometer"] <= lineage["budget"]["spent_filter"] < 2
+    (one,) = lineage["charters"]
+    assert one["own"]["spent_filter"] == lineage["budget"]["spent_filter"]
     assert one["site"]["epsilon_cap"] == 1.0
-    assert report["runs"] == [{"run": "run-1", "charter": "first", "state": "closed", "rounds": 2}]
+    run = {"run": "run-1", "charter": "first", "lineage": lineage["lineage"], "state": "closed", "rounds": 2}
+    assert report["runs"] == [run]
     assert report["refusals"] == {"not approved": 1}
     assert report["waiting_for_approval"] == ["run-2"]
     shown = " ".join(node("budget").split())

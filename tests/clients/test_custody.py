@@ -18,7 +18,7 @@ from hansa.clients.law import Control
 from hansa.common.closing import CLOSING_TYPE
 from hansa.common.errors import DataError, IdentityError, LedgerError, MessageError, OutputError, Refusal
 from hansa.common.identity import Envelope, read_envelope, write_envelope
-from hansa.common.ledger import Entry, read_ledger
+from hansa.common.ledger import Counter, Entry, read_ledger
 from node_support import NAMES, Realm
 from support import verified
 
@@ -86,7 +86,7 @@ def test_restored_at_exactly_the_countersigned_head_goes_on(realm: Realm) -> Non
 def test_proved_later_while_the_node_runs(realm: Realm) -> None:
     """Refusals and accepted charters behind the checkpoint spend nothing, so they are no obstacle."""
     realm.run("run-1")
-    realm.sites["ada"].gate.accept(realm.charter("another"))
+    realm.start("ada", realm.signed, realm.charter("another"))
     old = saved(realm)
     lose(realm)
     assert restore(realm.settings("ada"), old, []) is not None
@@ -134,7 +134,7 @@ def test_an_honest_restore_verifies_in_an_audit_and_stands_in_the_ledger(realm: 
     shutil.copy(realm.root / realm.signed.sha256[:8] / "ledger.jsonl", bundle / "coordinator")
     shutil.copy(realm.keys.home("coordinator").path / "coordinator.pem", bundle / "keys")
     shutil.copy(realm.settings("ben").models / "run-2" / "model.safetensors", bundle)
-    assert verified(bundle)["partners"]["ada"]["refusals"] == 2
+    assert verified(bundle)["partners"]["ada"]["refusals"] == 1
 
 
 def test_a_run_that_was_open_in_the_backup(realm: Realm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,18 +216,23 @@ def test_checkpoints_that_are_none(realm: Realm, change: str) -> None:
 def test_the_rules_one_by_one() -> None:
     def entries(*kinds: str) -> list[Entry]:
         bodies = {
-            "hold": {"run_id": "r", "charter_sha256": "c", "plan_sha256": "", "plan": []}
+            "dataset": {"dataset": "d", "lineage": "l"},
+            "hold": {"run_id": "r", "plan_sha256": "", "plan": [], "dataset": "d"}
             | {"request_id": "q", "request_sha256": ""},
             "release": {"run_id": "r", "why": "closed"},
-            "charter": {"charter_sha256": "c", "name": "C", "expires": "2027-01-01T00:00:00+00:00"},
+            "charter": {"name": "C", "expires": "2027-01-01T00:00:00+00:00"},
             "refuse": {"reason": "x"},
         }
-        return [Entry(i, "", kind, bodies.get(kind, {}), f"h{i + 1}") for i, kind in enumerate(kinds)]
+        of = {"hold", "release", "charter", "refuse"}
+        return [
+            Entry(i, "", kind, "c" if kind in of else None, bodies.get(kind, {}), None, b"", f"h{i + 1}")
+            for i, kind in enumerate(kinds)
+        ]
 
-    whole = entries("genesis", "charter", "hold", "release")
+    whole = entries("dataset", "charter", "hold", "release")
     assert doubts(whole, 4, [("c", 4, "h4")]) is None
     assert (
-        doubts([*whole, *entries("genesis", "charter", "hold", "release", "refuse")[4:]], 5, [("c", 4, "h4")]) is None
+        doubts([*whole, *entries("dataset", "charter", "hold", "release", "refuse")[4:]], 5, [("c", 4, "h4")]) is None
     )
     for at, given, kept, words in (
         (5, [("c", 4, "h4")], [], "not finished"),
@@ -323,6 +328,7 @@ def test_restore_refuses_a_fork_another_identity_and_another_dataset(realm: Real
     realm.stop("ada")
     lines = settings.ledger.read_bytes().splitlines(keepends=True)
     settings.ledger.write_bytes(b"".join(lines[:3]))
+    Counter(settings.counter).renew(read_ledger(settings.ledger)[0])
     fork = realm.start("ada").ledger
     fork.append("recovered", {"torn_bytes": 1, "torn_sha256": "a" * 64})
     realm.stop("ada")

@@ -22,7 +22,20 @@ from hansa.common.charter import SignedCharter
 from hansa.common.errors import CharterError, DataError, LedgerError, Refusal, Refused
 from hansa.common.messages import Manifest
 from hansa.common.plan import plan_of, plan_sha256
-from support import EXPIRES, NO_PRIVACY, SIGMA, Site, Source, charter, digest, forbidden, identity, request, tiny_task
+from support import (
+    CODE,
+    EXPIRES,
+    NO_PRIVACY,
+    SIGMA,
+    Site,
+    Source,
+    charter,
+    digest,
+    forbidden,
+    identity,
+    request,
+    tiny_task,
+)
 
 EVENT = PrivacyEvent(1.0, SIGMA, 1)
 PRIVATE = {"kind": "private", "noise_multiplier": 8.0, "every": 2}
@@ -73,9 +86,9 @@ def exhaust(gate: Gate, signed: SignedCharter) -> None:
 
 def test_a_charter_is_recorded_once_and_costs_nothing(site: Site) -> None:
     gate = site.gate(charter(), charter())
-    assert site.kinds() == ["genesis", "charter"]
+    assert site.kinds() == ["genesis", "dataset", "charter"]
     site.gate(charter())
-    assert site.kinds() == ["genesis", "charter"]
+    assert site.kinds() == ["genesis", "dataset", "charter"]
     assert gate.spent() == []
     assert gate.spent_epsilon() is None
 
@@ -84,7 +97,7 @@ def test_not_signed_by_everyone(site: Site) -> None:
     signed = charter()
     with pytest.raises(CharterError, match="not signed by cy"):
         site.gate(SignedCharter(signed.payload, tuple(s for s in signed.signatures if s[0] != identity("cy").key)))
-    assert site.kinds() == ["genesis"]
+    assert site.kinds() == ["genesis", "dataset"]
 
 
 def test_expired_when_accepted(site: Site) -> None:
@@ -113,8 +126,8 @@ def test_charters_that_are_not_for_this_gate(site: Site, change: dict[str, Any],
     signed = charter(**{**change, "quorum": 1})
     gate = site.gate()
     with refused(reason, words):
-        gate.accept(signed)
-    assert site.kinds() == ["genesis"]
+        gate.accept(signed, site.dataset, CODE)
+    assert site.kinds() == ["genesis", "dataset"]
     with refused(Refusal.CHARTER_UNKNOWN):
         opened(gate, signed)
 
@@ -123,8 +136,8 @@ def test_a_real_gate_takes_no_simulated_charter_and_the_reverse(site: Site) -> N
     site.simulated = False
     gate = site.gate()
     with refused(Refusal.SIMULATED):
-        gate.accept(charter())
-    gate.accept(charter(simulated=False))
+        gate.accept(charter(), site.dataset, CODE)
+    gate.accept(charter(simulated=False), site.dataset, CODE)
     opened(gate, charter(simulated=False))
 
 
@@ -142,14 +155,14 @@ def test_a_ledger_is_of_one_dataset(site: Site, tmp_path: Path) -> None:
     """A new registration would begin with an unspent budget: the ledger of the old one does not serve it."""
     site.gate(charter())
     (tmp_path / "data" / "dataset.json").unlink()
-    with pytest.raises(LedgerError, match="ledger is of dataset"):
+    with pytest.raises(LedgerError, match="which is not registered here"):
         site.gate(charter())
 
 
 def test_a_simulated_ledger_is_none_of_a_real_gate(site: Site) -> None:
     site.gate(charter())
     site.simulated = False
-    with pytest.raises(LedgerError, match="simulated True"):
+    with pytest.raises(LedgerError, match="says simulated: True"):
         site.gate()
 
 
@@ -318,9 +331,9 @@ def test_a_run_is_closed_under_its_own_charter_alone(site: Site) -> None:
     signed, other = charter(), charter(name="other")
     gate = site.gate(signed, other)
     opened(gate, signed)
-    for sha in (other.sha256, "e" * 64):
-        with refused(Refusal.CHARTER_UNKNOWN):
-            gate.close_run("run-1", sha)
+    with refused(Refusal.CHARTER_UNKNOWN):
+        gate.close_run("run-1", "e" * 64)
+    assert gate.close_run("run-1", other.sha256) == gate.ledger.head(), "no such run under that charter"
     train(gate, signed)
     assert "release" not in site.kinds()
 
@@ -335,13 +348,14 @@ def test_a_debit_carries_every_parameter_an_auditor_needs(site: Site) -> None:
     ask = train(gate, signed, 1)
     agreed = (signed.charter.algorithm, signed.charter.privacy, signed.charter.evaluation)
     assert site.ledger is not None
+    assert site.ledger.entries[-1].charter == signed.sha256
+    assert site.ledger.entries[-1].privacy == {"lineage": site.dataset.lineage, "debit": EVENT.to_fields()}
     assert site.ledger.entries[-1].body == {
         "request_id": ask.request_id,
         "request_sha256": digest(ask),
         "run_id": "run-1",
         "round": 1,
         "purpose": "train",
-        "charter_sha256": signed.sha256,
         "plan_sha256": plan_sha256(plan_of(*agreed)),
         "dataset": site.dataset.dataset_id,
         "event": {"mechanism": "poisson-gaussian/1", "q": "1.0", "sigma": "4.0", "steps": 1},
@@ -549,11 +563,11 @@ class Histories(RuleBasedStateMachine):
         ledger = self.gate.ledger
         original = ledger.append
 
-        def append(kind: str, body: Any) -> Any:
+        def append(kind: str, body: Any, **about: Any) -> Any:
             when, self.crash_at = self.crash_at, None
             if when == "before":
                 raise _Crash
-            entry = original(kind, body)
+            entry = original(kind, body, **about)
             if when == "after":
                 raise _Crash
             return entry

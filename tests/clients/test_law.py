@@ -81,8 +81,8 @@ def test_what_the_site_does_not_allow_is_refused_run_by_run(
     gate = site.gate(signed)
     with refused(reason):
         opened(gate, signed)
-    assert site.kinds() == ["genesis", "charter"]
-    assert gate.close_run("run-1", signed.sha256)["length"] == 2
+    assert site.kinds() == ["genesis", "dataset", "charter"]
+    assert gate.close_run("run-1", signed.sha256)["length"] == 3
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_refusal_of_the_cap_fixes_no_budget_and_tells_nothing_of_others(site: 
     gate = site.gate(charter())
     with pytest.raises(Refused) as caught:
         opened(gate, charter())
-    assert site.kinds() == ["genesis", "charter"]
+    assert site.kinds() == ["genesis", "dataset", "charter"]
     assert caught.value.detail == (
         "what is left of this site's own cap does not pay for this run; cap 0.01 (delta 0.001, record level, filter)"
     )
@@ -331,7 +331,7 @@ def test_a_restored_node_holds_and_debits_nothing_and_states_no_old_head(site: S
     marker.write_text(f'{{"length": {length}}}')
     for _ in range(2):  # starts
         gate = site.gate(signed)
-        assert [e.body["run_id"] for e in gate.ledger.of("refuse")] == ["restored"]
+        assert [e.body for e in gate.ledger.of("restored")] == [{"length": length}]
         for step in (lambda g=gate: opened(g, signed, "run-2"), lambda g=gate: train(g, signed)):
             with refused(Refusal.RESTORED, "exhausted"):
                 step()
