@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import random
@@ -17,10 +18,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hansa.common.errors import LedgerError, OutputError
+from hansa.common.errors import LedgerError, MessageError, OutputError
 from hansa.common.identity import canonical, sha256, strict_json
-from hansa.common.ledger import ENTRY_TYPE, GENESIS_PREV, Ledger, owner_line, read_ledger
-from support import identity
+from hansa.common.ledger import (
+    ENTRY_TYPE,
+    UNDISCLOSED,
+    Counter,
+    Entry,
+    Ledger,
+    owner_line,
+    prove_inclusion,
+    read_ledger,
+    redacted,
+)
+from hansa.common.merkle import EMPTY, leaf_hash, root_of, verify_consistency, verify_inclusion
+from support import identity, unwrapped
 
 ADA, BEN = identity("ada"), identity("ben")
 GENESIS = {"owner": "ada", "role": "partner", "simulated": True}
@@ -35,22 +47,68 @@ def made(path: Path, entries: int = 4) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
+def header_of(line: bytes) -> dict[str, Any]:
+    return strict_json(base64.b64decode(strict_json(line)["envelope"]["payload"]))
+
+
+PRIVACY = {"lineage": "5" * 32, "debit": {"mechanism": "poisson-gaussian/1", "q": "0.1", "sigma": "1.5", "steps": 6}}
+
+
 def test_what_is_appended_is_read(tmp_path: Path) -> None:
     path = tmp_path / "new" / "ledger.jsonl"
     ledger = Ledger(path, ADA, GENESIS)
-    entry = ledger.append("refuse", {"reason": "budget", "many": [1, None, {"x": "ü"}]})
+    entry = ledger.append(
+        "refuse", {"reason": "budget", "many": [1, None, {"x": "ü"}]}, charter="c" * 64, privacy=PRIVACY
+    )
     entries, torn = read_ledger(path, ADA.key)
     assert (entries, torn) == (ledger.entries, b"")
     assert [e.seq for e in entries] == [0, 1]
     assert entries[0].body == {**GENESIS, "key": ADA.key}
+    assert (entries[0].charter, entries[0].privacy) == (None, None)
+    assert (entry.charter, entry.privacy) == ("c" * 64, PRIVACY)
     assert entries[1] == entry
-    assert (ledger.length, ledger.head) == (2, sha256(path.read_bytes().splitlines()[-1]))
+    assert (entries[1].leaf, entries[1].root) == (entry.leaf, entry.root)
     assert [e.body for e in ledger.of("refuse")] == [entry.body]
     assert "ada (partner)" in owner_line(entries[0])
     ledger.close()
     again = Ledger(path, ADA, {"owner": "another genesis is not written"})
     assert (again.entries, again.recovered) == (entries, 0)
     again.close()
+
+
+def test_every_entry_signs_for_all_before_it(tmp_path: Path) -> None:
+    """The tree is over the headers as they were signed; each names the root of those before it."""
+    path = tmp_path / "l"
+    lines = made(path, 9)
+    headers = [base64.b64decode(strict_json(line)["envelope"]["payload"]) for line in lines]
+    leaves = [leaf_hash(header) for header in headers]
+    entries = read_ledger(path, ADA.key)[0]
+    for number, entry in enumerate(entries):
+        assert entry.leaf == leaves[number]
+        assert entry.root == root_of(leaves[: number + 1]).hex()
+        assert strict_json(headers[number])["root"] == root_of(leaves[:number]).hex()
+    ledger = Ledger(path, ADA, GENESIS)
+    assert (ledger.length, ledger.root, ledger.head()) == (9, entries[-1].root, {"length": 9, "root": entries[-1].root})
+    top = bytes.fromhex(ledger.root)
+    for number in range(9):
+        assert ledger.states(number + 1, entries[number].root)
+        proof = [bytes.fromhex(h) for h in prove_inclusion(ledger.entries, number)]
+        verify_inclusion(leaves[number], number, 9, proof, top)
+        proof = [bytes.fromhex(h) for h in ledger.consistency(number + 1)]
+        verify_consistency(number + 1, bytes.fromhex(entries[number].root), 9, top, proof)
+    first = entries[0].root
+    for length, root in ((0, EMPTY.hex()), (-1, first), (10, first), (True, first), ("1", first), (1.0, first),
+                         (None, first), (1, entries[1].root), (1, None), (9, first)):  # fmt: skip
+        assert not ledger.states(length, root), (length, root)
+    with pytest.raises(LedgerError, match="no tree of 10 in one of 9"):
+        ledger.consistency(10)
+
+
+def test_salts_are_new_in_every_entry(tmp_path: Path) -> None:
+    lines = made(tmp_path / "l", 20)
+    salts = {strict_json(line)["body"]["salt"] for line in lines}
+    assert len(salts) == 20
+    assert all(len(bytes.fromhex(salt)) == 16 for salt in salts)
 
 
 def test_a_body_with_a_float_is_no_entry(tmp_path: Path) -> None:
@@ -179,7 +237,7 @@ def test_a_full_disk_leaves_it_intact(tmp_path: Path) -> None:
     path = tmp_path / "l"
     ledger = Ledger(path, ADA, GENESIS)
     ledger.append("refuse", {})
-    before, length, head = path.read_bytes(), ledger.length, ledger.head
+    before, length, head = path.read_bytes(), ledger.length, ledger.head()
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for room in (0, 1, 100):
@@ -187,7 +245,7 @@ def test_a_full_disk_leaves_it_intact(tmp_path: Path) -> None:
             with pytest.raises(OutputError):
                 ledger.append("debit", {"big": "x" * 1000})
             assert path.read_bytes() == before
-            assert (ledger.length, ledger.head) == (length, head)
+            assert (ledger.length, ledger.head()) == (length, head)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
@@ -279,57 +337,110 @@ def test_every_byte_of_a_line_counts(tmp_path: Path) -> None:
         assert caught.value.message.startswith(f"{path}:2: ")
 
 
-def sealed(seq: Any = 1, prev: str = "", kind: Any = "refuse", body: Any = None, who: Any = ADA, **more: Any) -> bytes:
-    """A line that its signer made up."""
-    payload = {"v": 1, "seq": seq, "prev": prev, "time": "2026-01-01T00:00:00Z", "type": kind, "body": body or {}}
-    made: bytes = who.seal(ENTRY_TYPE, canonical({**payload, **more}))
-    return made + b"\n"
+BODY = {"salt": "5" * 32, "time": "2026-01-01T00:00:00Z", "type": "refuse", "charter": None, "data": {}}
+
+
+def joined(envelope: bytes, body: Any = None) -> bytes:
+    """A line of these two."""
+    return b'{"body":' + canonical(body) + b',"envelope":' + envelope + b"}\n"
+
+
+def sealed(seq: Any, root: Any, body: Any = BODY, who: Any = ADA, shown: Any = None, **more: Any) -> bytes:
+    """A line that its signer made up; `shown`: another body than was signed."""
+    header = {"v": 2, "seq": seq, "root": root, "body_sha256": sha256(canonical(body)), "privacy": None}
+    return joined(who.seal(ENTRY_TYPE, canonical({**header, **more})), body if shown is None else shown)
+
+
+def bare(line: bytes) -> bytes:
+    """The line without its body."""
+    return b'{"envelope":' + canonical(strict_json(line)["envelope"]) + b"}\n"
 
 
 def test_well_signed_lines_that_do_not_belong(tmp_path: Path) -> None:
     path = tmp_path / "l"
     (first,) = made(path, 1)
-    prev = sha256(first[:-1])
-    good = sealed(1, prev)
-    path.write_bytes(first + good)
-    assert len(read_ledger(path)[0]) == 2
+    root = read_ledger(path)[0][0].root
+    good = sealed(1, root)
+    for line in (good, bare(good), sealed(1, root, privacy={"any": []}), sealed(1, root, {**BODY, "charter": "c"})):
+        path.write_bytes(first + line)
+        assert len(read_ledger(path)[0]) == 2
+    header = {"v": 2, "seq": 1, "root": root, "body_sha256": sha256(canonical(BODY)), "privacy": None}
+    spaced = ADA.seal(ENTRY_TYPE, b" " + canonical(header))
+    envelope = strict_json(good)["envelope"]
+    twice = {**envelope, "signatures": envelope["signatures"] * 2}
     for line, words in (
         (sealed(1, "f" * 64), "does not follow"),
-        (sealed(1, GENESIS_PREV), "does not follow"),
-        (sealed(2, prev), "sequence number 2, wanted 1"),
-        (sealed(True, prev), "sequence number True"),
-        (sealed("1", prev), "sequence number '1'"),
-        (sealed(1, prev, who=BEN), "not signed by"),
-        (sealed(1, prev, v=2), "unknown version"),
-        (sealed(1, prev, v=True), "unknown version"),
-        (sealed(1, prev, extra=1), "other fields"),
-        (sealed(1, prev, kind=7), "wrong type"),
-        (sealed(1, prev, time=7), "wrong type"),
-        (sealed(1, prev, body=[1]), "wrong type"),
-        (ADA.seal(ENTRY_TYPE, b"[]") + b"\n", "other fields"),
-        (ADA.seal(ENTRY_TYPE, b"") + b"\n", "not valid JSON"),
-        (ADA.seal(ENTRY_TYPE, b'{"a":"\\ud800"}') + b"\n", "not valid JSON"),
-        (ADA.seal(ENTRY_TYPE, b"[" * 400 + b"]" * 400) + b"\n", "deep"),
-        (ADA.seal("application/other", b"{}") + b"\n", "type"),
+        (sealed(1, EMPTY.hex()), "does not follow"),
+        (sealed(1, root.upper()), "does not follow"),
+        (sealed(1, None), "does not follow"),
+        (sealed(2, root), "sequence number 2, wanted 1"),
+        (sealed(0, root), "sequence number 0, wanted 1"),
+        (sealed(True, root), "sequence number True"),
+        (sealed("1", root), "sequence number '1'"),
+        (sealed(1, root, who=BEN), "not signed by"),
+        (sealed(1, root, v=1), "unknown version"),
+        (sealed(1, root, v=3), "unknown version"),
+        (sealed(1, root, v="2"), "unknown version"),
+        (sealed(1, root, v=True), "unknown version"),
+        (sealed(1, root, extra=1), "other fields"),
+        (sealed(1, root, prev="0" * 64), "other fields"),
+        (sealed(1, root, privacy=[]), "unusual layout"),
+        (sealed(1, root, privacy="debit"), "unusual layout"),
+        (sealed(1, root, privacy=0), "unusual layout"),
+        (sealed(1, root, shown={**BODY, "type": "commit"}), "another body"),
+        (sealed(1, root, shown={**BODY, "salt": "6" * 32}), "another body"),
+        (sealed(1, root, shown={}), "another body"),
+        (sealed(1, root, body_sha256=None), "another body"),
+        (sealed(1, root, {k: v for k, v in BODY.items() if k != "salt"}), "other fields"),
+        (sealed(1, root, {**BODY, "extra": 1}), "other fields"),
+        (sealed(1, root, []), "other fields"),
+        (sealed(1, root, None), "other fields"),
+        (sealed(1, root, 7), "other fields"),
+        (sealed(1, root, {**BODY, "type": 7}), "wrong type"),
+        (sealed(1, root, {**BODY, "time": 7}), "wrong type"),
+        (sealed(1, root, {**BODY, "salt": 7}), "wrong type"),
+        (sealed(1, root, {**BODY, "charter": 7}), "wrong type"),
+        (sealed(1, root, {**BODY, "data": [1]}), "wrong type"),
+        (sealed(1, root, {**BODY, "data": None}), "wrong type"),
+        (sealed(1, root, {**BODY, "type": UNDISCLOSED}), "no type"),
+        (joined(ADA.seal(ENTRY_TYPE, b"[]"), BODY), "other fields"),
+        (joined(ADA.seal(ENTRY_TYPE, b""), BODY), "not valid JSON"),
+        (joined(ADA.seal(ENTRY_TYPE, b'{"a":"\\ud800"}'), BODY), "not valid JSON"),
+        (joined(ADA.seal(ENTRY_TYPE, b"[" * 400 + b"]" * 400), BODY), "deep"),
+        (joined(ADA.seal("application/other", b"{}"), BODY), "type"),
+        (joined(ADA.seal("application/vnd.hansa.entry+json", canonical(header)), BODY), "type"),
+        (joined(spaced, BODY), "unusual layout"),
+        (joined(canonical(twice), BODY), "exactly one signature"),
+        (joined(canonical({**envelope, "signatures": []}), BODY), "exactly one signature"),
+        (canonical({"body": BODY}) + b"\n", "not an entry"),
+        (canonical({"envelope": envelope, "body": BODY, "more": 1}) + b"\n", "not an entry"),
+        (canonical({"envelope": "text"}) + b"\n", "not a signed envelope"),
+        (canonical({"envelope": []}) + b"\n", "not a signed envelope"),
+        (canonical(envelope) + b"\n", "not an entry"),
+        (b"[]\n", "not an entry"),
+        (b"7\n", "not an entry"),
+        (good.replace(b'{"body"', b'{ "body"'), "unusual layout"),
+        (b'{"envelope":' + canonical(envelope) + b',"body":' + canonical(BODY) + b"}\n", "unusual layout"),
+        (good.replace(b'"type":"refuse"', b'"type":"ref\\u0075se"'), "unusual layout"),
+        (good.replace(b'"body":{', b'"body":{"salt":"",'), "given twice"),
+        (good.replace(b'"data":{}', b'"data":{"x":1.0}'), "not an integer"),
     ):
         path.write_bytes(first + line)
         fails(path, 2, words)
-    envelope = strict_json(good)
-    spaced = ADA.seal(
-        ENTRY_TYPE, b" " + canonical({"v": 1, "seq": 1, "prev": prev, "time": "", "type": "", "body": {}})
-    )
-    path.write_bytes(first + spaced + b"\n")
-    fails(path, 2, "unusual layout")
-    envelope["signatures"] *= 2
-    path.write_bytes(first + canonical(envelope) + b"\n")
-    fails(path, 2, "exactly one signature")
 
 
 @pytest.mark.parametrize("key", ["zz", 7, None, [], "é", "ab" * 32, "AB" * 32])
 def test_a_genesis_with_a_key_that_is_none(tmp_path: Path, key: object) -> None:
     path = tmp_path / "l"
-    path.write_bytes(sealed(0, GENESIS_PREV, "genesis", {"key": key}))
+    path.write_bytes(sealed(0, EMPTY.hex(), {**BODY, "type": "genesis", "data": {"key": key}}))
     fails(path, 1, key=None)
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b'"x"', b"7", b'{"body":7}', b'{"body":{"data":[]}}', b'{"envelope":{}}'])
+def test_a_first_line_that_names_no_key(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "l"
+    path.write_bytes(line + b"\n")
+    fails(path, 1, "names no key", key=None)
 
 
 def test_another_owner(tmp_path: Path) -> None:
@@ -349,6 +460,295 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         Ledger(tmp_path / "file" / "l", ADA, GENESIS)
+
+
+# -- a copy for an auditor -------------------------------------------------------------------------------------------
+
+
+def shared_ledger(path: Path) -> tuple[bytes, list[Entry]]:
+    """Entries of two charters and of none."""
+    ledger = Ledger(path, ADA, GENESIS)
+    for number, charter in enumerate(("a" * 64, "b" * 64, None, "b" * 64, "a" * 64, "b" * 64)):
+        privacy = {**PRIVACY, "number": number} if number % 2 else None
+        ledger.append("debit", {"run_id": f"secret-{number}"}, charter=charter, privacy=privacy)
+    ledger.close()
+    return path.read_bytes(), ledger.entries
+
+
+def test_a_redacted_copy_has_the_same_roots(tmp_path: Path) -> None:
+    """Of what is not disclosed a reader sees what it does to a budget, and that it is signed and in the tree."""
+    data, entries = shared_ledger(tmp_path / "l")
+    hidden = {i for i, entry in enumerate(entries) if entry.charter == "b" * 64}
+    copy = tmp_path / "copy"
+    copy.write_bytes(redacted(data, lambda entry: entry.charter != "b" * 64, ADA.key))
+    shown, torn = read_ledger(copy, ADA.key)
+    assert torn == b""
+    assert hidden == {2, 4, 6}
+    for number, (entry, whole) in enumerate(zip(shown, entries, strict=True)):
+        assert (entry.seq, entry.root, entry.leaf, entry.privacy) == (number, whole.root, whole.leaf, whole.privacy)
+        if number in hidden:
+            assert (entry.type, entry.time, entry.charter, entry.body) == (UNDISCLOSED, "", None, {})
+        else:
+            assert entry == whole
+    lines = copy.read_bytes().splitlines()
+    for number, line in enumerate(lines):
+        assert (b"secret-" in unwrapped(line) or number == 0) == (number not in hidden)
+        if number in hidden:
+            assert set(strict_json(line)) == {"envelope"}
+            assert set(header_of(line)) == {"v", "seq", "root", "body_sha256", "privacy"}
+    assert redacted(data, lambda _: True, ADA.key) == data
+    everything = redacted(data, lambda _: False, ADA.key)
+    again = redacted(copy.read_bytes(), lambda _: False, ADA.key)
+    assert again == everything
+    assert redacted(data + b'{"torn', lambda _: True, ADA.key) == data
+    assert redacted(b"", lambda _: True, ADA.key) == redacted(b"torn", lambda _: True, ADA.key) == b""
+
+
+def test_what_is_hidden_cannot_be_guessed(tmp_path: Path) -> None:
+    """Whoever knows a body but for its salt cannot see whether it is the one: the header's hash is of both."""
+    data, _ = shared_ledger(tmp_path / "l")
+    body = strict_json(data.splitlines()[2])["body"]
+    digest = header_of(data.splitlines()[2])["body_sha256"]
+    assert sha256(canonical(body)) == digest
+    for guess in ("", "0" * 32, None):
+        assert sha256(canonical({**body, "salt": guess})) != digest
+    assert sha256(canonical({k: v for k, v in body.items() if k != "salt"})) != digest
+    same = Ledger(tmp_path / "same", ADA, GENESIS)
+    one, other = (same.append("refuse", {"reason": "budget"}) for _ in range(2))
+    same.close()
+    hashes = [header_of(line)["body_sha256"] for line in (tmp_path / "same").read_bytes().splitlines()]
+    assert one.body == other.body
+    assert hashes[1] != hashes[2]
+
+
+def test_a_body_cannot_be_given_to_another_entry(tmp_path: Path) -> None:
+    """Nor taken from one entry and shown with another's header, in a copy where both could be hidden."""
+    data, _ = shared_ledger(tmp_path / "l")
+    lines = data.splitlines(keepends=True)
+    one, other = (strict_json(line) for line in lines[2:4])
+    path = tmp_path / "copy"
+    path.write_bytes(b"".join([*lines[:2], canonical({**one, "body": other["body"]}) + b"\n", *lines[3:]]))
+    fails(path, 3, "another body")
+    for swapped in ([lines[0], bare(lines[2]), bare(lines[1])], [lines[0], bare(lines[2])]):
+        path.write_bytes(b"".join(swapped))
+        fails(path, 2, "out of order")
+
+
+def test_a_copy_is_not_written_to(tmp_path: Path) -> None:
+    data, _ = shared_ledger(tmp_path / "l")
+    copy = tmp_path / "copy"
+    for disclose in (lambda entry: entry.charter != "b" * 64, lambda entry: entry.seq != 3):
+        copy.write_bytes(redacted(data, disclose, ADA.key))
+        before = copy.read_bytes()
+        with pytest.raises(LedgerError, match=r"(?s)copy for an auditor.*hansa node restore"):
+            Ledger(copy, ADA, GENESIS)
+        assert copy.read_bytes() == before
+    copy.write_bytes(redacted(data, lambda entry: False, ADA.key))
+    with pytest.raises(LedgerError, match="names no key"):
+        read_ledger(copy)  # nobody can say whose it is; with its owner's key it reads
+    assert {e.type for e in read_ledger(copy, ADA.key)[0]} == {UNDISCLOSED}
+
+
+def test_only_a_ledger_is_redacted(tmp_path: Path) -> None:
+    data, _ = shared_ledger(tmp_path / "l")
+    lines = data.splitlines(keepends=True)
+    for wrong in (b"\n", b"{}\n", b"".join([lines[0], lines[2]]), data.replace(b"secret-1", b"secret-9")):
+        with pytest.raises(MessageError):
+            redacted(wrong, lambda _: True, ADA.key)
+    with pytest.raises(MessageError, match="not signed by"):
+        redacted(data, lambda _: True, BEN.key)
+
+
+# -- a counter against older copies ----------------------------------------------------------------------------------
+
+
+class Counted:
+    """A ledger with a counter beside it."""
+
+    def __init__(self, folder: Path, entries: int = 4) -> None:
+        self.path, self.counter = folder / "ledger.jsonl", folder / "ledger.counter"
+        folder.mkdir(exist_ok=True)
+        self.write(entries)
+
+    def open(self) -> Ledger:
+        return Ledger(self.path, ADA, GENESIS, Counter(self.counter))
+
+    def write(self, entries: int) -> None:
+        ledger = self.open()
+        for number in range(ledger.length, entries):
+            ledger.append("refuse", {"number": number})
+        ledger.close()
+
+    def lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines(keepends=True)
+
+    def refused(self, words: str) -> None:
+        before = self.path.read_bytes(), self.counter.read_bytes() if self.counter.is_file() else None
+        with pytest.raises(LedgerError, match=words):
+            self.open()
+        assert (self.path.read_bytes(), self.counter.read_bytes() if self.counter.is_file() else None) == before
+        with pytest.raises(LedgerError, match=words):
+            self.open()  # and the lock is free again, and it is still refused
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Counted:
+    return Counted(tmp_path / "node")
+
+
+def test_a_counted_ledger_opens_again(counted: Counted) -> None:
+    for entries in (4, 5, 6, 9):
+        counted.write(entries)
+        assert counted.open().length == entries
+    assert counted.counter.stat().st_mode & 0o777 == 0o600
+    assert counted.counter.stat().st_size <= 512
+
+
+@pytest.mark.parametrize("entries", [2, 3, 4, 5, 8])
+def test_an_older_copy_is_refused(tmp_path: Path, entries: int) -> None:
+    """Any beginning of the ledger, cut or put back from a backup."""
+    counted = Counted(tmp_path / "node", entries)
+    lines = counted.lines()
+    for kept in range(1, entries):
+        counted.path.write_bytes(b"".join(lines[:kept]))
+        counted.refused(f"has {kept} entries and had {entries} before: it is an older copy, or was cut")
+    counted.path.write_bytes(b"".join(lines))
+    assert counted.open().length == entries
+
+
+def test_an_emptied_ledger_is_refused(counted: Counted) -> None:
+    """An empty or missing file is the oldest copy: no genesis is written over what was counted."""
+    counted.path.write_bytes(b"")
+    counted.refused("has 0 entries and had 4 before")
+    counted.path.unlink()
+    with pytest.raises(LedgerError, match="has 0 entries and had 4 before"):
+        counted.open()
+
+
+def test_a_cut_in_the_last_entry_is_refused_and_a_torn_one_is_not(counted: Counted) -> None:
+    """A torn line was never acknowledged nor counted; half of one that was is a cut."""
+    lines = counted.lines()
+    counted.path.write_bytes(b"".join(lines)[:-10])
+    counted.refused("has 3 entries and had 4 before")
+    counted.path.write_bytes(b"".join(lines) + lines[0][:30])
+    ledger = counted.open()
+    assert (ledger.length, ledger.recovered) == (5, 30)
+    ledger.close()
+    assert counted.open().length == 5
+
+
+def test_another_ledger_of_the_same_owner_is_refused(counted: Counted, tmp_path: Path) -> None:
+    """As long, or longer: a fork, or the one that was there before the node was set up again."""
+    for entries in (4, 5, 9):
+        other = Counted(tmp_path / f"other-{entries}", entries)
+        counted.path.write_bytes(other.path.read_bytes())
+        counted.refused("the ledger's first 4 entries are not those that were there before")
+    lines = counted.lines()[:3]
+    counted.path.write_bytes(b"".join(lines[:3]))
+    counted.refused("had 4 before")
+
+
+def test_a_fork_at_the_last_entry_is_refused(counted: Counted) -> None:
+    whole = counted.lines()
+    fork = counted.path.with_name("fork")
+    fork.write_bytes(b"".join(whole[:3]))
+    ledger = Ledger(fork, ADA, GENESIS)
+    ledger.append("refuse", {"instead": 3})
+    ledger.append("refuse", {"instead": 4})
+    ledger.close()
+    counted.path.write_bytes(fork.read_bytes())
+    counted.refused("not those that were there before")
+
+
+def test_an_entry_that_was_written_and_not_counted_counts(counted: Counted) -> None:
+    """A crash between both: the ledger is one ahead."""
+    before = counted.counter.read_bytes()
+    counted.write(5)
+    counted.counter.write_bytes(before)
+    ledger = counted.open()
+    assert ledger.length == 5
+    ledger.close()
+    assert counted.counter.read_bytes() != before
+    counted.path.write_bytes(b"".join(counted.lines()[:4]))
+    counted.refused("had 5 before")
+
+
+def test_a_counter_that_is_missing_or_damaged_is_refused(counted: Counted) -> None:
+    data = counted.counter.read_bytes()
+    for damaged in (b"x", b"\x00" * 512, b"\n", b"0" * 512, data[:40], data[:85] + b"0" * 600, b"\xff" * 512, data[1:]):
+        counted.counter.write_bytes(damaged)
+        counted.refused("damaged; it says how long the ledger must be")
+    counted.counter.unlink()
+    counted.refused("missing, and it says how long the ledger must be")
+    counted.counter.mkdir()
+    counted.refused("Is a directory")
+    counted.counter.rmdir()
+    counted.counter.write_bytes(data)
+    assert counted.open().length == 4
+
+
+@pytest.mark.parametrize("torn", range(0, 256, 15))
+def test_a_torn_slot_leaves_the_other(counted: Counted, torn: int) -> None:
+    """A crash in the middle of a slot's bytes: the other slot knows the entry before, and the ledger goes on from it."""
+    before = counted.counter.read_bytes()
+    counted.write(5)
+    after = counted.counter.read_bytes()
+    slot = 256 * (4 % 2)
+    assert before[256:] == after[256:]
+    counted.counter.write_bytes(before[:slot] + after[slot : slot + torn] + before[slot + torn :])
+    assert counted.open().length == 5
+    counted.path.write_bytes(b"".join(counted.lines()[:3]))
+    counted.refused("had [45] before")
+
+
+def test_every_byte_of_a_slot_counts(counted: Counted) -> None:
+    """Nobody but a crash writes half of it, yet no edited byte makes it say something else."""
+    data = counted.counter.read_bytes()
+    for at in range(150):
+        counted.counter.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 : 256])
+        counted.refused("damaged")
+
+
+def test_an_empty_counter_is_refused_where_there_are_entries(counted: Counted) -> None:
+    """Emptied is as good as missing, and easier to do."""
+    counted.counter.write_bytes(b"")
+    counted.refused("empty, and it says how long the ledger must be")
+
+
+def test_a_counter_beside_a_new_ledger(tmp_path: Path) -> None:
+    """A crash after the counter's file was made, before its first entry was counted."""
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "ledger.counter").touch()
+    assert Counted(tmp_path / "node").open().length == 4
+
+
+def test_what_cannot_be_counted_stops_the_ledger(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry stands, but it is not acknowledged, and nothing is written behind it."""
+    ledger = counted.open()
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", broken)
+        with pytest.raises(OutputError, match="disk is full"):
+            ledger.append("debit", {})
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.append("refuse", {})
+    again = counted.open()
+    assert [e.type for e in again.entries][3:] == ["refuse", "debit"]
+
+
+def test_an_entry_is_counted_after_it_is_on_disk(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted first, a crash between both would lock the owner out."""
+    order: list[str] = []
+    fsync, fdatasync = os.fsync, os.fdatasync
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("ledger"), fsync(handle))[1])
+    monkeypatch.setattr(os, "fdatasync", lambda handle: (order.append("counter"), fdatasync(handle))[1])
+    ledger = counted.open()
+    order.clear()
+    ledger.append("refuse", {})
+    assert order == ["ledger", "counter"]
 
 
 @given(st.binary(max_size=200))
