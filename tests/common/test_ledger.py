@@ -436,7 +436,9 @@ def test_a_genesis_with_a_key_that_is_none(tmp_path: Path, key: object) -> None:
     fails(path, 1, key=None)
 
 
-@pytest.mark.parametrize("line", [b"{}", b"[]", b'"x"', b"7", b'{"body":7}', b'{"body":{"data":[]}}', b'{"envelope":{}}'])
+@pytest.mark.parametrize(
+    "line", [b"{}", b"[]", b'"x"', b"7", b'{"body":7}', b'{"body":{"data":[]}}', b'{"envelope":{}}']
+)
 def test_a_first_line_that_names_no_key(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "l"
     path.write_bytes(line + b"\n")
