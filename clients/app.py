@@ -5,7 +5,8 @@ with a signed refusal and reads nothing.
 
 What may leave a node, and nothing else: `update` (a round's model update), `scores` (scores and labels of rows registered
 as public), `histogram` (noisy score histogram, charged), `failed` (that, and nothing else, when the work failed after it was
-paid for), `head` and `signature` (of its ledger), `witnessed` (its signatures under heads of others' ledgers), `accepted`, `refused`, `kept`.
+paid for), `accepted`, `refused`, `kept`, `head` and `signature` (of its ledger). Whatever a round is answered with, the same is told
+of ledgers beside it: its own head, and its signatures under heads of others'.
 
 What is logged holds no record value: of an exception its class and where in the code it was raised, never its words.
 """
@@ -290,11 +291,13 @@ class Node:
         assert self._heads is not None
         assert self._identity is not None
         signed = self._heads.witness(asked.heads)
+        stands = {}
         if behind := {head.owner for head, _ in asked.heads} - set(signed):
+            stands = {o: head.length for o in sorted(behind) if (head := self._heads.newest(o)) is not None}
             _log.warning(
                 "%s: heads that do not extend what was signed before: %s", self._gate.name, ", ".join(sorted(behind))
             )
-        return {**self._head(asked.since), "witnessed": signatures(signed, self._identity.key)}
+        return {**self._head(asked.since), "witnessed": signatures(signed, self._identity.key), "stands": stands}
 
     def _head(self, since: Iterable[int]) -> dict[str, Any]:
         assert self._identity is not None

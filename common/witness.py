@@ -2,7 +2,8 @@
 
 A request to train has `witness`: {"yours": the last head of the recipient's ledger that the coordinator has (or null), "since":
 lengths of which the recipient's next head must prove that it extends them, "heads": [[head, proof], ...] of others, to be countersigned}.
-A reply has `head`: {"head", "proofs": [[length, proof], ...]} of its sender's ledger as it is, and `witnessed`: {owner: signature}.
+A reply has `head`: {"head", "proofs": [[length, proof], ...]} of its sender's ledger as it is, `witnessed`: {owner: signature}, and `stands`:
+{owner: length} where its sender stands with those that it did not sign.
 """
 
 from __future__ import annotations
@@ -96,6 +97,19 @@ def told(fields: object, keys: Mapping[str, str], owner: str) -> tuple[Head, dic
 def signatures(heads: Mapping[str, Head], key: str) -> dict[str, str]:
     """The field `witnessed` of a reply: what `key` signed, by owner."""
     return {owner: base64.b64encode(head.signature(key)).decode() for owner, head in heads.items()}
+
+
+def standing(fields: object, heads: Mapping[str, Head]) -> dict[str, int]:
+    """The field `stands` of a reply: how far its sender has signed the ledgers whose heads it did not sign now.
+
+    Raises:
+        MessageError: malformed.
+    """
+    if not isinstance(fields, dict) or not all(
+        owner in heads and type(n) is int and n > 0 for owner, n in fields.items()
+    ):
+        raise MessageError("malformed lengths in a reply")
+    return dict(fields)
 
 
 def with_signatures(fields: object, heads: Mapping[str, Head], key: str) -> dict[str, Head]:

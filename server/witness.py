@@ -12,7 +12,7 @@ from ..common.errors import MessageError
 from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity
 from ..common.ledger import Ledger
-from ..common.witness import Asked, asking, telling, told, with_signatures
+from ..common.witness import Asked, asking, standing, telling, told, with_signatures
 
 WITNESSES = 2
 """Partners, other than its owner, that are asked to sign a head; fewer where there are fewer."""
@@ -39,6 +39,9 @@ class Witnessing:
         self._kept = kept
         self._keys = dict(keys)
         self._notify = notify
+        self._stands: dict[
+            tuple[str, str], int
+        ] = {}  # (owner, witness) -> length, where a witness is ahead of what is kept
 
     def next_round(self, cohort: Sequence[str], replies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """By partner of the cohort: the field `witness` of its next request.
@@ -67,8 +70,7 @@ class Witnessing:
         offers: dict[str, list[tuple[Head, list[str]]]] = {name: [] for name in cohort}
         for owner, head in signed.items():
             for witness in _others(owner, cohort):
-                stands = self._kept.newest(owner, self._keys[witness])
-                offers[witness].append((head, heads[owner][1].get(stands.length, []) if stands else []))
+                offers[witness].append((head, heads[owner][1].get(self._stand(owner, witness), [])))
         return {name: asking(self._kept.newest(name), self._since(name), offers[name]) for name in cohort}
 
     def collect(self, asked: Mapping[str, Any], replies: Mapping[str, Mapping[str, Any]]) -> None:
@@ -84,6 +86,8 @@ class Witnessing:
         for witness, fields in replies.items():
             try:
                 offered = {head.owner: head for head, _ in Asked.parse(asked.get(witness), self._keys, witness).heads}
+                for owner, length in standing(fields.get("stands"), offered).items():
+                    self._stands[owner, witness] = length
                 for owner, head in with_signatures(fields.get("witnessed"), offered, self._keys[witness]).items():
                     so_far = gathered.get(owner, offered[owner])
                     gathered[owner] = so_far.with_signature(self._keys[witness], head.signature(self._keys[witness]))
@@ -93,8 +97,12 @@ class Witnessing:
 
     def _since(self, owner: str) -> list[int]:
         """Where everybody who may be asked to sign stands with this owner's ledger."""
-        found = (self._kept.newest(owner, key) for name, key in self._keys.items() if name != owner)
-        return sorted({head.length for head in found if head is not None}, reverse=True)
+        return sorted({self._stand(owner, name) for name in self._keys if name != owner} - {0})
+
+    def _stand(self, owner: str, witness: str) -> int:
+        """How far this witness has signed that ledger; 0: not at all."""
+        head = self._kept.newest(owner, self._keys[witness])
+        return max(head.length if head is not None else 0, self._stands.get((owner, witness), 0))
 
 
 def _others(owner: str, cohort: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from hansa.clients.outbox import Outbox
 from hansa.clients.settings import SiteSettings
 from hansa.common.charter import Charter, SignedCharter
 from hansa.common.config import Federation
+from hansa.common.heads import KeptHeads
 from hansa.common.identity import Identity
 from hansa.common.ledger import Counter, Ledger
 from hansa.common.messages import Manifest, SignedWire
@@ -132,6 +133,7 @@ class Site:
     allow_unprotected: bool = False
     public: bool = True
     ledger: Ledger | None = None
+    heads: KeptHeads | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,6 +174,9 @@ class Site:
     def node(self, *charters: SignedCharter) -> Node:
         """A node of the tiny task around a fresh gate."""
         gate = self.gate(*charters)
+        if self.heads is not None:
+            self.heads.close()
+        self.heads = KeptHeads(self.folder / "heads.jsonl", identity(self.name), charters[0].charter.keys())
         return Node(
             tiny_task(),
             torch.nn.Linear(3, 2),
@@ -181,6 +186,7 @@ class Site:
             outbox=Outbox(self.folder / "outbox"),
             identity=identity(self.name),
             keep=self.folder / "models",
+            heads=self.heads,
         )
 
     def kinds(self) -> list[str]:

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,12 @@ from hansa.common.charter import SignedCharter
 from hansa.common.closing import CLOSING_TYPE, closing_payload
 from hansa.common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, SchemaViolation
 from hansa.common.flower import Context, Message, RecordDict, addressed
+from hansa.common.heads import Head, sign_head
 from hansa.common.identity import Envelope, Identity, verify, write_envelope
 from hansa.common.ledger import Ledger
 from hansa.common.messages import Manifest, SignedWire, to_bytes
 from hansa.common.model import model_manifest, model_sha256
+from hansa.common.witness import asking, told, with_signatures
 from support import NO_PRIVACY, Site, Source, charter, forbidden, identity, request, same_arrays, unwrapped, weights
 
 MAY_LEAVE = {"update", "failed", "scores", "histogram", "head", "signature", "accepted", "refused", "kept"}
@@ -91,8 +94,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, site: Site) -> list[str]:
         elif "/outbox/" in path and not os.path.isdir(path):
             log.append("fsync reply")
 
-    def appended(self: Ledger, kind: str, body: Any) -> Any:
-        entry = append(self, kind, body)
+    def appended(self: Ledger, kind: str, body: Any, **more: Any) -> Any:
+        entry = append(self, kind, body, **more)
         log.append(f"entry {kind}")
         return entry
 
@@ -146,11 +149,83 @@ def test_opening_and_closing_read_nothing(site: Site) -> None:
     desk.open()
     reply = desk.send("close", 4)[0]
     assert site.ledger is not None
-    assert reply.fields == {"length": site.ledger.length, "head": site.ledger.head}
+    assert reply.fields == {"length": site.ledger.length, "root": site.ledger.root}
     heads = dict.fromkeys(desk.signed.charter.keys(), reply.fields)
     payload = closing_payload("run-1", desk.signed.sha256, None, heads)
     reply = desk.send("sign", 4, fields={"closing": base64.b64encode(payload).decode()})[0]
     verify(identity("ada").key, CLOSING_TYPE, payload, base64.b64decode(reply.fields["signature"]))
+
+
+# -- heads -----------------------------------------------------------------------------------------------------------
+
+
+def others_head(name: str, folder: Path, entries: int = 3) -> tuple[Head, Ledger]:
+    ledger = Ledger(folder / f"{name}.jsonl", identity(name), {"owner": name, "ledger_id": f"{name}'s"})
+    for number in range(entries):
+        ledger.append("debit", {"n": number})
+    return sign_head(identity(name), ledger), ledger
+
+
+def test_a_reply_tells_the_ledgers_head_and_signs_what_it_was_asked_to(site: Site, tmp_path: Path) -> None:
+    desk = Desk(site, charter())
+    keys = desk.signed.charter.keys()
+    accepted = desk.send("open", 0)[0]
+    first, _ = told(accepted.fields["head"], keys, "ada")
+    bens, ledger = others_head("ben", tmp_path)
+    fields = {"witness": asking(first, [first.length], [(bens, [])])}
+    reply = desk.send("train", 1, weights(), fields=fields)[0]
+    assert site.ledger is not None
+    assert site.heads is not None
+    assert site.kinds()[-2:] == ["debit", "commit"]
+    head, proofs = told(reply.fields["head"], keys, "ada")
+    assert head.length == site.ledger.length - 1, "with the debit; the commit states this very reply"
+    assert site.ledger.states(head.length, head.root)
+    head.extends(first, proofs[first.length])
+    signed = with_signatures(reply.fields["witnessed"], {"ben": bens}, identity("ada").key)
+    assert site.heads.newest("ben") == signed["ben"], "on disk before it left"
+    assert signed["ben"].sealed in (site.folder / "heads.jsonl").read_bytes().splitlines()
+    # The same ledger cut and written anew: kept as evidence, and not signed.
+    ledger.close()
+    path = tmp_path / "ben.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    forked = Ledger(path, identity("ben"), {})
+    for number in range(9):
+        forked.append("debit", {"other": number})
+    fork = sign_head(identity("ben"), forked)
+    fields = {"witness": asking(None, [], [(fork, forked.consistency(2))])}
+    reply = desk.send("train", 2, weights(), fields=fields)[0]
+    assert (reply.kind, reply.fields["witnessed"]) == ("update", {})
+    assert reply.fields["stands"] == {"ben": bens.length}
+    assert fork.sealed in (site.folder / "heads.jsonl").read_bytes().splitlines()
+
+
+def test_a_ledger_put_back_to_an_older_copy_is_refused_before_anything_is_spent(site: Site) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    old, counted = (site.folder / "ledger.jsonl").read_bytes(), (site.folder / "counter").read_bytes()
+    reply = desk.send("train", 1, weights(), fields={"witness": asking(None, [], [])})[0]
+    signed, _ = told(reply.fields["head"], desk.signed.charter.keys(), "ada")
+    assert site.ledger is not None
+    site.ledger.close()
+    # The whole disk, so that nothing at the node itself can know.
+    (site.folder / "ledger.jsonl").write_bytes(old)
+    (site.folder / "counter").write_bytes(counted)
+    shutil.rmtree(site.folder / "outbox")
+    desk.restart()
+    site.source.hook = forbidden
+    reply = desk.send("train", 1, weights(), fields={"witness": asking(signed, [], [])})[0]
+    assert (reply.kind, reply.fields["reason"]) == ("refused", Refusal.ROLLED_BACK.value)
+    assert site.kinds()[-1] == "refuse"
+
+
+@pytest.mark.parametrize("witness", [[], {}, {"yours": "x", "since": [], "heads": []}], ids=str)
+def test_malformed_heads_spend_nothing(site: Site, witness: Any) -> None:
+    desk = Desk(site, charter())
+    desk.open()
+    before = site.kinds()
+    with pytest.raises(MessageError):
+        desk.send("train", 1, weights(), fields={"witness": witness})
+    assert site.kinds() == before
 
 
 # -- again -----------------------------------------------------------------------------------------------------------
@@ -214,7 +289,7 @@ def test_work_that_fails_is_answered_once_and_for_all(
     with monkeypatch.context() as patch:
         patch.setattr(app, "train_locally", fail)
         reply, tensors, records = desk.send("train", 1, weights())
-    assert (reply.kind, tensors, dict(reply.fields)) == ("failed", {}, {})
+    assert (reply.kind, tensors, set(reply.fields)) == ("failed", {}, {"head", "witnessed", "stands"})
     assert b"4711" not in unwrapped(to_bytes(records))
     assert "4711" not in caplog.text
     assert f"round 1 failed: {type(error).__name__} at clients/test_app.py:" in caplog.text
@@ -349,7 +424,7 @@ def test_malformed_closings_are_not_signed(site: Site) -> None:
         ask = request(desk.signed, "sign", 4, fields={"closing": closing})
         nothing_happens(desk, "sign", desk.message(ask), "closing checkpoint|JSON")
     assert site.ledger is not None
-    head = {"length": 1, "head": site.ledger.head}
+    head = {"length": 1, "root": site.ledger.root}
     wrong = closing_payload("run-1", desk.signed.sha256, None, dict.fromkeys(desk.signed.charter.keys(), head))
     ask = request(desk.signed, "sign", 4, fields={"closing": base64.b64encode(wrong).decode()})
     nothing_happens(desk, "sign", desk.message(ask), "does not state this ledger")
@@ -363,7 +438,7 @@ def test_a_node_that_cannot_record_does_nothing(
     desk.open()
     site.source.hook = forbidden
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Ledger, "append", full)
@@ -471,7 +546,7 @@ class Ending:
     def fields(self) -> dict[str, Any]:
         signed = self.desk.signed
         named = model_sha256(self.model) if self.named == "" else self.named
-        heads = {owner: {"length": 1, "head": "a" * 64} for owner in self.owners}
+        heads = {owner: {"length": 1, "root": "a" * 64} for owner in self.owners}
         if "ada" in heads:
             heads["ada"] = self.head or self.stands()
         payload = closing_payload(self.run, self.charter or signed.sha256, named, heads)
@@ -485,7 +560,7 @@ class Ending:
     def stands(self) -> dict[str, Any]:
         ledger = self.desk.site.ledger
         assert ledger is not None
-        return {"length": ledger.length, "head": ledger.head}
+        return ledger.head()
 
     def send(self) -> Manifest:
         return self.desk.send("deliver", 4, self.model, fields=self.fields())[0]
@@ -564,12 +639,12 @@ STRANGE: dict[str, dict[str, Any]] = {
     "a ledger missing": {"owners": ("ada", "ben", "coordinator")},
     "my ledger missing": {"owners": ("ben", "cy", "coordinator")},
     "a ledger too many": {"owners": ("ada", "ben", "cy", "coordinator", "eve")},
-    "another head of mine": {"head": {"length": 2, "head": "b" * 64}},
-    "longer than mine": {"head": {"length": 10**6, "head": "b" * 64}},
-    "no length": {"head": {"length": 0, "head": "LAST"}},
-    "a negative length": {"head": {"length": -1, "head": "BEFORE"}},
-    "a true length": {"head": {"length": True, "head": "FIRST"}},
-    "a length in words": {"head": {"length": "2", "head": "b" * 64}},
+    "another head of mine": {"head": {"length": 2, "root": "b" * 64}},
+    "longer than mine": {"head": {"length": 10**6, "root": "b" * 64}},
+    "no length": {"head": {"length": 0, "root": "LAST"}},
+    "a negative length": {"head": {"length": -1, "root": "BEFORE"}},
+    "a true length": {"head": {"length": True, "root": "FIRST"}},
+    "a length in words": {"head": {"length": "2", "root": "b" * 64}},
     "another model": {"named": "b" * 64},
     "a model of a refused run": {"named": None},
     "words about a refused run's model": {"named": None, "model": {}},
@@ -588,10 +663,10 @@ STRANGE: dict[str, dict[str, Any]] = {
 def test_what_is_not_what_was_signed_is_not_kept(closed: Desk, how: str) -> None:
     assert closed.site.ledger is not None
     entries = closed.site.ledger.entries
-    ends = {"FIRST": entries[0].sha256, "BEFORE": entries[-2].sha256, "LAST": entries[-1].sha256}
+    ends = {"FIRST": entries[0].root, "BEFORE": entries[-2].root, "LAST": entries[-1].root}
     changes = dict(STRANGE[how])
     if "head" in changes:
-        changes["head"] = {**changes["head"], "head": ends.get(changes["head"]["head"], changes["head"]["head"])}
+        changes["head"] = {**changes["head"], "root": ends.get(changes["head"]["root"], changes["head"]["root"])}
     ending = Ending(closed, **changes)
     message = closed.message(request(closed.signed, "deliver", 4, fields=ending.fields()), ending.model)
     nothing_happens(closed, "deliver", message, "closing|envelope|JSON|signed|model|manifest|public key")

@@ -34,7 +34,7 @@ from hansa.simulations.grid import InProcessGrid
 from support import NO_PRIVACY, charter, digest, identity, same_arrays, tiny_task, weights
 
 NAMES = ("ada", "ben", "cy")
-HEAD = {"length": 7, "head": "a" * 64}
+HEAD = {"length": 7, "root": "a" * 64}
 Reply = tuple[str, dict[str, Any], dict[str, Any]]  # kind, tensors, fields
 
 
@@ -95,14 +95,14 @@ class Table:
         me = identity("coordinator")
         self.ledger = Ledger(self.folder / "ledger.jsonl", me, {"owner": "coordinator"})
         if not self.ledger.of("charter"):
-            self.ledger.append("charter", {"charter_sha256": self.signed.sha256})
+            self.ledger.append("charter", {"name": "c"}, charter=self.signed.sha256)
         return Coordinator(
             self.signed,
             me,
             tiny_task(),
             SignedWire(me, {m.name: m.key for m in self.signed.charter.partners}, self.signed.sha256),
             {name: i for i, name in enumerate(self.partners, start=1)},
-            LedgerRecords(self.ledger),
+            LedgerRecords(self.ledger, self.signed.sha256),
             weights,
             self.folder / "private",
             self.folder / "closing",
@@ -218,7 +218,7 @@ def test_the_closing_checkpoint_is_signed_by_all(table: Table) -> None:
     assert body["model_sha256"] == model_sha256(outcome.model)
     assert table.ledger is not None
     heads = {item["owner"]: item for item in body["ledgers"]}
-    assert heads["coordinator"] == {"owner": "coordinator", "length": table.ledger.length, "head": table.ledger.head}
+    assert heads["coordinator"] == {"owner": "coordinator", "length": table.ledger.length, "root": table.ledger.root}
     assert {n: heads[n]["length"] for n in NAMES} == dict.fromkeys(NAMES, 7)
 
 
@@ -585,8 +585,8 @@ def test_a_words_only_refusal_cannot_flood_the_ledger(table: Table) -> None:
     ("kind", "reply"),
     [
         ("close", ("head", {}, {})),
-        ("close", ("head", {}, {"length": True, "head": "a"})),
-        ("close", ("head", {}, {"length": 1, "head": 7})),
+        ("close", ("head", {}, {"length": True, "root": "a"})),
+        ("close", ("head", {}, {"length": 1, "root": 7})),
         ("sign", ("signature", {}, {})),
         ("sign", ("signature", {}, {"signature": "not base64!"})),
         ("sign", ("signature", {}, {"signature": base64.b64encode(b"\0" * 64).decode()})),
@@ -649,8 +649,8 @@ def test_a_crash_anywhere_repeats_the_same_requests(tmp_path: Path) -> None:
         table = Table(tmp_path / str(stop), signed)
         original = Ledger.append
 
-        def append(self: Ledger, kind: str, body: Any, stop: int = stop, original: Any = original) -> Any:
-            entry = original(self, kind, body)
+        def append(self: Ledger, kind: str, body: Any, stop: int = stop, original: Any = original, **more: Any) -> Any:
+            entry = original(self, kind, body, **more)
             if self.length == stop:
                 raise _Crash
             return entry

@@ -232,10 +232,15 @@ def test_nothing_is_exported_that_nobody_could_verify(place, tmp_path):
         export(place.settings, tmp_path / "bundle")
     with pytest.raises(KeyboardInterrupt):
         place.run(place.link(die_at=3), "first")
-    with pytest.raises(OutputError, match="run first is not closed"):
+    # A run that goes on may be audited: it is open, and an auditor sees that.
+    assert "closing/first.json" not in export(place.settings, tmp_path / "open")
+    place.run(place.link(), resume=True)
+    sealed = (place.settings.closing / "first.json").read_bytes()
+    (place.settings.closing / "first.json").unlink()
+    with pytest.raises(OutputError, match="run first is closed here, but not countersigned"):
         export(place.settings, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
-    place.run(place.link(), resume=True)
+    (place.settings.closing / "first.json").write_bytes(sealed)
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "charter.json").write_text("another")
     with pytest.raises(OutputError, match="another charter"):
