@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +12,11 @@ import typer
 from rich.table import Table
 
 from . import verifier
+from .audit_report import by_code, histories, place, state, unbounded, write_audit_report
+from .charter import SignedCharter, in_words
 from .cli import Format, FormatOption, out, plain, show_json
-from .errors import HansaError
+from .errors import HansaError, OutputError
+from .page import exact, number, up
 
 
 def commands(app: typer.Typer) -> None:
@@ -20,22 +26,46 @@ def commands(app: typer.Typer) -> None:
 
 def audit(
     folder: Annotated[Path, typer.Argument(help="a bundle: the folder that a run wrote")],
+    report: Annotated[
+        Path | None, typer.Option(help="also write the verdict as a page to read and print, e.g. report.html")
+    ] = None,
     form: FormatOption = Format.TEXT,
 ) -> int:
     """Recompute the privacy bill from ledgers, charter and keys alone. Exit 0 verified, 1 a violation, 2 unreadable.
 
-    Example: hansa audit out/demo
+    Example: hansa audit out/demo --report audit.html
     """
+    if report is not None and report.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(f"{report}: inside the bundle", "The bundle is evidence and stays as it is: write elsewhere.")
     try:
         verdict = verifier.verify_bundle(folder)
     except verifier.Unreadable as err:
-        place = "" if err.file == str(folder) else f"{folder}: "
-        raise HansaError(f"{place}{err}", "Give the folder that a run wrote (with charter.json in it).") from err
+        where = "" if err.file == str(folder) else f"{folder}: "
+        raise HansaError(f"{where}{err}", "Give the folder that a run wrote (with charter.json in it).") from err
+    if report is not None:
+        write_audit_report(
+            report,
+            verdict,
+            made=datetime.now(UTC),
+            verifier_sha256=hashlib.sha256(Path(verifier.__file__).read_bytes()).hexdigest(),
+            charter_words=_charter_words(folder, verdict),
+        )
     if form is Format.JSON:
         show_json(verdict)
     else:
         print_verdict(verdict)
+        if report is not None:
+            out.print(plain(f"The verdict as a page: {report}"))
     return 0 if verdict["verified"] else 1
+
+
+def _charter_words(folder: Path, verdict: dict[str, Any]) -> str | None:
+    """The charter that was audited, in words; None where this release cannot say it, or it is no longer the same file."""
+    try:
+        signed = SignedCharter.load(folder / "charter.json")
+    except HansaError:
+        return None
+    return in_words(signed) if signed.sha256 == verdict["charter_sha256"] else None
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
@@ -46,58 +76,116 @@ def print_verdict(verdict: dict[str, Any]) -> None:
             + ("(simulated: all keys and data on one machine)" if verdict["simulated"] else "")
         )
     else:
-        out.print("[bold red]NOT VERIFIED[/]")
+        out.print("[bold red]NOT VERIFIED[/]: what follows is what the files say; rely on none of it")
     _print_found(verdict["violations"], "[red]violation[/]")
     _print_found(verdict["warnings"], "[yellow]warning[/]")
     if verdict["verified"]:
         out.print(plain(verdict["claim"]))
     partners = verdict["partners"]
     # An epsilon alone says nothing; whether it holds is the verdict's line above.
-    if any(p["epsilon_filter"] is not None for p in partners.values()):
+    if any(not unbounded(p) for p in partners.values()):
         out.print(
-            "recomputed from the ledgers: record level, add-or-remove-one, local noise, against all but the partner"
+            "recomputed from the ledgers: record level, add-or-remove-one, local noise, against all but the partner; "
+            "epsilon rounded up"
         )
-    table = Table(box=None, pad_edge=False)
-    for title in ("partner", "epsilon (odometer)", "epsilon (filter)", "cap", "delta", "rounds", "refusals"):
-        table.add_column(title, justify="left" if title == "partner" else "right")
-    for name, p in list(partners.items())[:20]:
-        table.add_row(
-            plain(name),
-            _number(p["epsilon"]),
-            _number(p["epsilon_filter"]),
-            _number(p["epsilon_cap"], "-"),
-            "-" if p["delta"] is None else f"{p['delta']:g}",
-            str(p["rounds"]),
-            str(p["refusals"]),
-        )
-    out.print(table)
-    if len(partners) > 20:
-        worst = max((p["epsilon"] for p in partners.values() if p["epsilon"] is not None), default=None)
-        out.print(f"... and {len(partners) - 20} more; the largest epsilon of all is {_number(worst)}")
+    _print_partners(partners)
     c = verdict["checked"]
     out.print(f"checked {c['ledgers']} ledgers, {c['entries']} entries, {c['signatures']} signatures")
+    if open_runs := verdict.get("open_runs"):
+        out.print(f"runs that are not closed: {_some(open_runs)}")
     out.print("Limits of this verdict:")
     for limit in verdict["limits"]:
         out.print(f"  - {plain(limit)}")
 
 
-def _print_found(found: list[dict[str, Any]], label: str) -> None:
-    """Some of each file, so that a file with many does not hide the others."""
-    files: dict[str, list[dict[str, Any]]] = {}
-    for item in found:
-        files.setdefault(item["file"], []).append(item)
-    for file, items in list(files.items())[:50]:
-        for item in items[:8]:
-            out.print(f"  {label} {plain(_place(item))}: {plain(item['what'])}")
-        if len(items) > 8:
-            out.print(f"  {label} {plain(file)}: ... and {len(items) - 8} more: --format json shows all")
-    if len(files) > 50:
-        out.print(f"  ... and {len(files) - 50} more files: --format json shows all")
+def _print_partners(partners: dict[str, Any]) -> None:
+    """One line a partner; many partners by history, the largest epsilon first."""
+    rows = histories(partners) if len(partners) > 20 else [([name], p) for name, p in partners.items()]
+    other = any(_this_charter(p) for _, p in rows[:20])
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    titles = [
+        "partner",
+        "epsilon\nfilter",
+        "\ncap",
+        "epsilon\nodometer",
+        "\ndelta",
+        "this\ncharter",
+        "\nrounds",
+        "\nrefusals",
+        "",
+    ]
+    for title in titles if other else [t for t in titles if t != "this\ncharter"]:
+        table.add_column(title, justify="left" if title in ("partner", "") else "right", no_wrap=title != "partner")
+    for names, p in rows[:20]:
+        kind, stands = state(p)
+        color = {"bad": "red", "good": "green", "plain": "dim"}[kind]
+        table.add_row(
+            plain(names[0]) + (f" (+{len(names) - 1:,})" if len(names) > 1 else ""),
+            _epsilon(p, "epsilon_filter"),
+            _exact(p.get("epsilon_cap")),
+            _epsilon(p, "epsilon"),
+            _exact(p.get("delta")),
+            *([_epsilon(p.get("charter_epsilon") or {}, "epsilon_filter", "-")] if other else []),
+            str(p["rounds"]),
+            str(p["refusals"]),
+            f"[{color}]{stands}[/]",
+        )
+    out.print(table)
+    if any(len(names) > 1 for names, _ in rows[:20]):
+        out.print("(+n): so many more partners with the same history")
+    if len(rows) > 20:
+        rest = sum(len(names) for names, _ in rows[20:])
+        out.print(f"... and {rest:,} partners more, of {len(rows) - 20:,} histories with smaller epsilons")
+    _print_witnesses([(names[0], p) for names, p in rows if p.get("witnessed")])
 
 
-def _place(item: dict[str, Any]) -> str:
-    return item["file"] if item["line"] is None else f"{item['file']}:{item['line']}"
+def _this_charter(figures: Mapping[str, Any]) -> bool:
+    """Whether what this charter cost is another figure than the whole."""
+    alone = number((figures.get("charter_epsilon") or {}).get("epsilon_filter"))
+    return alone is not None and alone != number(figures.get("epsilon_filter"))
 
 
-def _number(value: float | None, absent: str = "unbounded") -> str:
-    return absent if value is None else f"{value:.4f}"
+def _print_witnesses(ledgers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Who countersigned each ledger, up to where; ledgers of which that is the same on one line."""
+    found: dict[str, list[str]] = {}
+    for name, p in ledgers:
+        length, tail, by = p["witnessed"].get("length"), p.get("tail"), p["witnessed"].get("by") or []
+        words = f"up to entry {length} of {p['entries']}" if tail else "to the end"
+        found.setdefault(f"{words} by {_some(by)}" if by and length else "by nobody", []).append(name)
+    for words, names in list(found.items())[:20]:
+        out.print(f"countersigned {words}: {_some(names)}")
+
+
+def _epsilon(figures: Mapping[str, Any], key: str, absent: str = "unbounded") -> str:
+    value = number(figures.get(key))
+    return absent if value is None else up(value)
+
+
+def _exact(value: object) -> str:
+    given = number(value)
+    return "-" if given is None else exact(given)
+
+
+def _some(names: Sequence[str]) -> str:
+    return plain(", ".join(map(str, names[:4]))) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _print_found(found: Sequence[Mapping[str, Any]], label: str) -> None:
+    """By code, and of each code some of each file, so that one with many does not hide the others."""
+    for code, means, items in by_code(found)[:50]:
+        files: dict[str, list[Mapping[str, Any]]] = {}
+        for item in items:
+            files.setdefault(item["file"], []).append(item)
+        if code is not None:
+            out.print(
+                f"  {label} [bold]{plain(code)}[/], {len(items)} place(s){': ' if means else ''}{plain(means or '')}"
+            )
+        most = 8 if len(files) < 4 else 3
+        for file, some in list(files.items())[:20]:
+            lead = "    " if code is not None else f"  {label} "
+            for item in some[:most]:
+                out.print(f"{lead}{plain(place(item))}: {plain(item['what'])}")
+            if len(some) > most:
+                out.print(f"{lead}{plain(file)}: ... and {len(some) - most} more: --format json shows all")
+        if len(files) > 20:
+            out.print(f"  ... and {len(files) - 20} more files: --format json shows all")

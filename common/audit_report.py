@@ -1,0 +1,528 @@
+"""The report of an audit: one page that a regulator can read, print and check without us.
+
+It renders a verdict of `verifier.verify_bundle` and recomputes nothing. What the verdict lacks the page says is missing;
+partners with the same history (simulated clients) are one row. This module finds words, rows and coordinates, and
+`templates/audit.html.j2` draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from . import page
+from .errors import Refusal
+from .identity import write_whole
+
+Fields = Mapping[str, Any]
+
+MANY = 30  # partners with a section of their own; above this, histories
+FEW = 6  # histories with a section of their own
+LISTED = 20  # histories in the table
+POINTS = 400  # longest curve
+ROWS = 14  # longest table of a curve
+EVENTS = 40  # longest table of events
+PLACES = 25  # findings that are listed of each code
+CODES = 60  # codes that are listed
+HEADS = 200  # longest table of heads
+SLACK = 1e-9  # relative, as the verifier's
+
+UNIT = "one record of one partner"
+ADJACENCY = "add-or-remove-one"
+NOISE = "local (the partner adds it before anything leaves)"
+ADVERSARY = "everyone but the partner itself: the coordinator, the other partners, whoever receives the model"
+
+BECAUSE = {
+    Refusal.BUDGET: "its remaining privacy budget cannot pay for it",
+    Refusal.NOT_HELD: "it is not in the plan that the partner accepted",
+    Refusal.CHARTER_EXPIRED: "the charter has expired",
+    Refusal.CHARTER_UNKNOWN: "it does not know the charter",
+    Refusal.NOT_A_PARTNER: "the request does not come from, or go to, a partner of this charter",
+    Refusal.TASK_CODE: "the task's code is not the code that the charter names",
+    Refusal.UNPROTECTED: "its own policy does not allow training without privacy",
+    Refusal.NOISE: "the noise asked for is too small (a noise multiplier below 0.3)",
+    Refusal.DATA: "its dataset is not usable under this charter",
+    Refusal.REPLAY: "a request id was used again with another content",
+    Refusal.ROUND: "the round or run was out of order",
+    Refusal.SIMULATED: "a simulated charter may not touch a real dataset",
+    Refusal.NUMERIC: "the model it was sent is not finite or has another shape",
+    Refusal.TASK: "its site does not allow this task",
+    Refusal.COORDINATOR: "its site does not allow this coordinator",
+    Refusal.HOURS: "it was outside its site's hours",
+    Refusal.NOT_APPROVED: "nobody at the site approved the run",
+    Refusal.PAUSED: "the site has paused its node",
+    Refusal.WITHDRAWN: "it withdrew from the federation",
+    Refusal.COHORT: "fewer partners take part than its site asks for",
+    Refusal.RESTORED: "it was restored from a backup, and what was spent is not proved",
+}
+
+_MECHANISMS = {"poisson-gaussian/1": "Gaussian noise", "none/1": "NO PROTECTION"}
+
+
+def write_audit_report(
+    path: Path, verdict: Fields, *, made: datetime, verifier_sha256: str | None = None, charter_words: str | None = None
+) -> None:
+    """Write the report of a verdict as one HTML page that needs no network.
+
+    Args:
+        path: the file; replaced atomically.
+        verdict: what `verifier.verify_bundle` returned. Optional keys may be missing; the page then says less.
+        made: when the audit was made.
+        verifier_sha256: of the verifier's file, so that a reader can run the same one.
+        charter_words: the charter that was audited, as `hansa charter show` prints it.
+
+    Raises:
+        OutputError: the folder is not writable, or the disk is full. Nothing is left behind.
+    """
+    text = render(verdict, made=made, verifier_sha256=verifier_sha256, charter_words=charter_words)
+    write_whole(path, text.encode())
+
+
+def render(
+    verdict: Fields, *, made: datetime, verifier_sha256: str | None = None, charter_words: str | None = None
+) -> str:
+    """The page of `write_audit_report`."""
+    view = _view(verdict, made) | {"verifier_sha256": verifier_sha256, "charter_words": charter_words}
+    return page.environment("hansa.common").get_template("audit.html.j2").render(view)
+
+
+def histories(partners: Mapping[str, Fields]) -> list[tuple[list[str], Fields]]:
+    """Partners whose figures are all equal, together: (names, figures), the largest ε first, then by name.
+
+    1,000 simulated clients of 40 histories are 40 items.
+    """
+    keys: dict[int, str] = {}
+    found: dict[str, tuple[list[str], Fields]] = {}
+    for name, figures in partners.items():
+        key = keys.setdefault(id(figures), json.dumps(figures, sort_keys=True, default=str))
+        found.setdefault(key, ([], figures))[0].append(name)
+    return sorted(found.values(), key=lambda item: -_spent(item[1]))
+
+
+def by_code(found: Iterable[Fields]) -> list[tuple[str | None, str | None, list[Fields]]]:
+    """Violations or warnings as (code, what it means, places), in the order in which codes first occur."""
+    codes: dict[Any, list[Fields]] = {}
+    for item in found:
+        codes.setdefault(item.get("code"), []).append(item)
+    return [(code, next((i["means"] for i in items if i.get("means")), None), items) for code, items in codes.items()]
+
+
+def place(item: Fields) -> str:
+    """Where a violation or warning is: file and line."""
+    return f"{item.get('file') or 'bundle'}" + ("" if item.get("line") is None else f":{item['line']}")
+
+
+def state(figures: Fields) -> tuple[str, str]:
+    """How a partner stands: a kind ("bad", "good" or "plain") and the words."""
+    spent, cap = page.number(figures.get("epsilon_filter")), page.number(figures.get("epsilon_cap"))
+    if unbounded(figures):
+        return "bad", "UNBOUNDED"
+    if spent is None or cap is None:
+        return "plain", "no figures"
+    if spent > cap * (1 + SLACK):
+        return "bad", "OVER CAP"
+    return "good", "within cap" if spent else "nothing spent"
+
+
+def unbounded(figures: Fields) -> bool:
+    """Whether no finite ε holds for a partner."""
+    return bool(figures.get("unbounded")) or page.number(figures.get("epsilon_filter")) in (None, math.inf)
+
+
+def _spent(figures: Fields) -> float:
+    value = page.number(figures.get("epsilon_filter"))
+    return math.inf if unbounded(figures) or value is None else value
+
+
+# -- the page's parts ----------------------------------------------------------------------------------------------------
+
+
+def _view(verdict: Fields, made: datetime) -> dict[str, Any]:
+    partners: Mapping[str, Fields] = verdict.get("partners") or {}
+    violations, warnings = list(verdict.get("violations") or []), list(verdict.get("warnings") or [])
+    many = len(partners) > MANY
+    groups = histories(partners) if many else [([name], figures) for name, figures in partners.items()]
+    told = [g for g in groups[:FEW] if g[1].get("events") or g[1].get("trajectory")] if many else groups
+    verified = verdict.get("verified") is True and not violations
+    open_ended = [name for names, figures in groups if unbounded(figures) for name in names]
+    heads = list(verdict.get("heads") or [])
+    bundle = str(verdict.get("bundle") or "")[:4096]
+    checked = verdict.get("checked") or {}
+    return {
+        "made": _when(made.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")),
+        "bundle": bundle,
+        "charter_sha256": verdict.get("charter_sha256"),
+        "verified": verified,
+        "headline": _headline(verified, len(open_ended), len(partners)),
+        "simulated": bool(verdict.get("simulated")),
+        "claim": verdict.get("claim"),
+        "open_ended": open_ended,
+        "total": len(partners),
+        "over": sum(len(names) for names, figures in groups if state(figures)[1] == "OVER CAP"),
+        "checked": [(what, page.number(checked.get(what))) for what in ("ledgers", "entries", "signatures")],
+        "violations": _findings(violations),
+        "warnings": _findings(warnings),
+        "counts": (len(violations), len(warnings)),
+        "period": _period(partners),
+        "closings": _closings(verdict),
+        "open_runs": [str(run) for run in verdict.get("open_runs") or []],
+        "terms": {"unit": UNIT, "adjacency": ADJACENCY, "noise": NOISE, "adversary": ADVERSARY},
+        "many": many,
+        "rows": [_row(names, figures) for names, figures in groups[: LISTED if many else None]],
+        "groups": len(groups),
+        "bars": _bars(groups[:LISTED] if many else groups),
+        "distribution": _distribution(groups) if many else None,
+        "odds": _odds(groups),
+        "sections": [_section(i, *group) for i, group in enumerate(told)],
+        "heads": _heads(heads),
+        "limits": [str(limit) for limit in verdict.get("limits") or []],
+        "commands": _commands(bundle),
+        "reasons": sorted({reason for f in partners.values() for reason in f.get("refusals_by_reason") or {}}),
+    }
+
+
+def _headline(verified: bool, open_ended: int, total: int) -> str:
+    if not verified:
+        return "Not verified"
+    if not open_ended:
+        return "Verified"
+    return "Verified, but there is no privacy guarantee" if open_ended == total else "Verified, but not private for all"
+
+
+def _findings(found: Sequence[Fields]) -> list[dict[str, Any]]:
+    return [
+        {
+            "code": code,
+            "means": means,
+            "count": len(items),
+            "files": len({item.get("file") for item in items}),
+            "items": [(place(item), item.get("what") or "") for item in items[:PLACES]],
+        }
+        for code, means, items in by_code(found)[:CODES]
+    ]
+
+
+def _when(text: object, seconds: bool = False) -> str:
+    """2026-11-22T01:50:00Z as people write it; what is no such time as it is."""
+    try:
+        at = datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ")
+    except ValueError:
+        return str(text)
+    return f"{at.day} {at:%b %Y}, {at:%H:%M:%S}" if seconds else f"{at.day} {at:%B %Y}, {at:%H:%M} UTC"
+
+
+def _period(partners: Mapping[str, Fields]) -> tuple[str, str] | None:
+    """The first and the last charge whose time is known."""
+    times = sorted(
+        {str(point["time"]) for f in partners.values() for point in f.get("trajectory") or [] if point.get("time")}
+    )
+    return (_when(times[0]), _when(times[-1])) if times else None
+
+
+def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
+    kind, words = state(figures)
+    spent, cap = page.number(figures.get("epsilon_filter")), page.number(figures.get("epsilon_cap"))
+    charter = figures.get("charter_epsilon") or {}
+    witnessed = figures.get("witnessed") or {}
+    return {
+        "names": list(names[:3]),
+        "count": len(names),
+        "kind": kind,
+        "state": words,
+        "unbounded": unbounded(figures),
+        "epsilon": page.number(figures.get("epsilon")),
+        "epsilon_filter": spent,
+        "cap": cap,
+        "used": 100 * spent / cap if spent is not None and cap and not unbounded(figures) else None,
+        "delta": page.number(figures.get("delta")),
+        "charter": {key: page.number(charter.get(key)) for key in ("epsilon", "epsilon_filter", "cap")},
+        "witnessed": page.number(witnessed.get("length")),
+        "by": [str(name) for name in witnessed.get("by") or []],
+        "closing": witnessed.get("closing"),
+        "tail": page.number(figures.get("tail")),
+        **{
+            key: page.number(figures.get(key))
+            for key in ("debits", "uncommitted_debits", "rounds", "refusals", "entries", "undisclosed")
+        },
+    }
+
+
+def _odds(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, float] | None:
+    """The largest finite ε, and by which factor it lets any outcome's probability change."""
+    found = [(e, page.number(f.get("delta"))) for _, f in groups for e in page.finite([f.get("epsilon_filter")])]
+    worst, delta = max(found, default=(0.0, None))
+    return {"epsilon": worst, "delta": delta, "factor": math.exp(worst)} if 0 < worst <= 10 and delta else None
+
+
+def _section(index: int, names: Sequence[str], figures: Fields) -> dict[str, Any]:
+    """What is told of one partner, or of all clients with one history."""
+    curve = [point for point in figures.get("trajectory") or [] if isinstance(point, Mapping)]
+    cap = page.number(figures.get("epsilon_cap"))
+    lineages = figures.get("lineages") or {}
+    by_lineage = {str(p.get("lineage")) for p in curve if p.get("lineage") is not None}
+    parts: list[tuple[str | None, list[Fields], float | None]] = [(None, curve, cap)]
+    if len(by_lineage) > 1:
+        parts = [
+            (
+                name,
+                [p for p in curve if str(p.get("lineage")) == name],
+                page.number((lineages.get(name) or {}).get("epsilon_cap")),
+            )
+            for name in sorted(by_lineage)
+        ]
+    return _row(names, figures) | {
+        "id": f"partner-{index + 1}",
+        "curves": [_curve(lineage, points, limit) for lineage, points, limit in parts if points],
+        "lineages": [
+            {
+                "id": str(name),
+                **{k: page.number(one.get(k)) for k in ("epsilon", "epsilon_filter", "epsilon_cap", "delta")},
+                "unbounded": bool(one.get("unbounded")),
+                "datasets": [_declared(dataset) for dataset in one.get("datasets") or []],
+            }
+            for name, one in lineages.items()
+        ],
+        "events": [_event(event) for event in (figures.get("events") or [])[:EVENTS]],
+        "events_left": max(0, len(figures.get("events") or []) - EVENTS),
+        "budget": _budget(figures.get("budget")),
+        "refused": [
+            (str(reason), BECAUSE.get(reason, "of a reason that this report has no words for"), page.number(count))
+            for reason, count in (figures.get("refusals_by_reason") or {}).items()
+        ],
+    }
+
+
+def _declared(dataset: Fields) -> tuple[str, str]:
+    """A data set's id, and what its owner declared of it, in words."""
+    said = dataset.get("declared") or {}
+    said = said if isinstance(said, Mapping) else {"kind": said}
+    of, kind = str(said.get("of") or "")[:8], said.get("kind")
+    words = {
+        "first": "the first of this ledger",
+        "version": f"a new version of {of}: the same budget",
+        "overlap": f"shares records with {of}: the same budget",
+        "disjoint": f"rows collected from {said.get('cutoff')} on, disjoint from all earlier ones: a budget of its own",
+    }
+    return str(dataset.get("dataset") or ""), words.get(str(kind), str(kind))
+
+
+def _event(event: Fields) -> dict[str, Any]:
+    steps, count = page.number(event.get("steps")), page.number(event.get("count"))
+    mechanism = str(event.get("mechanism"))
+    return {
+        "mechanism": _MECHANISMS.get(mechanism, mechanism),
+        "q": _real(event.get("q")),
+        "sigma": _real(event.get("sigma")),
+        "steps": steps,
+        "count": count,
+        "total": None if steps is None or count is None else steps * count,
+        "charter": {"this": "this charter", "other": "another charter"}.get(str(event.get("charter")), "not stated"),
+    }
+
+
+def _real(value: object) -> float | None:
+    """A number, or a ledger's decimal string."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,40})?(e[+-]?[0-9]{1,3})?", value):
+        return float(value)
+    return page.number(value)
+
+
+def _drawn(value: object) -> float | None:
+    """A number that can be put on a chart."""
+    found = page.number(value)
+    return found if found is not None and 0 <= found <= 1e12 else None
+
+
+def _budget(budget: Fields | None) -> dict[str, Any] | None:
+    if not budget:
+        return None
+    orders = [(_real(pair[0]), _real(pair[1])) for pair in budget.get("orders") or []]
+    return {key: _real(budget.get(key)) for key in ("epsilon", "delta", "gaussian_delta")} | {"orders": orders[:16]}
+
+
+# -- who vouches for what ------------------------------------------------------------------------------------------------
+
+
+def _heads(heads: Sequence[Fields]) -> dict[str, Any]:
+    """One row for each owner and holder: how many heads, up to which length, and who signed the newest."""
+
+    def pair(head: Fields) -> tuple[str, str]:
+        return str(head.get("owner")), str(head.get("holder"))
+
+    rows = []
+    for (owner, holder), found in groupby(sorted(heads, key=pair), key=pair):
+        ordered = sorted(found, key=lambda head: page.number(head.get("length")) or 0)
+        rows.append(
+            {
+                "owner": owner,
+                "holder": holder,
+                "count": len(ordered),
+                "lengths": [page.number(head.get("length")) for head in page.thin(ordered, 6)],
+                "newest": page.number(ordered[-1].get("length")),
+                "signers": [str(name) for name in ordered[-1].get("signers") or []],
+            }
+        )
+    return {"rows": rows[:HEADS], "left": max(0, len(rows) - HEADS), "total": len(heads)}
+
+
+def _closings(verdict: Fields) -> list[dict[str, Any]]:
+    found = []
+    for closing in verdict.get("closings") or []:
+        ledgers = closing.get("ledgers") or []
+        if isinstance(ledgers, Mapping):
+            ledgers = [{"owner": owner, "length": length} for owner, length in ledgers.items()]
+        named = [item if isinstance(item, Mapping) else {"owner": item} for item in ledgers]
+        found.append(
+            {
+                "run": str(closing.get("run_id")),
+                "ledgers": [(str(item.get("owner")), page.number(item.get("length"))) for item in named[:MANY]],
+                "left": max(0, len(named) - MANY),
+            }
+        )
+    return found
+
+
+# -- charts --------------------------------------------------------------------------------------------------------------
+
+
+def _curve(lineage: str | None, points: Sequence[Fields], cap: float | None) -> dict[str, Any]:
+    """ε after each charge as two step lines against the cap, and a table of it.
+
+    A line has a gap where its value is missing or unbounded. Stretches under another charter are marked.
+    """
+    count, cap = len(points), _drawn(cap)
+    filters, tights = ([_drawn(point.get(key)) for point in points] for key in ("epsilon_filter", "epsilon"))
+    top = max([v for v in (cap, *filters, *tights) if v is not None], default=0.0) or 1.0
+    x, y = page.Axis(0, count, 58, 590, 8, whole=True), page.Axis(0.0, 1.12 * top, 214, 14, 4)
+    kept = page.thin(range(count), POINTS)
+    lines: list[dict[str, Any]] = []
+    for kind, values in (("filter", filters), ("odometer", tights)):
+        known = [(i, v) for i in kept if (v := values[i]) is not None]
+        if known:
+            last = known[-1]
+            lines.append(
+                {
+                    "kind": kind,
+                    "path": _steps(kept, values, x, y),
+                    "end": (x(last[0] + 1), y(last[1])),
+                    "value": last[1],
+                }
+            )
+    marks = [(y(line["value"]), line["kind"], line["value"]) for line in lines]
+    if cap is not None:
+        marks.append((y(cap), "cap", cap))
+    marks.sort(key=lambda mark: mark[0])
+    spots = page.spread([mark[0] for mark in marks], 16, 214, 17)
+    others = []
+    for other, run in groupby(range(count), key=lambda i: points[i].get("charter") == "other"):
+        stretch = list(run)
+        if other:
+            others.append((x(stretch[0]), round(x(stretch[-1] + 1) - x(stretch[0]), 1)))
+    days = {str(p.get("time"))[:10] for p in points if p.get("time")}
+    return {
+        "lineage": lineage,
+        "count": count,
+        "x": x,
+        "y": y,
+        "cap": None if cap is None else y(cap),
+        "lines": lines,
+        "labels": [(*mark, round(spot, 1)) for mark, spot in zip(marks, spots, strict=True)],
+        "others": others[:50],
+        "dates": [
+            (x(i + 1), _when(points[i]["time"]).split(",")[0] if len(days) > 1 else str(points[i]["time"])[11:19])
+            for i in page.thin(range(count), 5)
+            if points[i].get("time")
+        ],
+        "day": _when(f"{min(days)}T00:00:00Z").split(",")[0] if len(days) == 1 else None,
+        "rows": [
+            {
+                "number": i + 1,
+                "entry": page.number(points[i].get("entry")),
+                "time": _when(points[i]["time"], seconds=True) if points[i].get("time") else None,
+                "round": page.number(points[i].get("round")),
+                "run": points[i].get("run"),
+                "other": points[i].get("charter") == "other",
+                "epsilon_filter": filters[i],
+                "epsilon": tights[i],
+            }
+            for i in page.thin(range(count), ROWS)
+        ],
+        "unknown": any(v is None for v in tights),
+        "beyond": any(v is None for v in filters),
+    }
+
+
+def _steps(kept: Sequence[int], values: Sequence[float | None], x: page.Axis, y: page.Axis) -> str:
+    """An SVG path from ε = 0 before the first charge: ε stays where it is until the next one."""
+    path, pen = [f"M{x(0)} {y(0.0)}"], True
+    for i in kept:
+        value = values[i]
+        if value is None:
+            pen = False
+            continue
+        path.append(f"H{x(i + 1)}V{y(value)}" if pen else f"M{x(i + 1)} {y(value)}")
+        pen = True
+    return "".join(path)
+
+
+def _bars(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, Any] | None:
+    """Two bars a partner (or history), filter and odometer, with a line at its cap."""
+    keys = ("epsilon_filter", "epsilon", "epsilon_cap")
+    top = max((v for _, figures in groups for k in keys if (v := _drawn(figures.get(k))) is not None), default=0.0)
+    if top <= 0:
+        return None
+    x = page.Axis(0.0, 1.05 * top, 170, 560, 5)
+    bars = []
+    for i, (names, figures) in enumerate(groups):
+        row = _row(names, figures)
+        row |= {"label": names[0] if len(names) == 1 else f"{len(names):,} clients", "y": 24 + 44 * i}
+        for key in ("epsilon_filter", "epsilon"):
+            value = _drawn(row[key])
+            row[f"{key}_w"] = 0 if value is None else round(x(value) - x.start, 1)
+        row["cap_x"] = None if _drawn(row["cap"]) is None else x(row["cap"])
+        bars.append(row)
+    return {"x": x, "bars": bars}
+
+
+def _distribution(groups: Sequence[tuple[list[str], Fields]]) -> list[tuple[str, list[float | None]]]:
+    """Quantiles over partners (nearest rank: each figure is one partner's own)."""
+    columns = []
+    for key in ("epsilon_filter", "epsilon", "epsilon_cap"):
+        weighted = sorted((v, len(names)) for names, f in groups for v in page.finite([f.get(key)]))
+        columns.append(weighted)
+
+    def at(weighted: Sequence[tuple[float, int]], share: float) -> float | None:
+        rank, seen = round(share * (sum(n for _, n in weighted) - 1)), 0
+        for value, n in weighted:
+            seen += n
+            if rank < seen:
+                return value
+        return None
+
+    quantiles = (
+        ("lowest", 0.0),
+        ("a quarter below", 0.25),
+        ("median", 0.5),
+        ("a quarter above", 0.75),
+        ("highest", 1.0),
+    )
+    return [(words, [at(column, share) for column in columns]) for words, share in quantiles]
+
+
+def _commands(bundle: str) -> list[str]:
+    """What a reader types to repeat the audit with the verifier's file alone."""
+    where = shlex.quote(bundle or "BUNDLE")
+    return [
+        "python3 -m venv audit",
+        "audit/bin/pip install 'cryptography>=44' 'dp-accounting>=0.6,<0.7'",
+        "sha256sum verifier.py",
+        f"audit/bin/python verifier.py {where} > verdict.json",
+        "echo $?",
+    ]
