@@ -84,21 +84,21 @@ def run(arguments: list[str]) -> int:
         err.show()
         return 2
     except click.Abort:
-        return _say("stopped", "", 1)
+        return say("stopped", "", 1)
     except HansaError as err:
-        return _say(err.message, err.hint, err.exit_code)
+        return say(err.message, err.hint, err.exit_code)
     except KeyboardInterrupt:
-        return _say("stopped; a run goes on with --resume", "", _CTRL_C)
+        return say("stopped; a run goes on with --resume", "", _CTRL_C)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as err:
         if err.name is not None and err.name.split(".")[0] in _TRAINING_PACKAGES:
-            return _say(f"{err.name} is not installed", "This command trains: pip install 'hansa[train]'", 2)
+            return say(f"{err.name} is not installed", "This command trains: pip install 'hansa[train]'", 2)
         return _fault()
     except OSError as err:
         wrapped = output_error(Path(str(err.filename or "output")), err)
-        return _say(wrapped.message, wrapped.hint, wrapped.exit_code)
+        return say(wrapped.message, wrapped.hint, wrapped.exit_code)
     except Exception:
         return _fault()
 
@@ -107,7 +107,8 @@ _CTRL_C = 130
 _TRAINING_PACKAGES = {"torch", "flwr", "opacus", "numpy", "safetensors", "sklearn", "matplotlib"}
 
 
-def _say(message: str, hint: str, code: int) -> int:
+def say(message: str, hint: str, code: int) -> int:
+    """A no or an error on standard error; returns the exit code."""
     err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     err.print(f"[bold red]hansa:[/] {plain(message, lines=True)}")
     if hint:
@@ -125,7 +126,7 @@ def _fault() -> int:
         where = f"The traceback is in {path} (it may hold data: look before you share it)."
     except OSError:
         where = "The traceback could not be written."
-    return _say("this is a fault in Hansa, not in what you did", where, 2)
+    return say("this is a fault in Hansa, not in what you did", where, 2)
 
 
 def clean(text: str, lines: bool = False) -> str:
@@ -169,15 +170,11 @@ def commands(app: typer.Typer) -> None:
     charter.command("show")(charter_show)
     charter.command("sign")(charter_sign)
     charter.command("verify")(charter_verify)
-    ledger = typer.Typer(help="Read and check a ledger.", no_args_is_help=True)
-    ledger.command("show")(ledger_show)
-    ledger.command("verify")(ledger_verify)
     task = typer.Typer(help="Your own data and model.", no_args_is_help=True)
     task.command("new")(task_new)
     task.command("check")(task_check)
     task.command("list")(task_list)
     app.add_typer(charter, name="charter")
-    app.add_typer(ledger, name="ledger")
     app.add_typer(task, name="task")
     app.command("plan")(plan)
 
@@ -211,7 +208,7 @@ def charter_new(
         )
     found = {}
     for name in [*federation.partners, "coordinator"]:
-        found[name] = _public_key(keys / f"{name}.pem", f"Put the public key of {name} there, in PEM form.")
+        found[name] = public_key(keys / f"{name}.pem", f"Put the public key of {name} there, in PEM form.")
     coordinator = found.pop("coordinator")
     drafted = draft(
         federation,
@@ -229,7 +226,8 @@ def charter_new(
     out.print(plain(f"\nWritten to {to}. Everyone signs it: hansa charter sign {to} --home HOME", lines=True))
 
 
-def _public_key(path: Path, hint: str) -> str:
+def public_key(path: Path, hint: str) -> str:
+    """The key in a PEM file, or an error with this hint."""
     try:
         return key_from_pem(path.read_bytes())
     except OSError as err:
@@ -313,114 +311,10 @@ def charter_verify(
     if form is Format.JSON:
         show_json({"sha256": signed.sha256, "valid": problem is None, "problem": problem.message if problem else None})
     elif problem is not None:
-        _say(f"{file}: {problem.message}", problem.hint, 1)
+        say(f"{file}: {problem.message}", problem.hint, 1)
     else:
         out.print(plain(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}"))
     return 0 if problem is None else 1
-
-
-# -- ledger --------------------------------------------------------------------------------------------------------------
-
-
-def ledger_show(
-    file: Annotated[Path, typer.Argument(help="a ledger.jsonl")],
-    kind: Annotated[str | None, typer.Option("--type", help="only entries of this type")] = None,
-    form: FormatOption = Format.TEXT,
-) -> None:
-    """Show a ledger's entries, after checking that they chain and are signed.
-
-    Example: hansa ledger show out/demo/partners/cleveland/ledger.jsonl --type debit
-    """
-    entries, torn = read_ledger(file)
-    chosen = [e for e in entries if kind is None or e.type == kind]
-    if form is Format.JSON:
-        show_json(
-            {
-                "entries": [{"seq": e.seq, "time": e.time, "type": e.type, "body": e.body} for e in chosen],
-                "torn_bytes": len(torn),
-            }
-        )
-        return
-    if entries:
-        out.print(plain(owner_line(entries[0])))
-    table = Table("line", "time", "type", "what", box=None, pad_edge=False)
-    for entry in chosen:
-        table.add_row(
-            str(entry.seq + 1), plain(entry.time), plain(entry.type), plain(_gist(entry.type, dict(entry.body)))
-        )
-    out.print(table)
-    if torn:
-        out.print(f"[yellow]torn last line: {len(torn)} bytes that a crash left; never acknowledged[/]")
-
-
-def ledger_verify(
-    file: Annotated[Path, typer.Argument(help="a ledger.jsonl")],
-    key: Annotated[Path | None, typer.Option(help="whose ledger it must be: a public key (PEM)")] = None,
-    form: FormatOption = Format.TEXT,
-) -> int:
-    """Check a ledger's signatures and chain. Exit 1 when it does not hold.
-
-    Without --key the ledger is checked against the key that it names itself: that shows edits, not whose it is.
-
-    Example: hansa ledger verify out/demo/partners/cleveland/ledger.jsonl --key out/demo/keys/cleveland.pem
-    """
-    public = _public_key(key, "Give a public key in PEM form.") if key is not None else None
-    if not file.is_file():
-        raise LedgerError(f"{file}: no such file", "Give the path of a ledger.jsonl.")
-    problem = None
-    length, root, torn = 0, None, b""
-    try:
-        entries, torn = read_ledger(file, public)
-        length, root = len(entries), entries[-1].root if entries else None
-        if torn:
-            problem = (
-                f"{file}:{length + 1}: torn last line ({len(torn)} bytes): a crash while writing; never acknowledged"
-            )
-        elif not entries:
-            problem = f"{file}: empty"
-    except LedgerError as err:
-        problem = err.message
-    if form is Format.JSON:
-        show_json({"valid": problem is None, "problem": problem, "length": length, "root": root})
-    elif problem is not None:
-        _say(problem, "", 1)
-    else:
-        who = "" if public is not None else " (by the key that it names itself; give --key to check whose it is)"
-        out.print(plain(f"{file}: {length} entries, signed and in one tree{who}; root {root}"))
-    return 0 if problem is None else 1
-
-
-def _gist(kind: str, body: dict[str, Any]) -> str:
-    match kind:
-        case "genesis":
-            return f"{body.get('owner')}, {body.get('role')}" + (", simulated" if body.get("simulated") else "")
-        case "budget":
-            b = body["budget"]
-            return f"cap epsilon {b['epsilon']} at delta {b['delta']}, {body['unit']} level, {body['adjacency']}"
-        case "hold":
-            return f"run {body['run_id']}: " + "; ".join(
-                f"{i['count']} x {i['purpose']} {_cost(i['event'])}" for i in body["plan"]
-            )
-        case "debit" | "cohort-debit":
-            return f"round {body['round']} {body['purpose']}: {_cost(body['event'])}"
-        case "commit" | "public" | "cohort-commit" | "round":
-            return f"round {body['round']}"
-        case "refuse":
-            return f"{body['reason']}: {body['detail']}"
-        case "release":
-            return f"run {body['run_id']} {body['why']}"
-        case "ask" | "answers":
-            names = body.get("requests") or body.get("replies") or {}
-            told = ", ".join(n + ("" if kind == "ask" else f" {names[n]['outcome']}") for n in names)
-            return f"round {body['round']} {body['purpose']}: {told}"
-        case _:
-            return ", ".join(f"{k} {v}" for k, v in body.items() if isinstance(v, str | int))[:100]
-
-
-def _cost(event: dict[str, Any]) -> str:
-    if event.get("mechanism") == "none/1":
-        return "UNPROTECTED"
-    return f"{event['steps']} steps, q {event['q']}, sigma {event['sigma']}"
 
 
 # -- plan ----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Entry:
         body: its data; empty where it is undisclosed (`type` says so).
         privacy: what it does to the budget of a lineage; None: nothing.
         leaf: hash of its leaf in the tree.
+        before: root of the tree before it, as its header has it.
         root: of the tree that ends with it: with its length, the head of the ledger then.
     """
 
@@ -60,6 +61,7 @@ class Entry:
     body: Mapping[str, Any]
     privacy: Mapping[str, Any] | None
     leaf: bytes = field(repr=False)
+    before: str = field(repr=False)
     root: str
 
 
@@ -223,10 +225,10 @@ class Ledger:
                 self.close()  # the file may end in half an entry: nothing may be written behind it
             raise output_error(self._path, err) from err
         self._size += len(line) + 1
-        leaf = leaf_hash(header)
+        leaf, before = leaf_hash(header), self.root
         self._tree.append(leaf)
         data = strict_json(whole)["data"]
-        entry = Entry(self.length, time, kind, charter, data, strict_json(header)["privacy"], leaf, self.root)
+        entry = Entry(self.length, time, kind, charter, data, strict_json(header)["privacy"], leaf, before, self.root)
         self.entries.append(entry)
         if self._counter is not None:
             try:
@@ -419,8 +421,14 @@ def _genesis_key(line: bytes) -> str:
         raise MessageError("the first entry names no key") from err
 
 
-def _parse(line: bytes, tree: Tree, key: str) -> Entry:
-    """The next entry of a ledger; `tree` grows by it."""
+def read_entry(line: bytes, key: str) -> Entry:
+    """One entry by itself: its owner signed it, and the body, where there is one, is the one that was signed.
+
+    Its place is what its header says; `root` is empty: only the tree can tell.
+
+    Raises:
+        MessageError: it is not so.
+    """
     envelope, whole = _split(line)
     if len(envelope.signatures) != 1:
         raise MessageError("an entry has exactly one signature")
@@ -431,26 +439,33 @@ def _parse(line: bytes, tree: Tree, key: str) -> Entry:
     if type(header["v"]) is not int or header["v"] != VERSION:
         raise MessageError(f"an entry of an unknown version ({header['v']!r})")
     seq, privacy = header["seq"], header["privacy"]
-    if type(seq) is not int or seq != tree.size:
-        raise MessageError(f"sequence number {seq!r}, wanted {tree.size}: entries are missing or out of order")
-    if header["root"] != tree.root().hex():
-        raise MessageError("does not follow the lines above it: entries were edited, dropped or reordered")
+    if type(seq) is not int or seq < 0:
+        raise MessageError(f"sequence number {seq!r}")
     if not (privacy is None or isinstance(privacy, dict)) or canonical(header) != envelope.payload:
         raise MessageError("a header in an unusual layout")
     leaf = leaf_hash(envelope.payload)
     if whole is None:
-        time, kind, charter, data = "", UNDISCLOSED, None, {}
-    else:
-        if sha256(whole) != header["body_sha256"]:
-            raise MessageError("another body than was signed")
-        body = strict_json(whole)
-        if not isinstance(body, dict) or set(body) != {"salt", "time", "type", "charter", "data"}:
-            raise MessageError("a body with other fields than salt, time, type, charter, data")
-        time, kind, charter, data = body["time"], body["type"], body["charter"], body["data"]
-        texts = isinstance(time, str) and isinstance(kind, str) and isinstance(body["salt"], str)
-        if not (texts and isinstance(data, dict) and (charter is None or isinstance(charter, str))):
-            raise MessageError("a body with fields of the wrong type")
-        if kind == UNDISCLOSED:
-            raise MessageError("an entry of no type")
-    tree.append(leaf)
-    return Entry(seq, time, kind, charter, data, privacy, leaf, tree.root().hex())
+        return Entry(seq, "", UNDISCLOSED, None, {}, privacy, leaf, header["root"], "")
+    if sha256(whole) != header["body_sha256"]:
+        raise MessageError("another body than was signed")
+    body = strict_json(whole)
+    if not isinstance(body, dict) or set(body) != {"salt", "time", "type", "charter", "data"}:
+        raise MessageError("a body with other fields than salt, time, type, charter, data")
+    time, kind, charter, data = body["time"], body["type"], body["charter"], body["data"]
+    texts = isinstance(time, str) and isinstance(kind, str) and isinstance(body["salt"], str)
+    if not (texts and isinstance(data, dict) and (charter is None or isinstance(charter, str))):
+        raise MessageError("a body with fields of the wrong type")
+    if kind == UNDISCLOSED:
+        raise MessageError("an entry of no type")
+    return Entry(seq, time, kind, charter, data, privacy, leaf, header["root"], "")
+
+
+def _parse(line: bytes, tree: Tree, key: str) -> Entry:
+    """The next entry of a ledger; `tree` grows by it."""
+    entry = read_entry(line, key)
+    if entry.seq != tree.size:
+        raise MessageError(f"sequence number {entry.seq}, wanted {tree.size}: entries are missing or out of order")
+    if entry.before != tree.root().hex():
+        raise MessageError("does not follow the lines above it: entries were edited, dropped or reordered")
+    tree.append(entry.leaf)
+    return replace(entry, root=tree.root().hex())

@@ -164,7 +164,7 @@ class Site:
             self.ledger,
             simulated=self.simulated,
             law=SiteLaw(
-                SiteSettings(**{"allow_unprotected": self.allow_unprotected, **self.rules}), self.control, "tiny"
+                SiteSettings(**{"allow_unprotected": self.allow_unprotected, **self.rules}), self.control, ("tiny",)
             ),
         )
         for signed in charters:
