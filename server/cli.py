@@ -174,6 +174,14 @@ def _log(log: EventLog, run_id: str, event: str, facts: dict[str, Any]) -> None:
             log.log("closed", run=run_id, reason=facts["why"])
         case "undelivered":
             log.log("undelivered", run=run_id, partner=facts["partner"], state=facts["answer"].outcome)
+        case "contradiction":
+            log.log("ledger contradicts an earlier head", run=run_id, partner=facts["partner"])
+
+
+CONTRADICTION = (
+    "{partner}: its ledger of {length} entries does not extend what it signed before: rolled back or forked; both heads are kept "
+    "for an auditor"
+)
 
 
 def _line(event: str, facts: dict[str, Any], quiet: bool) -> None:
@@ -184,6 +192,8 @@ def _line(event: str, facts: dict[str, Any], quiet: bool) -> None:
     elif event == "answer" and facts["answer"].outcome in ("invalid", "timeout", "failed"):
         answer = facts["answer"]
         _say(f"{facts['partner']}: {facts['kind']}: {answer.outcome} {answer.detail}", "yellow")
+    elif event == "contradiction":
+        _say(CONTRADICTION.format(**facts), "bold red")
     elif event == "waiting" and not quiet:
         _say(f"waiting up to {facts['wait_s']:g} s for {', '.join(facts['partners'])} on port {facts['port']}")
     elif event == "done" and not quiet:
@@ -240,6 +250,8 @@ def _trouble(partners: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"refused: {no['reason']}: {no['detail']}"
         if (answer := partner["answer"]) and answer["outcome"] in ("invalid", "failed"):
             yield name, f"{answer['kind']}: {answer['outcome']}: {answer['detail']}"
+        if partner["contradiction"] is not None:
+            yield name, f"its ledger of {partner['contradiction']} entries does not extend what it signed before"
         if partner["undelivered"] is not None:
             yield name, f"has not got the model: {partner['undelivered']}"
 

@@ -55,7 +55,9 @@ class Status:
             "why": "",
             "round": 0,
             "metrics": {},
-            "partners": {name: {"answer": None, "refused": None, "undelivered": None} for name in partners},
+            "partners": {
+                name: {"answer": None, "refused": None, "undelivered": None, "contradiction": None} for name in partners
+            },
         }
 
     def notify(self, event: str, **facts: Any) -> None:
@@ -85,6 +87,8 @@ class Status:
                 case "undelivered":
                     answer = facts["answer"]
                     state["partners"][facts["partner"]]["undelivered"] = answer.detail or answer.outcome
+                case "contradiction":
+                    state["partners"][facts["partner"]]["contradiction"] = facts["length"]
                 case "done":
                     state["metrics"] = dict(facts["metrics"]) or state["metrics"]
         self._changed.set()

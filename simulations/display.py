@@ -65,6 +65,8 @@ class Display:
             case "refused":
                 refusal = facts["refusal"]
                 self._say(f"{refusal.partner} refused: {refusal.reason}: {refusal.detail}", "yellow")
+            case "contradiction":
+                self._say(f"{facts['partner']}: its ledger does not extend what it signed before", "bold red")
             case "recovered":
                 self._say(
                     f"{facts['ledger']}: cut off a torn last line ({facts['torn_bytes']} bytes) left by a crash",

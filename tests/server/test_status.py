@@ -31,6 +31,7 @@ def test_events_are_in_the_file_soon_after(tmp_path):
         kept.notify("answer", partner="ada", round=2, kind="train", answer=Answer("id", "ok", "0" * 64))
         no = Refusing("ben", "r1", None, "not approved", "waits for approval")
         kept.notify("refused", refusal=no)
+        kept.notify("contradiction", partner="ben", length=7)
         kept.notify("undelivered", partner="ben", answer=Answer("id", "timeout"))
         kept.notify("done", round=2, metrics={"auc": 0.5}, seconds=1.0)
         deadline = time.monotonic() + 1.5  # less than EVERY_S: the events wake it
@@ -45,6 +46,7 @@ def test_events_are_in_the_file_soon_after(tmp_path):
         assert found["partners"]["ben"]["connected"] is None
         assert found["partners"]["ben"]["refused"] == {"round": None, "reason": "not approved", "detail": no.detail}
         assert found["partners"]["ben"]["undelivered"] == "timeout"
+        assert found["partners"]["ben"]["contradiction"] == 7
         kept.phase("completed")
     assert read_status(path)["phase"] == "completed"
 
