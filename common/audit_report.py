@@ -61,6 +61,7 @@ BECAUSE = {
     Refusal.WITHDRAWN: "it withdrew from the federation",
     Refusal.COHORT: "fewer partners take part than its site asks for",
     Refusal.RESTORED: "it was restored from a backup, and what was spent is not proved",
+    Refusal.ROLLED_BACK: "its ledger is older than a head that it signed: it lost entries, or was set back",
 }
 
 _MECHANISMS = {"poisson-gaussian/1": "Gaussian noise", "none/1": "NO PROTECTION"}

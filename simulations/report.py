@@ -11,52 +11,20 @@ from __future__ import annotations
 import bisect
 import math
 import shlex
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from ..common.errors import Refusal
+from ..common.audit_report import BECAUSE
 from ..common.identity import write_whole
-
-_T = TypeVar("_T")
+from ..common.page import Axis, environment, exact, finite, number, short, spread, thin
 
 _EACH = 30  # partners drawn and listed one by one; above this, their distribution
 _ALONE = 12  # "one partner alone" lines in the score chart; above this, a band
 _ROWS = 40  # longest table by round
 _POINTS = 400  # longest curve
 _METRICS = {"auc": "AUC", "accuracy": "Accuracy", "brier": "Brier score"}
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-_BECAUSE = {
-    Refusal.BUDGET: "its remaining privacy budget cannot pay for it",
-    Refusal.NOT_HELD: "it is not in the plan that the partner accepted",
-    Refusal.CHARTER_EXPIRED: "the charter has expired",
-    Refusal.CHARTER_UNKNOWN: "it does not know the charter",
-    Refusal.NOT_A_PARTNER: "the request does not come from, or go to, a partner of this charter",
-    Refusal.TASK_CODE: "the task's code is not the code that the charter names",
-    Refusal.UNPROTECTED: "its own policy does not allow training without privacy",
-    Refusal.NOISE: "the noise asked for is too small (a noise multiplier below 0.3)",
-    Refusal.DATA: "its dataset is not usable under this charter",
-    Refusal.REPLAY: "a request id was used again with another content",
-    Refusal.ROUND: "the round or run was out of order",
-    Refusal.SIMULATED: "a simulated charter may not touch a real dataset",
-    Refusal.NUMERIC: "the model it was sent is not finite or has another shape",
-    Refusal.TASK: "its site does not allow this task",
-    Refusal.COORDINATOR: "its site does not allow this coordinator",
-    Refusal.HOURS: "it was outside its site's hours",
-    Refusal.NOT_APPROVED: "nobody at the site approved the run",
-    Refusal.PAUSED: "the site has paused its node",
-    Refusal.WITHDRAWN: "it withdrew from the federation",
-    Refusal.COHORT: "fewer partners take part than its site asks for",
-    Refusal.RESTORED: "it was restored from a backup, and what was spent is not proved",
-}
 
 
 def write_report(path: Path, result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: str) -> None:
@@ -71,121 +39,17 @@ def write_report(path: Path, result: Mapping[str, Any], verdict: Mapping[str, An
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full. Nothing is left behind.
     """
-    environment = Environment(
-        loader=PackageLoader("hansa.simulations"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"fixed": _fixed, "exact": _exact, "short": _short}
-    page = environment.get_template("report.html.j2").render(_view(result, verdict, charter_words))
+    page = environment("hansa.simulations").get_template("report.html.j2").render(_view(result, verdict, charter_words))
     write_whole(path, page.encode())
 
 
 # Values to words.
 
 
-def _clean(value: object) -> object:
-    """Replace what could disguise text: control and bidirectional characters, lone surrogates."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    if value.isascii() and value.isprintable():
-        return value
-    return "".join(
-        "\ufffd" if c in _BIDI or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") else c for c in value
-    )
-
-
-def _number(value: object) -> float | None:
-    """A real number, infinity included; None for what is missing or NaN."""
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        return None
-    return float(value)
-
-
 def _score(value: object) -> float | None:
     """A score: a finite number or None (an infinite AUC means nothing)."""
-    number = _number(value)
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _finite(values: Iterable[object]) -> list[float]:
-    return [x for x in map(_score, values) if x is not None]
-
-
-def _fixed(value: float, digits: int) -> str:
-    """`digits` decimals; small values as 1e-4, infinity in words (missing and unbounded differ)."""
-    if math.isinf(value):
-        return "unbounded"
-    if digits > 2 and value and abs(value) < 10.0 ** (1 - digits):
-        return f"{Decimal(f'{value:.3g}').normalize():e}"
-    return f"{value:,.{digits}f}"
-
-
-def _exact(value: float) -> str:
-    """Every digit: for the sentence that states the guarantee, which must not round ε down."""
-    if math.isinf(value):
-        return "unbounded"
-    number = Decimal(repr(float(value))).normalize()
-    return f"{number:e}" if value and abs(value) < 1e-3 else f"{number:f}"
-
-
-def _short(text: object, cells: int) -> str:
-    """At most `cells` columns wide, an East Asian wide character counted as two."""
-    kept, width = "", 0
-    for c in str(text):
-        width += 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        if width > cells:
-            return kept[:-1] + "…"
-        kept += c
-    return kept
-
-
-# Coordinates.
-
-
-def _thin(items: Sequence[_T], most: int) -> list[_T]:
-    """At most `most` of the items, evenly, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    raw = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-class _Axis:
-    """A linear scale from values to pixels, with its ticks as (pixel, label)."""
-
-    def __init__(self, low: float, high: float, start: float, end: float, ticks: int, whole: bool = False):
-        if high <= low:
-            low, high = low - 0.5, high + 0.5
-        self.low, self.high, self.start, self.end = low, high, start, end
-        values = [t for t in _ticks(low, high, ticks) if not whole or t == int(t)]
-        self.ticks = [(self(t), f"{t:,.10g}") for t in values]
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + min(max(share, 0.0), 1.0) * (self.end - self.start), 1)
-
-
-def _spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Positions near the wanted ones (ascending), at least `gap` apart, inside [low, high] where they fit."""
-    placed: list[float] = []
-    for y in wanted:
-        placed.append(max(y, placed[-1] + gap if placed else low))
-    limit = high
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], limit)
-        limit = placed[i] - gap
-    return placed
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 # The sections.
@@ -206,7 +70,7 @@ def _view(result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: 
     refusals = _pick(result.get("refusals"), "partner", "run_id", "reason", "detail", "round")
     return {
         "run": {k: result.get(k) for k in ("run_id", "name", "task", "created")},
-        "total_s": _number((result.get("timings") or {}).get("total_s")),
+        "total_s": number((result.get("timings") or {}).get("total_s")),
         "charter_sha256": audited or mine,
         "charter_words": charter_words,
         "verified": verified,
@@ -217,7 +81,7 @@ def _view(result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: 
         "claim": _claim(privacy) if private else None,
         # The sentence speaks of each partner: it stands only if the audit found each within it.
         "confirmed": verified and bool(partners) and all(p["confirmed"] and not p["over"] for p in partners),
-        "mechanism": {k: _number(privacy.get(k)) for k in ("noise_multiplier", "clip_norm")},
+        "mechanism": {k: number(privacy.get(k)) for k in ("noise_multiplier", "clip_norm")},
         "evaluation": _pick([result.get("evaluation") or {}], "kind", "rows")[0],
         "scores": _scores(result),
         "budget": _budget(partners) if private else None,
@@ -225,7 +89,7 @@ def _view(result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: 
         "partners": partners,
         "listed": sorted(partners, key=_share, reverse=True)[:20] if len(partners) > _EACH else partners,
         "differences": differences,
-        "refusals": [(r, _BECAUSE.get(r["reason"], r["reason"] or "of a reason not given")) for r in refusals],
+        "refusals": [(r, BECAUSE.get(r["reason"], r["reason"] or "of a reason not given")) for r in refusals],
         "ledger_refusals": sum(p["refusals"] or 0 for p in partners),
         "checked": [(k, checked.get(k)) for k in ("ledgers", "entries", "signatures")],
         "violations": violations,
@@ -243,7 +107,7 @@ def _pick(items: Iterable[Mapping[str, Any]] | None, *keys: str) -> list[dict[st
 
 def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
     """The guarantee in one sentence, or what is missing to call anything differentially private."""
-    epsilon, delta = _number(privacy.get("epsilon")), _number(privacy.get("delta"))
+    epsilon, delta = number(privacy.get("epsilon")), number(privacy.get("delta"))
     stated: dict[str, Any] = {
         "unit": privacy.get("unit"),
         "adjacency": privacy.get("adjacency"),
@@ -258,7 +122,7 @@ def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
     noise = stated["noise placement"]
     placed = "noise added locally before anything leaves" if noise == "local" else f"noise placement “{noise}”"
     sentence = (
-        f"Each partner's updates are {stated['unit']}-level (ε = {_exact(epsilon)}, δ = {_exact(delta)})-"
+        f"Each partner's updates are {stated['unit']}-level (ε = {exact(epsilon)}, δ = {exact(delta)})-"
         f"differentially private under {stated['adjacency']} adjacency, with {placed}; "
         f"adversary: {str(stated['adversary']).rstrip('.')}."
     )
@@ -274,7 +138,7 @@ def _partners(
     rows, differences = [], []
     for name in dict.fromkeys([*reported, *audited]):
         mine, theirs = reported.get(name) or {}, audited.get(name) or {}
-        called = _short(name, 60)
+        called = short(name, 60)
         if name not in audited:
             differences.append(f"{called} is in result.json, but the audit found no ledger of it.")
         if name not in reported:
@@ -287,36 +151,36 @@ def _partners(
             ("epsilon_cap", "ε cap", 1e-9),
             ("delta", "δ", 1e-9),
         ):
-            a, b = _number(mine.get(key)), _number(theirs.get(key))
+            a, b = number(mine.get(key)), number(theirs.get(key))
             row[key] = a if b is None else b
             if b is None and a is not None:
                 row["unaudited"].append(key)
             if a is not None and b is not None and not math.isclose(a, b, rel_tol=tolerance):
                 differences.append(
-                    f"{called}: {words} is {_exact(a)} in result.json and {_exact(b)} by the audit; "
+                    f"{called}: {words} is {exact(a)} in result.json and {exact(b)} by the audit; "
                     "this page shows the audit's."
                 )
         spent, cap = row["epsilon_filter"], row["epsilon_cap"]
         row["over"] = spent is not None and cap is not None and spent > cap
         row["confirmed"] = True
         for key, symbol in (("epsilon_filter", "ε"), ("delta", "δ")):
-            value, stated = _number(theirs.get(key)), _number(privacy.get(key.removesuffix("_filter")))
+            value, stated = number(theirs.get(key)), number(privacy.get(key.removesuffix("_filter")))
             if value is None or stated is None:
                 row["confirmed"] = False
             elif value > stated * (1 + 1e-9) and private:
                 row["confirmed"] = False
                 differences.append(
-                    f"{called}: its ledger stands at {symbol} = {_exact(value)} (by the filter), above the "
-                    f"{symbol} = {_exact(stated)} stated for this run: the ledger covers more than this run, "
+                    f"{called}: its ledger stands at {symbol} = {exact(value)} (by the filter), above the "
+                    f"{symbol} = {exact(stated)} stated for this run: the ledger covers more than this run, "
                     "or the statement is wrong."
                 )
         for key in ("declared_records", "rounds"):
-            row[key] = _number(mine.get(key))
+            row[key] = number(mine.get(key))
         for key in ("entries", "debits", "uncommitted_debits", "refusals"):
-            row[key] = _number(theirs.get(key))
+            row[key] = number(theirs.get(key))
         curve: dict[int, float] = {}
         for point in theirs.get("trajectory") or []:
-            at, charged = _finite([point.get("round")]), _finite([point.get("epsilon_filter")])
+            at, charged = finite([point.get("round")]), finite([point.get("epsilon_filter")])
             if at and charged:
                 # A round that was retried has two entries; what it cost in all is the larger, the later.
                 curve[int(at[0])] = max(charged[0], curve.get(int(at[0]), 0.0))
@@ -334,7 +198,7 @@ def _share(row: Mapping[str, Any]) -> float:
 def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     """Scores by round against the baselines: the chart's coordinates, and the rows of its two tables."""
     by_round = [
-        (int(r["round"]), r.get("metrics") or {}) for r in result.get("rounds") or [] if _finite([r.get("round")])
+        (int(r["round"]), r.get("metrics") or {}) for r in result.get("rounds") or [] if finite([r.get("round")])
     ]
     final = result.get("final") or (by_round[-1][1] if by_round else {})
     baselines = result.get("baselines") or {}
@@ -343,10 +207,10 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     everything = [final, pooled, free, *alone.values(), *(metrics for _, metrics in by_round)]
     columns = [m for m in _METRICS if any(_score(s.get(m)) is not None for s in everything)]
     own = [final, *(metrics for _, metrics in by_round)]
-    metric = next((m for m in ("auc", "accuracy") if _finite(s.get(m) for s in own)), None)
+    metric = next((m for m in ("auc", "accuracy") if finite(s.get(m) for s in own)), None)
     listed = list(alone.items())
     if len(alone) > _ALONE:
-        ranked = sorted((x, name) for name, s in alone.items() for x in _finite([s.get(metric)]))
+        ranked = sorted((x, name) for name, s in alone.items() for x in finite([s.get(metric)]))
         listed = [(ranked[i][1], alone[ranked[i][1]]) for i in (0, (len(ranked) - 1) // 2, -1) if ranked]
     summary = [
         (label, [_score(scores.get(m)) for m in columns], kind)
@@ -354,7 +218,7 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
             ("This run", final, "run"),
             ("Federated, no privacy", free, "free"),
             ("All data pooled", pooled, "pooled"),
-            *((f"{_short(name, 20)} alone", scores, "alone") for name, scores in listed),
+            *((f"{short(name, 20)} alone", scores, "alone") for name, scores in listed),
         ]
         if scores
     ]
@@ -367,7 +231,7 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
         "summary": summary,
         "alone": len(alone),
         "alone_listed": len(listed),
-        "by_round": [(r, [_score(s.get(m)) for m in columns]) for r, s in _thin(by_round, _ROWS)],
+        "by_round": [(r, [_score(s.get(m)) for m in columns]) for r, s in thin(by_round, _ROWS)],
         "pooled": None,
         "free": None,
         "alone_range": None,
@@ -376,12 +240,12 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     if metric is None:
         return view
     view["pooled"], view["free"] = _score(pooled.get(metric)), _score(free.get(metric))
-    alone_scores = sorted((x, name) for name, s in alone.items() for x in _finite([s.get(metric)]))
+    alone_scores = sorted((x, name) for name, s in alone.items() for x in finite([s.get(metric)]))
     if alone_scores:
         view["alone_range"] = (alone_scores[0], alone_scores[-1])
-    if any(_finite([s.get(metric)]) for _, s in by_round):
+    if any(finite([s.get(metric)]) for _, s in by_round):
         view["chart"] = _score_chart(
-            [(r, _score(s.get(metric))) for r, s in _thin(by_round, _POINTS)], view, alone_scores
+            [(r, _score(s.get(metric))) for r, s in thin(by_round, _POINTS)], view, alone_scores
         )
     return view
 
@@ -390,7 +254,7 @@ def _score_chart(
     curve: Sequence[tuple[int, float | None]], view: Mapping[str, Any], alone: Sequence[tuple[float, str]]
 ) -> dict[str, Any]:
     """A curve with gaps where the score is undefined; baselines as lines, labelled at the right edge."""
-    lines = [(x, f"{_short(name, 18)} alone", "alone") for x, name in alone] if len(alone) <= _ALONE else []
+    lines = [(x, f"{short(name, 18)} alone", "alone") for x, name in alone] if len(alone) <= _ALONE else []
     lines += [
         (view[kind], words, kind)
         for kind, words in (("pooled", "all data pooled"), ("free", "federated, no privacy"))
@@ -399,8 +263,8 @@ def _score_chart(
     drawn = [(r, y) for r, y in curve if y is not None]
     seen = [y for _, y in drawn] + [x for x, _, _ in lines] + [x for x, _ in alone]
     pad = max(0.01, 0.06 * (max(seen) - min(seen)))
-    y = _Axis(max(0.0, min(seen) - pad), min(1.0, max(seen) + pad), 290, 20, 5)
-    x = _Axis(curve[0][0], curve[-1][0], 56, 520, 10, whole=True)
+    y = Axis(max(0.0, min(seen) - pad), min(1.0, max(seen) + pad), 290, 20, 5)
+    x = Axis(curve[0][0], curve[-1][0], 56, 520, 10, whole=True)
     path, pen = [], "M"
     for r, value in curve:
         if value is None:
@@ -419,7 +283,7 @@ def _score_chart(
         band = (y(alone[-1][0]), y(alone[0][0]))
         labels.append((y((alone[-1][0] + alone[0][0]) / 2), "partners alone (range)", None, "alone"))
     labels.sort(key=lambda label: label[0])
-    places = _spread([label[0] for label in labels], 24, 292, 16)
+    places = spread([label[0] for label in labels], 24, 292, 16)
     return {
         "x": x,
         "y": y,
@@ -433,14 +297,14 @@ def _score_chart(
 
 def _caps(partners: Sequence[Mapping[str, Any]]) -> list[float]:
     """The distinct caps, or the lowest and the highest when there are many."""
-    caps = sorted(set(_finite(p["epsilon_cap"] for p in partners)))
+    caps = sorted(set(finite(p["epsilon_cap"] for p in partners)))
     return caps if len(caps) <= 3 else [caps[0], caps[-1]]
 
 
 def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """ε against its cap: two bars a partner, or two histograms and their quantiles when there are many."""
     keys = ("epsilon_filter", "epsilon", "epsilon_cap")
-    figures = {key: sorted(_finite(p[key] for p in partners)) for key in keys}
+    figures = {key: sorted(finite(p[key] for p in partners)) for key in keys}
     top = max((values[-1] for values in figures.values() if values), default=0.0)
     if top <= 0:
         return None
@@ -455,7 +319,7 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "caps": _caps(partners),
     }
     if len(partners) <= _EACH:
-        x = _Axis(0.0, top * 1.04, 170, 590, 5)
+        x = Axis(0.0, top * 1.04, 170, 590, 5)
         view["x"] = x
         view["bars"] = [
             {
@@ -471,7 +335,7 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return view
     # Bins end at the (highest) cap and include their upper edge: no bar crosses it unless an ε does.
     cap = max(view["caps"], default=top)
-    x, width = _Axis(0.0, top * 1.04, 56, 740, 8), max(cap, top / 5) / 20
+    x, width = Axis(0.0, top * 1.04, 56, 740, 8), max(cap, top / 5) / 20
     histograms = []
     for key, words in (("epsilon_filter", "ε by the filter"), ("epsilon", "ε by the odometer")):
         counts = Counter(max(0, math.ceil(value / width - 1e-12) - 1) for value in figures[key])
@@ -512,15 +376,15 @@ def _trajectory(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     top = 1.08 * (max([*caps, *(curve[-1][1] for curve in curves), *(v for c in curves for _, v in c)]) or 1.0)
     view: dict[str, Any] = {"panels": None, "first": rounds[0], "last": rounds[-1], "caps": caps}
     if len(partners) <= _EACH:
-        x, y = _Axis(rounds[0], rounds[-1], 34, 172, 4, whole=True), _Axis(0.0, top, 112, 26, 4)
-        shown = _thin(rounds, 10)
+        x, y = Axis(rounds[0], rounds[-1], 34, 172, 4, whole=True), Axis(0.0, top, 112, 26, 4)
+        shown = thin(rounds, 10)
         view |= {"x": x, "y": y, "shown": shown}
         view["panels"] = [
             {
                 "name": p["name"],
                 "left": 190 * (i % 4),
                 "top": 150 * (i // 4),
-                "path": _steps(_thin(p["trajectory"], _POINTS), x, y),
+                "path": _steps(thin(p["trajectory"], _POINTS), x, y),
                 "end": (x(p["trajectory"][-1][0]), y(p["trajectory"][-1][1])) if p["trajectory"] else None,
                 "cap": None if p["epsilon_cap"] is None else y(p["epsilon_cap"]),
                 "row": [_at(p["trajectory"], r) for r in shown],
@@ -528,13 +392,13 @@ def _trajectory(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             for i, p in enumerate(partners)
         ]
         return view
-    x, y = _Axis(rounds[0], rounds[-1], 56, 740, 10, whole=True), _Axis(0.0, top, 200, 16, 5)
+    x, y = Axis(rounds[0], rounds[-1], 56, 740, 10, whole=True), Axis(0.0, top, 200, 16, 5)
     spread = []
-    for r in _thin(rounds, 200):
+    for r in thin(rounds, 200):
         values = sorted(v for v in (_at(curve, r) for curve in curves) if v is not None)
         spread.append((r, len(values), values[0], values[(len(values) - 1) // 2], values[-1]))
     low, median, high = (_steps([(s[0], s[k]) for s in spread], x, y) for k in (2, 3, 4))
-    view |= {"x": x, "y": y, "low": low, "median": median, "high": high, "table": _thin(spread, 12)}
+    view |= {"x": x, "y": y, "low": low, "median": median, "high": high, "table": thin(spread, 12)}
     return view
 
 
@@ -544,7 +408,7 @@ def _at(curve: Sequence[tuple[int, float]], r: int) -> float | None:
     return curve[i - 1][1] if i else None
 
 
-def _steps(curve: Sequence[tuple[int, float]], x: _Axis, y: _Axis) -> str:
+def _steps(curve: Sequence[tuple[int, float]], x: Axis, y: Axis) -> str:
     """An SVG path: ε stays where it is until the next round is charged."""
     if not curve:
         return ""

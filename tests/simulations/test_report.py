@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hansa.common.audit_report import BECAUSE
 from hansa.common.errors import OutputError, Refusal
 from hansa.simulations import report
 
@@ -461,7 +462,7 @@ def test_every_refusal_has_words(write: Write, result: Any, verdict: Any, reason
     page = write(result, verdict)
     found = re.search(r"hungary refused run r, round 4, because (.+?)\. The audited", page.text)
     assert found
-    assert found[1] == report._BECAUSE[reason]
+    assert found[1] == BECAUSE[reason]
 
 
 def test_a_thousand_partners(tmp_path: Path, result: Any, verdict: Any) -> None:
