@@ -22,6 +22,7 @@ from .identity import (
     read_envelope,
     sha256,
     strict_json,
+    verify,
     write_envelope,
 )
 from .ledger import Ledger
@@ -52,8 +53,7 @@ class Head:
         """With one signature more; nothing changes where it has it already."""
         if identity.key in self.signers:
             return self
-        envelope = read_envelope(self.sealed, HEAD_TYPE)
-        return self.with_signature(identity.key, identity.sign(HEAD_TYPE, envelope.payload))
+        return self._with(identity.key, identity.sign(HEAD_TYPE, read_envelope(self.sealed, HEAD_TYPE).payload))
 
     def with_signature(self, key: str, signature: bytes) -> Head:
         """With a signature that somebody else made.
@@ -63,9 +63,25 @@ class Head:
         """
         if key in self.signers:
             return self
+        verify(key, HEAD_TYPE, read_envelope(self.sealed, HEAD_TYPE).payload, signature)
+        return self._with(key, signature)
+
+    def joined(self, other: Head) -> Head:
+        """With the signatures of both; they state the same.
+
+        Raises:
+            MessageError: they do not.
+        """
+        if read_envelope(self.sealed, HEAD_TYPE).payload != read_envelope(other.sealed, HEAD_TYPE).payload:
+            raise MessageError("signatures under different heads")
+        made = self
+        for key in other.signers:
+            made = made if key in made.signers else made._with(key, other.signature(key))
+        return made
+
+    def _with(self, key: str, signature: bytes) -> Head:
         envelope = read_envelope(self.sealed, HEAD_TYPE)
         made = Envelope(HEAD_TYPE, envelope.payload, (*envelope.signatures, (key, signature)))
-        made.signed_by(key)
         return Head(self.owner, self.ledger_id, self.length, self.root, write_envelope(made), (*self.signers, key))
 
     def signature(self, key: str) -> bytes:

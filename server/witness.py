@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..common.errors import MessageError
-from ..common.heads import Head, KeptHeads
+from ..common.heads import Head, KeptHeads, sign_head
 from ..common.identity import Identity
 from ..common.ledger import Ledger
-from ..common.witness import Asked, asking, standing, telling, told, with_signatures
+from ..common.witness import Asked, asking, standing, told, with_signatures
 
 WITNESSES = 2
 """Partners, other than its owner, that are asked to sign a head; fewer where there are fewer."""
@@ -39,9 +39,9 @@ class Witnessing:
         self._kept = kept
         self._keys = dict(keys)
         self._notify = notify
-        self._stands: dict[
-            tuple[str, str], int
-        ] = {}  # (owner, witness) -> length, where a witness is ahead of what is kept
+        self._offered: dict[str, Head] = {}  # by what was sent, so that what was read once is not read again
+        # (owner, witness) -> length, where a witness is ahead of what is kept here.
+        self._stands: dict[tuple[str, str], int] = {}
 
     def next_round(self, cohort: Sequence[str], replies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """By partner of the cohort: the field `witness` of its next request.
@@ -58,15 +58,17 @@ class Witnessing:
                 heads[owner] = told(fields.get("head"), self._keys, owner)
             except MessageError:
                 continue  # no head is a tail
-        mine = telling(me, self._ledger, self._since(me.name))
-        heads[me.name] = told(mine, self._keys, me.name)
-        signed: dict[str, Head] = {}
-        for owner, (head, proofs) in heads.items():
-            before = self._kept.newest(owner)
-            found = self._kept.witness([(head, proofs.get(before.length, []) if before else [])])
-            if owner not in found:
+        proofs = {length: self._ledger.consistency(length) for length in self._since(me.name)}
+        heads[me.name] = sign_head(me, self._ledger), proofs
+        before = {owner: self._kept.newest(owner) for owner in heads}
+        signed = self._kept.witness(
+            (head, proofs.get(last.length, []) if (last := before[owner]) else [])
+            for owner, (head, proofs) in heads.items()
+        )
+        for owner, (head, _) in heads.items():
+            if owner not in signed:
                 self._notify("contradiction", partner=owner, length=head.length)
-            signed |= found
+        self._offered = {head.sealed.decode(): head for head in signed.values()}
         offers: dict[str, list[tuple[Head, list[str]]]] = {name: [] for name in cohort}
         for owner, head in signed.items():
             for witness in _others(owner, cohort):
@@ -85,15 +87,21 @@ class Witnessing:
         gathered: dict[str, Head] = {}
         for witness, fields in replies.items():
             try:
-                offered = {head.owner: head for head, _ in Asked.parse(asked.get(witness), self._keys, witness).heads}
+                offered = {head.owner: head for head in self._heads_in(asked.get(witness), witness)}
                 for owner, length in standing(fields.get("stands"), offered).items():
                     self._stands[owner, witness] = length
                 for owner, head in with_signatures(fields.get("witnessed"), offered, self._keys[witness]).items():
-                    so_far = gathered.get(owner, offered[owner])
-                    gathered[owner] = so_far.with_signature(self._keys[witness], head.signature(self._keys[witness]))
+                    gathered[owner] = gathered[owner].joined(head) if owner in gathered else head
             except MessageError:
                 continue
         self._kept.keep(gathered.values())
+
+    def _heads_in(self, asked: Any, witness: str) -> list[Head]:
+        """The heads that a request offered; after a restart they are read from it again."""
+        try:
+            return [self._offered[sealed] for sealed, _ in asked["heads"]]
+        except (KeyError, TypeError):
+            return [head for head, _ in Asked.parse(asked, self._keys, witness).heads]
 
     def _since(self, owner: str) -> list[int]:
         """Where everybody who may be asked to sign stands with this owner's ledger."""
