@@ -131,7 +131,7 @@ def test_budget_refuses_nonsense(epsilon: float, delta: float) -> None:
 def test_shares_never_exceed_delta_and_budget_round_trips(epsilon: float, delta: float) -> None:
     budget = Budget.create(epsilon, delta)
     assert sum(map(Fraction, (*(s for _, s in budget.orders), budget.gaussian_delta))) <= Fraction(delta)
-    assert budget.gaussian_delta == delta / 2
+    assert 0.0 < budget.gaussian_delta <= delta / 2
     assert 3 <= len(budget.orders) <= 5
     assert Budget.from_fields(budget.to_fields()) == budget
 
@@ -264,8 +264,8 @@ def test_gaussian_epsilon_inverts_the_exact_curve(mu: float, epsilon: float) -> 
     assert found == pytest.approx(epsilon, rel=1e-6)
 
 
-def test_full_batch_admits_nine_tenths_of_exact_composition() -> None:
-    """DESIGN section 5: exact branch with δ/2 at ε = 1, δ = 1e-4 admits about 0.90 of μ²."""
+def test_full_batch_admits_enough_of_exact_composition() -> None:
+    """At least 0.85 of μ² is promised; the share of δ is chosen for 0.865."""
 
     def largest(fits: object) -> float:
         low, high = 0.0, 10.0
@@ -276,7 +276,7 @@ def test_full_batch_admits_nine_tenths_of_exact_composition() -> None:
 
     exact = largest(lambda mu: accounting._gaussian_epsilon(mu**2, 1e-4) <= 1.0)
     admitted = largest(lambda mu: 1 / mu > 0.3 and BUDGET.admits([PrivacyEvent(1.0, 1 / mu, 1)]))
-    assert (admitted / exact) ** 2 == pytest.approx(0.90, abs=0.01)
+    assert (admitted / exact) ** 2 == pytest.approx(0.865, abs=0.002)
 
 
 # -------------------------------------------------------------------------------------------------------- calibration
