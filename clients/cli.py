@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,12 +14,12 @@ from ..common.cli import Format, FormatOption, passphrase_for, plain, show_json
 from ..common.errors import ConfigError, HansaError
 from ..common.home import Home
 from ..common.identity import write_whole
+from . import dataset_cli
 from .bill import budget_report, print_budget
+from .dataset_cli import SettingsArgument, YesOption
 from .law import Control
 from .settings import TEMPLATE, NodeSettings, load_settings
 
-SettingsArgument = Annotated[Path, typer.Argument(help="this partner's node.yaml")]
-YesOption = Annotated[bool, typer.Option("--yes", help="do not ask")]
 _HERE = Path("node.yaml")
 _console = Console(highlight=False, soft_wrap=True, emoji=False)
 
@@ -29,9 +29,7 @@ def commands(app: typer.Typer) -> None:
     node = typer.Typer(
         help="A partner's node: it trains beside the data and refuses what was not agreed.", no_args_is_help=True
     )
-    dataset = typer.Typer(help="The data that this node trains on.", no_args_is_help=True)
-    dataset.command("add")(dataset_add)
-    node.add_typer(dataset, name="dataset")
+    dataset_cli.commands(node)
     for command in (init, check, run, budget, approve, pause, resume, withdraw, export, backup, restore):
         node.command(command.__name__)(command)
     app.add_typer(node, name="node")
@@ -62,97 +60,6 @@ def init(
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def dataset_add(
-    file: Annotated[Path, typer.Argument(help="CSV file of the rows to train on")],
-    task: Annotated[str, typer.Option(help="an installed task: hansa task list")],
-    settings: SettingsArgument = _HERE,
-    public: Annotated[
-        Path | None,
-        typer.Option(help="CSV file of rows that are PUBLIC and not trained on: scores and labels may leave"),
-    ] = None,
-    held_out: Annotated[
-        Path | None,
-        typer.Option(help="instead: rows that are not trained on; only noisy, charged histograms may leave"),
-    ] = None,
-    allow_single_class: Annotated[
-        bool, typer.Option("--allow-single-class", help="all rows may be of one class")
-    ] = False,
-    allow_equal_rows: Annotated[
-        bool, typer.Option("--allow-equal-rows", help="a held-out row may look like one that is trained on")
-    ] = False,
-    yes: YesOption = False,
-    form: FormatOption = Format.TEXT,
-) -> None:
-    """Check rows against the task's schema, say here what was found, and register hiding commitments to them.
-
-    The files stay where they are, and are read again when a run trains. Of this report nothing leaves this machine. Before
-    there is a node.yaml it registers in ./state, where a node.yaml has it by default.
-
-    Example: hansa node dataset add heart.csv --task heart-disease --public public.csv
-    """
-    from ..common.tasks import load_task
-    from .node import DataFiles, register
-
-    if public is not None and held_out is not None:
-        raise ConfigError("--public and --held-out are both given", "Give one of them.")
-    state = Path("state").absolute() if settings == _HERE and not settings.exists() else load_settings(settings).state
-    apart = public or held_out
-    loaded = load_task(task)
-    files = DataFiles(task, file.absolute(), None if apart is None else apart.absolute())
-    found = {str(path): _found(path, loaded) for path in (file, apart) if path is not None}
-    if form is Format.TEXT:
-        for path, one in found.items():
-            _print_found(path, one)
-    if public is not None and not yes:
-        _console.print(
-            plain(
-                f"You declare {found[str(public)]['rows']} rows of {public} PUBLIC: wherever a charter agrees to public "
-            )
-            + "evaluation, their scores and labels leave this node, without noise and outside of any budget."
-        )
-        typer.confirm("Are they public?", abort=True)
-    dataset = register(
-        state,
-        files,
-        loaded,
-        public=public is not None,
-        allow_single_class=allow_single_class,
-        allow_equal_rows=allow_equal_rows,
-    )
-    kept = {"dataset": dataset.dataset_id, "commitment": dataset.commitment, "held_out": dataset.held_out}
-    if form is Format.JSON:
-        show_json({"task": task, "files": found, **kept})
-        return
-    _console.print(plain(f"Registered as dataset {dataset.dataset_id} in {state}; held out: {dataset.held_out}."))
-    _console.print("What others see of it is its commitment, which tells them nothing; the numbers above stay here.")
-
-
-def _found(path: Path, task: Any) -> dict[str, Any]:
-    from ..common.tasks.schema import TableSchema, parse_table
-
-    if not isinstance(task.schema, TableSchema):
-        raise ConfigError(
-            f"task {task.name} takes arrays, not a table", "Only tasks with a table schema read CSV files."
-        )
-    table = parse_table(path, task.schema)
-    return {
-        "rows": len(table.y),
-        "classes": {label: int((table.y == index).sum()) for index, label in enumerate(task.classes)},
-        "missing": {column: count for column, count in table.missing.items() if count},
-        "ignored_columns": list(table.ignored),
-    }
-
-
-def _print_found(path: str, found: dict[str, Any]) -> None:
-    _console.print(plain(f"{path}: {found['rows']} rows fit the schema"))
-    for title, counts in (("classes", found["classes"]), ("missing cells", found["missing"])):
-        if counts:
-            _console.print(plain(f"  {title}: " + ", ".join(f"{name} {count}" for name, count in counts.items())))
-    if found["ignored_columns"]:
-        names = plain(", ".join(found["ignored_columns"]))
-        _console.print(f"  [yellow]columns that the schema does not name, not used:[/] {names}")
 
 
 def check(settings: SettingsArgument = _HERE, form: FormatOption = Format.TEXT) -> int:

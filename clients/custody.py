@@ -295,11 +295,15 @@ def _fitting(settings: NodeSettings, staged: Path, archive: Path) -> list[Entry]
     here = Home(settings.home)
     if (settings.home / "identity.json").exists() and here.key() != key:
         raise IdentityError(f"{settings.home}: holds another identity than the backup of {name}", "Give another home.")
-    registration = staged / "state" / "dataset.json"
-    if settings.registration.exists() and _dataset(settings.registration) != _dataset(registration):
-        raise LedgerError(
-            f"{settings.state}: another dataset is registered there", "Restore into another state folder."
-        )
+    theirs = {path.parent.name: _dataset(path) for path in (staged / "state" / "datasets").glob("*/dataset.json")}
+    recorded = {entry.body["dataset"] for entry in entries if entry.type == "dataset"}
+    if not recorded <= set(theirs.values()):
+        raise DataError(f"{archive}: not a whole backup: a registration is missing", _NOT_OURS)
+    for path in (settings.state / "datasets").glob("*/dataset.json"):
+        if theirs.get(path.parent.name, _dataset(path)) != _dataset(path):
+            raise LedgerError(
+                f"{path.parent}: another data set is registered there", "Restore into another state folder."
+            )
     if settings.ledger.exists():
         there, _ = read_ledger(settings.ledger, key)
         if len(there) > len(entries):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import hmac
 import json
@@ -9,6 +10,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ __all__ = [
     "csv_files",
     "csv_source",
     "fingerprint",
+    "look_alike",
+    "raw_records",
     "rows_in_both",
     "split_rows",
+    "timestamp",
 ]
 
 
@@ -130,6 +135,33 @@ def rows_in_both(split: Split) -> list[int]:
     return [number for number, row in enumerate(_row_bytes(split.held_out), start=1) if row in known]
 
 
+def look_alike(rows: Rows, others: Rows) -> list[int]:
+    """Which of `rows` (from 1) have the features of one of `others`, whatever their class: a corrected label is no other record."""
+    if rows.x.shape[1:] != others.x.shape[1:]:
+        return []
+    known = set(_feature_bytes(others))
+    return [number for number, row in enumerate(_feature_bytes(rows), start=1) if row in known]
+
+
+def raw_records(path: Path) -> list[frozenset[tuple[str, str]]]:
+    """The records of a CSV file as (column, cell) pairs, empty cells left out: to compare files of different tasks.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            head, *records = [[cell.strip() for cell in record] for record in csv.reader(file) if record]
+    except (OSError, ValueError, csv.Error) as err:
+        raise DataError(f"{path}: cannot be read", "Give a CSV file with a header line.") from err
+    return [frozenset((c, cell) for c, cell in zip(head, record, strict=False) if cell) for record in records]
+
+
+def _feature_bytes(rows: Rows) -> Iterator[bytes]:
+    features = np.ascontiguousarray(rows.x.numpy(), "<f4") + np.float32(0)  # -0.0 becomes 0.0
+    return (features[number].tobytes() for number in range(len(rows)))
+
+
 def _row_bytes(rows: Rows) -> Iterator[bytes]:
     features, labels = np.ascontiguousarray(rows.x.numpy(), "<f4"), rows.y.numpy().astype("<i8")
     return (features[number].tobytes() + labels[number].tobytes() for number in range(len(rows)))
@@ -168,6 +200,7 @@ class RegisteredDataset:
         dataset_id: 16 random bytes, hex.
         lineage: 16 random bytes, hex: what the budget belongs to. Versions and overlapping data sets share it.
         declared: what its owner says of its records.
+        registered: when, UTC: data sets of one node stand in this order.
         commitment: hex HMAC-SHA256 over the fingerprint of the training rows. Its 32-byte key is random and stays at
             the node, so it binds the node and tells nobody else anything (records can be guessed, and a plain hash would
             confirm a guess).
@@ -182,6 +215,7 @@ class RegisteredDataset:
     commitment: str
     held_out: str
     held_out_commitment: str | None
+    registered: str
     _key: bytes = field(repr=False)
     _train_size: int = field(repr=False)
     _source: Callable[[], Split] = field(repr=False)
@@ -200,6 +234,7 @@ class RegisteredDataset:
         public: bool = False,
         lineage: str | None = None,
         declared: Declaration = Declaration(),
+        registered: str | None = None,
     ) -> RegisteredDataset:
         """Read once, check, commit; keep id, key, commitments and size in `folder`/dataset.json (mode 0600).
 
@@ -209,6 +244,7 @@ class RegisteredDataset:
             public: the held-out rows are registered as public: their scores and labels may leave.
             lineage: whose budget it shares; None opens one.
             declared: by the owner; one that is registered already keeps what was declared then.
+            registered: when; None: now.
 
         Raises:
             DataError: rows that are empty, not finite, out of range, of the wrong shape or type, or all of one class
@@ -237,6 +273,7 @@ class RegisteredDataset:
             commitment=_commit(key, task.name, split.train),
             held_out=("public" if public else "private") if some else "none",
             held_out_commitment=_commit(key, task.name, split.held_out) if some else None,
+            registered=(registered or timestamp()) if kept is None else kept["registered"],
             _key=key,
             _train_size=len(split.train),
             _source=source,
@@ -246,8 +283,8 @@ class RegisteredDataset:
         if kept is not None and dataset._content() != kept:
             raise DataError(
                 f"the data differ from what {path} registered (task {kept['task']!r})",
-                "Its spent budget belongs to those rows under that task, split and seed. Restore them, or "
-                "register the new data in another folder.",
+                "Its spent budget belongs to those rows under that task, split and seed. Restore them, or register the new data "
+                "under another name.",
             )
         if kept is None:
             dataset._save()
@@ -276,6 +313,7 @@ class RegisteredDataset:
             commitment=kept["commitment"],
             held_out=kept["held_out"],
             held_out_commitment=kept["held_out_commitment"],
+            registered=kept["registered"],
             _key=bytes.fromhex(kept["key"]),
             _train_size=kept["train_size"],
             _source=source,
@@ -325,6 +363,7 @@ class RegisteredDataset:
             "commitment": self.commitment,
             "held_out": self.held_out,
             "held_out_commitment": self.held_out_commitment,
+            "registered": self.registered,
             "train_size": self._train_size,
             "ledger_id": self._ledger_id,
         }
@@ -333,7 +372,10 @@ class RegisteredDataset:
         if self._path is not None:
             write_whole(self._path, json.dumps(self._content(), indent=1).encode(), mode=0o600)
 
-    def _is_registered(self, split: Split) -> bool:
+    def is_of(self, split: Split) -> bool:
+        """Whether these are exactly the rows that were registered."""
+        if len(split.train) != self._train_size:
+            return False
         parts = [(split.train, self.commitment)]
         if self.held_out_commitment is not None:
             parts.append((split.held_out, self.held_out_commitment))
@@ -349,10 +391,10 @@ class RegisteredDataset:
         """
         if self._opened is None:
             split = self._source()
-            if not self._is_registered(split):
+            if not self.is_of(split):
                 raise DataError(
                     f"the data of dataset {self.dataset_id} changed after registration",
-                    "Restore the registered rows, or register the new data as another dataset.",
+                    "Restore the registered rows, or register the new ones: hansa node dataset add FILE --version-of NAME",
                 )
             self._opened = split
         return self._opened
@@ -363,6 +405,11 @@ class RegisteredDataset:
         Reads no data. The answer is for the gate at this node; the size itself never leaves.
         """
         return abs(self._train_size - declared) <= tolerance * declared + 1e-9
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the microsecond."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _check(task: Task, what: str, rows: Rows) -> None:
@@ -397,6 +444,7 @@ def _load(path: Path) -> dict[str, Any]:
         if not {"ledger_id", "held_out", "held_out_commitment", "train_size", "lineage"} <= set(kept):
             raise ValueError
         Declaration(**kept["declared"])
+        datetime.fromisoformat(kept["registered"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is not a dataset registration that can be read",

@@ -296,24 +296,29 @@ class Gate:
             )
         for dataset in datasets:
             dataset.bind(self.ledger.entries[0].body["ledger_id"])
-            lineage = self._standing.datasets.get(dataset.dataset_id)
-            if lineage not in (None, dataset.lineage):
-                raise LedgerError(
-                    f"the data set {dataset.dataset_id} is of another lineage in {self.name}'s ledger than registered",
-                    "A registration is never edited. Restore it.",
-                )
-            if lineage is None:
-                declared = dataset.declared
-                opens = declared.kind in ("first", "disjoint")
-                if opens == (dataset.lineage in self._standing.accounts) or (
-                    declared.kind == "first" and self._standing.accounts
-                ):
+            known = self._standing.registered.get(dataset.dataset_id)
+            if known is not None:
+                if known != dataset.describe():
                     raise LedgerError(
-                        f"the data set {dataset.dataset_id} is declared {declared.kind}, which does not fit the ledger",
-                        "A registration is never edited. Restore it, or register the data again.",
+                        f"the data set {dataset.dataset_id} is another in {self.name}'s ledger than registered",
+                        "A registration is never edited. Restore it: hansa node restore BACKUP",
                     )
-                privacy = {"lineage": dataset.lineage, "open": declared.kind} if opens else None
-                self._append("dataset", dataset.describe(), None, privacy)
+                continue
+            declared, accounts = dataset.declared, self._standing.accounts
+            fits = {
+                "first": not accounts,
+                "disjoint": bool(accounts) and dataset.lineage not in accounts,
+                "version": self._standing.datasets.get(declared.of or "") == dataset.lineage,
+                "overlap": self._standing.datasets.get(declared.of or "") == dataset.lineage,
+            }
+            if not fits.get(declared.kind, False) or (declared.kind in ("first", "disjoint")) != (declared.of is None):
+                raise LedgerError(
+                    f"the data set {dataset.dataset_id} is declared {declared.kind}, which does not fit the ledger",
+                    "A registration is never edited. Restore it, or register the data again.",
+                )
+            opens = declared.kind in ("first", "disjoint")
+            privacy = {"lineage": dataset.lineage, "open": declared.kind} if opens else None
+            self._append("dataset", dataset.describe(), None, privacy)
 
     def _check_round(self, request: Manifest, charter: Charter, hold: Hold, purpose: str) -> None:
         rounds = charter.algorithm.rounds

@@ -14,7 +14,7 @@ commands write them, the daemon obeys at its next request. A file that cannot be
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -75,14 +75,13 @@ class SiteLaw:
     """Refuses with a typed reason; what it says depends on settings, clock and folder, never on records.
 
     Args:
-        task: what the dataset was registered for.
+        tasks: what data sets are registered for.
     """
 
-    def __init__(self, site: SiteSettings, control: Control, task: str) -> None:
+    def __init__(self, site: SiteSettings, control: Control, tasks: Collection[str]) -> None:
         self._site = site
         self._control = control
-        self._tasks = (task,) if site.tasks is None else site.tasks
-        self._task = task
+        self._tasks = set(tasks) if site.tasks is None else set(tasks) & set(site.tasks)
 
     def agree(self, charter: Charter) -> None:
         """Return when this site may train under that charter at all.
@@ -91,9 +90,9 @@ class SiteLaw:
             Refused: TASK, COORDINATOR, COHORT or UNPROTECTED.
         """
         site, name, key = self._site, charter.task.name, charter.coordinator.key
-        if name != self._task or name not in self._tasks:
+        if name not in self._tasks:
             raise Refused(
-                Refusal.TASK, f"the charter's task is {name}", "Is it in site.tasks, and the data registered for it?"
+                Refusal.TASK, f"the charter's task is {name}", "Is it in site.tasks, and data registered for it?"
             )
         if site.coordinators is not None and not {key, fingerprint(key).replace(" ", "")} & set(site.coordinators):
             raise Refused(

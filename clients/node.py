@@ -1,17 +1,16 @@
 """The parts of a partner's node, put together from node.yaml, and the daemon that runs them.
 
-    state/dataset.json    what is registered (0600)         state/source.json   where its files are (0600; never logged)
-    state/ledger.jsonl    everything decided and spent      state/outbox/       finished replies, until their run closes
+    state/datasets/       what is registered (registry.py)  state/outbox/       finished replies, until their run closes
+    state/ledger.jsonl    everything decided and spent      state/counter       how long the ledger must be
     state/inbox/          requests that are worked on       state/models/       final models, one folder a run
-    state/control/        what commands tell the daemon (law.py)
+    state/control/        what commands tell the daemon     state/heads/        heads of ledgers that were countersigned
 
-One gate, ledger and dataset; for each charter one ClientApp with a wire of its own, so that no coordinator can speak under
-another's charter.
+One gate and ledger for all data sets; for each charter one ClientApp with a wire of its own, so that no coordinator can speak
+under another's charter.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import secrets
 import signal
@@ -19,27 +18,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..common.charter import SignedCharter
-from ..common.errors import CharterError, ConfigError, DataError, LedgerError, LinkError, Refused
+from ..common.errors import CharterError, ConfigError, LedgerError, LinkError, Refused
 from ..common.events import EventLog
 from ..common.flower import ClientApp, Context, RecordDict
 from ..common.heads import KeptHeads
 from ..common.home import Home
-from ..common.identity import Identity, drop_unfinished, write_whole
+from ..common.identity import Identity, drop_unfinished
 from ..common.ledger import Counter, Ledger
 from ..common.messages import SignedWire
 from ..common.plan import SOFTWARE
-from ..common.tasks import Task, code_sha256, initial_model, load_task
+from ..common.tasks import code_sha256, initial_model
 from .app import Node, make_client_app
-from .datasets import RegisteredDataset, Split, csv_files, rows_in_both
 from .gate import Gate
 from .law import Control, SiteLaw
 from .outbox import Outbox
+from .registry import Registered, Registry, serving
 from .settings import FederationEntry, NodeSettings
 from .training import check_model
 
@@ -79,85 +77,6 @@ class Site:
             heads.close()
 
 
-# -- the registered data -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataFiles:
-    """Where the registered rows are.
-
-    Attributes:
-        held_out: a separate file of rows that are not trained on; None: there are none.
-    """
-
-    task: str
-    data: Path
-    held_out: Path | None
-
-    def source(self, task: Task) -> Callable[[], Split]:
-        """Reads them each time it is called."""
-        return csv_files(self.data, self.held_out, task)
-
-    def save(self, state: Path) -> None:
-        """Keep it beside the registration, mode 0600."""
-        held_out = None if self.held_out is None else str(self.held_out)
-        said = {"task": self.task, "data": str(self.data), "held_out": held_out}
-        write_whole(state / "source.json", json.dumps(said).encode(), mode=0o600)
-
-    @classmethod
-    def load(cls, state: Path) -> DataFiles:
-        """What `save` kept.
-
-        Raises:
-            DataError: nothing is registered, or the file is damaged.
-        """
-        hint = "Register the data (the same again is fine): hansa node dataset add FILE.csv --task TASK"
-        try:
-            said = json.loads((state / "source.json").read_bytes())
-            return cls(said["task"], Path(said["data"]), None if said["held_out"] is None else Path(said["held_out"]))
-        except FileNotFoundError:
-            raise DataError(f"{state}: no data is registered", hint) from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{state / 'source.json'}: does not say where the data is", hint) from None
-
-
-def register(
-    state: Path, files: DataFiles, task: Task, *, public: bool, allow_single_class: bool, allow_equal_rows: bool
-) -> RegisteredDataset:
-    """Check rows, commit to them, and remember where they are. The same rows again, also from other places, are fine.
-
-    Args:
-        public: the owner declared the held-out rows public.
-        allow_equal_rows: a held-out row may equal one to train on: two records that look the same.
-
-    Raises:
-        DataError: rows that cannot be used, or another dataset is registered in `state`.
-        LedgerError: `state` has a ledger whose registration is lost.
-        OutputError: it cannot be written.
-    """
-    if (state / "ledger.jsonl").exists() and not (state / "dataset.json").exists():
-        raise LedgerError(
-            f"{state}: holds a ledger, but not the registration that its budget belongs to",
-            "Restore dataset.json from a backup, or register the data in another state folder.",
-        )
-    read = files.source(task)
-
-    def apart() -> Split:
-        split = read()
-        if not allow_equal_rows and (both := rows_in_both(split)):
-            first = ", ".join(map(str, both[:10])) + (", ..." if len(both) > 10 else "")
-            raise DataError(
-                f"{len(both)} row(s) of {files.held_out} stand in {files.data} as well (rows {first})",
-                "A record is either trained on or held out: remove it from one of the files. If they are different "
-                "records that look the same: --allow-equal-rows",
-            )
-        return split
-
-    dataset = RegisteredDataset.register(task, apart, state, allow_single_class, public=public)
-    files.save(state)
-    return dataset
-
-
 # -- putting it together -------------------------------------------------------------------------------------------------
 
 
@@ -173,16 +92,15 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
     """
     home = Home(settings.home)
     identity = home.identity(passphrase)
-    files = DataFiles.load(settings.state)
-    task = load_task(files.task)
-    dataset = RegisteredDataset.load(task, files.source(task), settings.state)
+    known = Registry(settings.state).some()
     charters = [(entry, SignedCharter.load(entry.charter)) for entry in settings.federations]
     if len({signed.sha256 for _, signed in charters}) < len(charters):
         raise ConfigError("two entries of federations are the same charter", "List each charter once.")
-    model = initial_model(task, 0)  # its weights come with each request
-    check_model(model)
-    law = SiteLaw(settings.site, Control(settings.control), task.name)
-    ledger = _ledger(settings, identity, dataset)
+    models = {one.task.name: initial_model(one.task, 0) for one in known}  # their weights come with each request
+    for model in models.values():
+        check_model(model)
+    law = SiteLaw(settings.site, Control(settings.control), models)
+    ledger = _ledger(settings, identity, known)
     kept: list[KeptHeads] = []
     try:
         # The ledger's lock is ours now: nobody else writes these.
@@ -193,7 +111,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
         gate = Gate(
             identity.name,
             identity.key,
-            [dataset],
+            [one.dataset for one in known],
             ledger,
             simulated=settings.simulated,
             law=law,
@@ -203,7 +121,8 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
         for entry, signed in charters:
             about = {"federation": signed.charter.name, "charter": signed.sha256}
             try:
-                gate.accept(signed, dataset, code_sha256(task.name))
+                served = serving(known, signed.charter, entry.dataset)
+                gate.accept(signed, served.dataset, code_sha256(served.task.name))
             except (CharterError, Refused) as err:
                 reason = err.reason.value if isinstance(err, Refused) else err.message
                 log.log("charter refused", reason=reason, **about)
@@ -217,12 +136,12 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
             wire = SignedWire(
                 identity, {signed.charter.coordinator.name: signed.charter.coordinator.key}, signed.sha256
             )
-            heads = KeptHeads(settings.state / "heads" / f"{signed.sha256}.jsonl", identity, signed.charter.keys())
+            heads = KeptHeads(settings.heads / f"{signed.sha256}.jsonl", identity, signed.charter.keys())
             kept.append(heads)
             node = Node(
-                task,
-                model,
-                dataset,
+                served.task,
+                models[served.task.name],
+                served.dataset,
                 gate,
                 wire,
                 coordinator=signed.charter.coordinator.name,
@@ -242,11 +161,12 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
     return Site(identity, gate, ledger, tuple(joined), tuple(kept))
 
 
-def _ledger(settings: NodeSettings, identity: Identity, dataset: RegisteredDataset) -> Ledger:
-    if dataset.bound and not settings.ledger.exists():
+def _ledger(settings: NodeSettings, identity: Identity, known: list[Registered]) -> Ledger:
+    begun = settings.counter.exists() or any(one.dataset.bound for one in known)
+    if begun and not settings.ledger.exists():
         # Before a new one is made: nothing could be restored over that.
         raise LedgerError(
-            f"{settings.ledger}: missing, and it holds what the registered dataset has spent",
+            f"{settings.ledger}: missing, and it holds what the registered data has spent",
             "Restore it: hansa node restore BACKUP",
         )
     genesis = {

@@ -10,16 +10,16 @@ from datetime import UTC, datetime, timedelta
 
 from ..common.certificates import RevocationList, check_chain, check_peer, read_endorsement
 from ..common.charter import SignedCharter
-from ..common.errors import ConfigError, HansaError, LedgerError, OutputError
+from ..common.errors import ConfigError, DataError, HansaError, LedgerError, OutputError
 from ..common.home import Home
-from ..common.ledger import read_ledger
-from ..common.tasks import code_sha256, load_task
-from .datasets import RegisteredDataset
+from ..common.ledger import Counter, read_ledger
+from ..common.tasks import code_sha256
 from .dial import proxy_for, server_certificate
 from .gate import check_charter
 from .law import Control, SiteLaw
-from .node import DataFiles
+from .registry import Registered, Registry, serving, superseded
 from .settings import FederationEntry, NodeSettings
+from .standing import Standing
 
 RENEW_BEFORE = timedelta(days=14)
 """A certificate or charter that ends sooner is a warning."""
@@ -50,14 +50,16 @@ def check(settings: NodeSettings, passphrase: str | None) -> list[Finding]:
     began: list[tuple[str, datetime]] = []
     with report.about("certificate"):
         began += _certificate(report, settings, home)
-    dataset = None
+    known: list[Registered] = []
     with report.about("data"):
-        dataset = _data(report, settings)
+        known = Registry(settings.state).some()
+    for one in known:
+        _data(report, one, known)
     with report.about("ledger"):
-        _ledger(report, settings, home, dataset)
+        _ledger(report, settings, home, known)
     for entry in settings.federations:
         with report.about(f"charter {entry.charter.name}"):
-            began += _charter(report, settings, home, entry, dataset)
+            began += _charter(report, settings, home, entry, known)
     now = datetime.now(UTC)
     if late := [what for what, time in began if time > now + CLOCK]:
         said = f"this machine says {now:%Y-%m-%d %H:%M} UTC, and the {late[0]} was made later"
@@ -103,42 +105,62 @@ def _certificate(report: _Report, settings: NodeSettings, home: Home) -> list[tu
     return [("certificate", found.not_before)]
 
 
-def _data(report: _Report, settings: NodeSettings) -> RegisteredDataset:
-    files = DataFiles.load(settings.state)
-    task = load_task(files.task)
-    dataset = RegisteredDataset.load(task, files.source(task), settings.state)
-    dataset.open()
-    report.ok("data", f"registered for {task.name}, unchanged since")
-    return dataset
+def _data(report: _Report, one: Registered, known: list[Registered]) -> None:
+    """The rows are as they were registered. Of an old version they need not be there: then no data set can be declared later."""
+    name = f"data {one.name}"
+    try:
+        one.dataset.open()
+    except DataError as err:
+        if not superseded(known, one):
+            report.found.append(Finding(name, "FAIL", err.message, err.hint))
+        else:
+            what = f"an old version, and {err.message}"
+            fix = "Put the file back, if data shall ever be registered that was collected later."
+            report.found.append(Finding(name, "warn", what, fix))
+    else:
+        old = ", an old version" if superseded(known, one) else ""
+        report.ok(name, f"registered for {one.task.name}, unchanged since{old}")
 
 
-def _ledger(report: _Report, settings: NodeSettings, home: Home, dataset: RegisteredDataset | None) -> None:
+def _ledger(report: _Report, settings: NodeSettings, home: Home, known: list[Registered]) -> None:
     if not settings.ledger.exists():
-        if dataset is not None and dataset.bound:
+        if settings.counter.exists() or any(one.dataset.bound for one in known):
             raise LedgerError(f"{settings.ledger}: missing", "Restore it: hansa node restore BACKUP")
         report.ok("ledger", "none yet; the node makes it when it first starts")
         return
     entries, torn = read_ledger(settings.ledger, home.key())
+    Standing(entries)
+    Counter(settings.counter).compare(entries)
     report.ok(
         "ledger", f"{len(entries)} entries, signed and chained" + (", the last one torn by a crash" if torn else "")
     )
+    recorded = {entry.body["dataset"] for entry in entries if entry.type == "dataset"}
+    if lost := recorded - {one.dataset.dataset_id for one in known}:
+        raise LedgerError(
+            f"the registration of data set {min(lost)} is missing", "Restore it: hansa node restore BACKUP"
+        )
+    if fresh := [one.name for one in known if one.dataset.dataset_id not in recorded]:
+        what = f"not in the ledger yet: {', '.join(fresh)}"
+        report.found.append(Finding("registered", "warn", what, "The node records it when it next starts: restart it."))
 
 
 def _charter(
-    report: _Report, settings: NodeSettings, home: Home, entry: FederationEntry, dataset: RegisteredDataset | None
+    report: _Report, settings: NodeSettings, home: Home, entry: FederationEntry, known: list[Registered]
 ) -> list[tuple[str, datetime]]:
     name = f"charter {entry.charter.name}"
     signed = SignedCharter.load(entry.charter)
     charter = signed.verify(now=datetime.now(UTC))
     report.until(name, f"{charter.name}: signed by everyone, valid", charter.expires, "Agree on a new charter in time.")
-    if dataset is not None:
+    if known:
         with report.about(f"{name}: node"):
+            one = serving(known, charter, entry.dataset)
             check_charter(
-                charter, home.name(), home.key(), dataset, code_sha256(dataset.task), simulated=settings.simulated
+                charter, home.name(), home.key(), one.dataset, code_sha256(one.task.name), simulated=settings.simulated
             )
-            report.ok(f"{name}: node", "this partner's key, the installed task and the size of the data fit it")
+            what = f"this partner's key, the installed task and the size of the data set {one.name} fit it"
+            report.ok(f"{name}: node", what)
         with report.about(f"{name}: site"):
-            SiteLaw(settings.site, Control(settings.control), dataset.task).agree(charter)
+            SiteLaw(settings.site, Control(settings.control), {one.task.name for one in known}).agree(charter)
             report.ok(f"{name}: site", "nothing in it that this site's law refuses")
     with report.about(f"server {entry.server}"):
         who = charter.coordinator

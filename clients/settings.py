@@ -63,22 +63,25 @@ class FederationEntry(Section):
 
     Attributes:
         server: HOST:PORT; the node dials out, nothing dials in.
+        dataset: name of the registered data set to train on, or of one that it is a version of; needed when several fit the
+            charter's task.
         proxy: http://HOST:PORT of an HTTP proxy to dial through; without it the environment's (https_proxy, no_proxy).
     """
 
     charter: Path
     server: Annotated[str, AfterValidator(_address)]
     proxy: Annotated[str, AfterValidator(_proxy)] | None = None
+    dataset: Name | None = None
 
 
 class SiteSettings(Section):
     """The site's own law. Whatever it says, the charters hold as well: it can refuse more and allow nothing more.
 
     Attributes:
-        tasks: the only tasks that may run here; default: the registered dataset's.
+        tasks: the only tasks that may run here; default: those of the registered data sets.
         coordinators: the only coordinators, by identity key or fingerprint; default: those of the listed charters.
-        epsilon_cap: over everything ever spent and held on this dataset, at the asking charter's delta, record level, by
-            the filter; checked when a run is accepted.
+        epsilon_cap: over everything ever spent and held on one lineage of data sets, at the asking charter's delta, record
+            level, by the filter; checked when a run is accepted.
         hours: when runs may begin and rounds be trained, "HH:MM-HH:MM" in UTC, end excluded; it may wrap midnight. A
             round that began within them is finished.
         threads: CPU threads for training.
@@ -111,9 +114,9 @@ class NodeSettings(Section):
 
     Attributes:
         home: the folder of `hansa identity new`.
-        state: ledger, registration, inbox, outbox, models, and what `hansa node` commands tell the daemon.
+        state: ledger, registrations, inbox, outbox, models, and what `hansa node` commands tell the daemon.
         simulated: for demos and tests: such a node accepts only simulated charters, and no other does.
-        federations: one dataset's budget holds over all of them.
+        federations: a data set's budget holds over all of them.
         log: json for one line an event, or text.
     """
 
@@ -142,9 +145,9 @@ class NodeSettings(Section):
         return self.state / "counter"
 
     @property
-    def registration(self) -> Path:
-        """What was registered: id, key and commitments of the dataset."""
-        return self.state / "dataset.json"
+    def heads(self) -> Path:
+        """Heads of ledgers that this node countersigned, one file a charter."""
+        return self.state / "heads"
 
     @property
     def control(self) -> Path:
@@ -177,20 +180,21 @@ def load_settings(path: Path) -> NodeSettings:
 TEMPLATE = """\
 # A partner's node. Relative paths start at this file's folder.
 home: .                     # the folder of `hansa identity new`
-state: state                # ledger, registration, outbox, models: back it up with `hansa node backup`
-federations:                # one or several; one dataset's budget holds over all
+state: state                # ledger, registrations, outbox, models: back it up with `hansa node backup`
+federations:                # one or several; a data set's budget holds over all
   - charter: {charter}
     server: {server}
+    # dataset: heart-disease  # which one, when several registered data sets fit the charter's task
     # proxy: http://proxy.example:3128
 site:                       # this site's own law: it can only tighten the charters
   threads: 1                # CPU threads for training
   approval: false           # true: each run waits for `hansa node approve RUN`
-  # epsilon_cap: 1.0        # over everything ever spent on this dataset, at the charter's delta
+  # epsilon_cap: 1.0        # over everything ever spent on one lineage of data sets, at the charter's delta
   # hours: "20:00-06:00"    # UTC; may wrap midnight
   # memory_mb: 4096
   # minimum_cohort: 3       # a charter's quorum must be at least this
   # coordinators: ["..."]   # identity keys or fingerprints; default: those of the charters
-  # tasks: [heart-disease]  # default: the registered dataset's
+  # tasks: [heart-disease]  # default: those of the registered data sets
   # allow_unprotected: false
 log: text                   # or json: one line an event
 """

@@ -81,6 +81,7 @@ class Standing:
 
     Attributes:
         datasets: data set -> its lineage.
+        registered: data set -> what its entry says of it.
         accounts: by lineage, in the order in which they were opened.
         holds: by (charter, run).
         exchanges: by (charter, request).
@@ -90,6 +91,7 @@ class Standing:
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.datasets: dict[str, str] = {}
+        self.registered: dict[str, Mapping[str, Any]] = {}
         self.accounts: dict[str, Account] = {}
         self.holds: dict[tuple[str, str], Hold] = {}
         self.exchanges: dict[tuple[str, str], Exchange] = {}
@@ -102,12 +104,22 @@ class Standing:
         """Take in one more entry.
 
         Raises:
-            LedgerError: of a type or privacy event that this version does not know.
+            LedgerError: of a type or privacy event that this version does not know, or malformed.
         """
+        try:
+            self._apply(entry)
+        except (KeyError, TypeError, ValueError) as err:
+            raise LedgerError(
+                f"entry {entry.seq}, {entry.type}: does not say what such an entry says, or names what is not there",
+                "Install the version of hansa that wrote it: what it spent must be counted.",
+            ) from err
+
+    def _apply(self, entry: Entry) -> None:
         body, charter = entry.body, entry.charter or ""
         match entry.type:
             case "dataset":
                 self.datasets[body["dataset"]] = body["lineage"]
+                self.registered[body["dataset"]] = body
                 self.accounts.setdefault(body["lineage"], Account())
             case "charter":
                 self.charters[charter] = (body["name"], datetime.fromisoformat(body["expires"]))

@@ -270,12 +270,11 @@ class Counter:
         self._path = path
         self._handle: int | None = None
 
-    def check(self, entries: list[Entry]) -> None:
-        """Return when the ledger with these entries is the one that was counted, or goes on from it.
+    def compare(self, entries: list[Entry]) -> None:
+        """Return when the ledger with these entries is the one that was counted, or goes on from it. Changes nothing.
 
         Raises:
             LedgerError: it is an older copy, another one, or the counter is missing or damaged.
-            OutputError: the counter cannot be written.
         """
         hint = "Restore the ledger with its newest entries: hansa node restore BACKUP"
         try:
@@ -283,7 +282,7 @@ class Counter:
         except FileNotFoundError:
             if entries:
                 raise LedgerError(f"{self._path}: missing, and it says how long the ledger must be", hint) from None
-            data = None
+            return
         except OSError as err:
             raise LedgerError(f"{self._path}: {err.strerror}", hint) from err
         if data:
@@ -297,11 +296,21 @@ class Counter:
                 )
             if entries[length - 1].root != root:
                 raise LedgerError(f"the ledger's first {length} entries are not those that were there before", hint)
-        elif data is not None and len(entries) > 1:  # it is empty only until the first entry was counted
+        elif len(entries) > 1:  # it is empty only until the first entry was counted
             raise LedgerError(f"{self._path}: empty, and it says how long the ledger must be", hint)
+
+    def check(self, entries: list[Entry]) -> None:
+        """As `compare`; from then on it counts.
+
+        Raises:
+            LedgerError: as `compare`.
+            OutputError: it cannot be written.
+        """
+        self.compare(entries)
         try:
+            new = not self._path.exists()
             self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if data is None:
+            if new:
                 fsync_folder(self._path.parent)
         except OSError as err:
             raise output_error(self._path, err) from err

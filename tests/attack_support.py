@@ -30,7 +30,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from hansa.clients import node as node_module
 from hansa.clients.link import NodeLink, run_links
-from hansa.clients.node import DataFiles, Site, assemble, register
+from hansa.clients.node import Site, assemble
+from hansa.clients.registry import DataFiles, Registry
 from hansa.clients.settings import NodeSettings, load_settings
 from hansa.common.certificates import ENDORSEMENT_OID
 from hansa.common.charter import SignedCharter, draft
@@ -40,7 +41,7 @@ from hansa.common.flower import Array, ArrayRecord, ConfigRecord, Context, Messa
 from hansa.common.home import Home
 from hansa.common.identity import Identity, canonical, read_envelope
 from hansa.common.messages import MESSAGE_TYPE, Manifest, as_they_are
-from hansa.common.tasks import code_sha256, load_task
+from hansa.common.tasks import code_sha256
 from hansa.server import cli as server_cli
 from hansa.server.link import GrpcGrid
 from hansa.server.rounds import Outcome
@@ -142,13 +143,11 @@ class Town:
         said = {"simulated": True, "federations": [federation], "site": dict(site), "state": state, "log": "json"}
         (folder / "node.yaml").write_text(yaml.safe_dump(said))
         made = load_settings(folder / "node.yaml")
-        if not made.registration.exists():
+        if not Registry(made.state).all():
             lines = packaged(f"package:{TASK}/cleveland.csv").read_text().splitlines()
             first = 1 + NAMES.index(name) * ROWS
             (folder / "rows.csv").write_text("\n".join([lines[0], *lines[first : first + ROWS]]) + "\n")
-            files = DataFiles(TASK, folder / "rows.csv", None)
-            how = {"public": False, "allow_single_class": False, "allow_equal_rows": False}
-            register(made.state, files, load_task(TASK), **how)
+            Registry(made.state).add(DataFiles(TASK, folder / "rows.csv", None))
         return made
 
     def start(self, name: str, **site: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from hansa.clients.node import DataFiles, Site, assemble, register
+from hansa.clients.node import Site, assemble
+from hansa.clients.registry import DataFiles, Registry, Rules
 from hansa.clients.settings import NodeSettings, load_settings
 from hansa.common.charter import SignedCharter, draft
 from hansa.common.config import Federation
@@ -104,20 +105,13 @@ class Realm:
     def register(self, name: str, held_out: Path | None = None) -> None:
         """As `hansa node dataset add` does; the held-out rows are public."""
         files = DataFiles(TASK, self.data(name), held_out)
-        register(
-            self.settings(name).state,
-            files,
-            load_task(TASK),
-            public=held_out is not None,
-            allow_single_class=False,
-            allow_equal_rows=False,
-        )
+        Registry(self.settings(name).state).add(files, Rules(public=held_out is not None))
 
     def start(self, name: str, *charters: SignedCharter) -> Site:
         """(Re)start a node; it is registered first where it is not."""
         self.stop(name)
         settings = self.settings(name, *charters)
-        if not settings.registration.exists():
+        if not Registry(settings.state).all():
             self.register(name, self.data(name, 3 + NAMES.index(name)))
         self.sites[name] = assemble(settings, None, EventLog("json", self.log))
         return self.sites[name]

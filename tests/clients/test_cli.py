@@ -55,6 +55,7 @@ def test_every_command_says_how_it_is_called() -> None:
     group = get_command(app).commands["node"]  # type: ignore[attr-defined]
     commands = dict(group.commands) | dict(group.commands.pop("dataset").commands)
     assert set(commands) - {"dataset"} == {
+        "list",
         "init", "check", "run", "budget", "approve", "pause", "resume", "withdraw", "export", "backup", "restore", "add",
     }  # fmt: skip
     for name, command in commands.items():
@@ -76,12 +77,12 @@ def test_dataset_add_reports_on_the_owners_screen(realm: Realm, node: Screen) ->
     found = node.json("dataset", "add", file.name, "--task", TASK)
     assert found["files"][file.name]["rows"] == sum(found["files"][file.name]["classes"].values()) == 60
     assert found["held_out"] == "none"
-    kept = json.loads(Path("state/dataset.json").read_text())
+    kept = json.loads(Path(f"state/datasets/{TASK}/dataset.json").read_text())
     assert (kept["dataset_id"], kept["held_out"]) == (found["dataset"], "none")
     assert "60 rows fit the schema" in node("dataset", "add", str(file), "--task", TASK), "the same again is fine"
     other = realm.data("ben")
-    assert "differ from what" in node("dataset", "add", str(other), "--task", TASK, code=2)
-    assert json.loads(Path("state/dataset.json").read_text()) == kept
+    assert "--version-of NAME" in node("dataset", "add", str(other), "--task", TASK, code=2)
+    assert json.loads(Path(f"state/datasets/{TASK}/dataset.json").read_text()) == kept
 
 
 def test_rows_are_public_only_when_their_owner_says_so(
@@ -91,11 +92,11 @@ def test_rows_are_public_only_when_their_owner_says_so(
     public = str(realm.data("ada", 3))
     monkeypatch.setattr(typer, "confirm", _answer(no=True))
     assert "PUBLIC" in node(*add, "--public", public, code=1)
-    assert not Path("state/dataset.json").exists()
+    assert not Path(f"state/datasets/{TASK}/dataset.json").exists()
     assert "both given" in node(*add, "--public", public, "--held-out", public, code=2)
     assert "Registered" in node(*add, "--held-out", public)
-    assert json.loads(Path("state/dataset.json").read_text())["held_out"] == "private"
-    Path("state/dataset.json").unlink()
+    assert json.loads(Path(f"state/datasets/{TASK}/dataset.json").read_text())["held_out"] == "private"
+    Path(f"state/datasets/{TASK}/dataset.json").unlink()
     assert "held out: public" in node(*add, "--public", public, "--yes")
 
 
@@ -111,7 +112,7 @@ def _answer(*, no: bool) -> Any:
 def test_before_there_is_a_node_yaml_it_registers_in_state(realm: Realm, node: Screen) -> None:
     Path("node.yaml").unlink()
     node("dataset", "add", str(realm.data("ada")), "--task", TASK)
-    assert Path("state/dataset.json").exists()
+    assert Path(f"state/datasets/{TASK}/dataset.json").exists()
     assert "no such file" in node("dataset", "add", "x.csv", "--task", TASK, "elsewhere/node.yaml", code=2)
 
 

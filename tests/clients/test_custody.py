@@ -225,7 +225,7 @@ def test_the_rules_one_by_one() -> None:
         }
         of = {"hold", "release", "charter", "refuse"}
         return [
-            Entry(i, "", kind, "c" if kind in of else None, bodies.get(kind, {}), None, b"", f"h{i + 1}")
+            Entry(i, "", kind, "c" if kind in of else None, bodies.get(kind, {}), None, b"", f"h{i}", f"h{i + 1}")
             for i, kind in enumerate(kinds)
         ]
 
@@ -269,9 +269,9 @@ def test_a_backup_holds_everything_but_the_inbox_and_nobody_else_can_read_it(rea
         "home/tls.key",
         "home/tls.crt",
         "home/ca.crt",
-        "state/dataset.json",
+        "state/datasets/heart-disease/dataset.json",
         "state/ledger.jsonl",
-        "state/source.json",
+        "state/datasets/heart-disease/source.json",
         "state/models/run-1/model.safetensors",
     }
     assert not [n for n in names if "inbox" in n or ".hansa-tmp-" in n or n.endswith((".csv", ".yaml"))]
@@ -335,11 +335,12 @@ def test_restore_refuses_a_fork_another_identity_and_another_dataset(realm: Real
     with pytest.raises(LedgerError, match="another ledger than the backup's"):
         restore(settings, old, [])
     settings.ledger.write_bytes(b"".join(lines[:3]))  # an earlier part of it: fine
-    registration = settings.registration.read_bytes()
-    settings.registration.write_bytes(registration.replace(json.loads(registration)["dataset_id"].encode(), b"f" * 32))
-    with pytest.raises(LedgerError, match="another dataset"):
+    kept = settings.state / "datasets" / "heart-disease" / "dataset.json"
+    registration = kept.read_bytes()
+    kept.write_bytes(registration.replace(json.loads(registration)["dataset_id"].encode(), b"f" * 32))
+    with pytest.raises(LedgerError, match="another data set"):
         restore(settings, old, [])
-    settings.registration.write_bytes(registration)
+    kept.write_bytes(registration)
     realm.stop("ben")
     with pytest.raises(IdentityError, match="another identity"):
         restore(realm.settings("ben"), old, [])

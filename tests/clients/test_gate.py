@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter
 from hansa.common.errors import CharterError, DataError, LedgerError, Refusal, Refused
 from hansa.common.messages import Manifest
-from hansa.common.plan import plan_of, plan_sha256
+from hansa.common.plan import evaluated_rounds, plan_of, plan_sha256
 from support import (
     CODE,
     EXPIRES,
@@ -534,18 +535,19 @@ class _Crash(BaseException):
 
 
 class Histories(RuleBasedStateMachine):
-    """Requests in any order, from two charters, with crashes before and after any ledger entry."""
+    """Requests in any order from two coordinators, who choose equal run and request names; crashes around any ledger entry.
+
+    The second coordinator sees everything and may ask anything: what the first one holds is its own all the same.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.site = Site("ada", Path(self.folder.name), Source())
         self.charters = [charter(evaluation=PRIVATE), charter(name="other", algorithm__rounds=2, privacy__epsilon=9.0)]
-        self.hashes: dict[str, str] = {}  # what the node took, by request id
-        self.debits: set[str] = set()
-        self.commits: set[str] = set()
+        self.debits: set[tuple[str, str]] = set()
+        self.commits: set[tuple[str, str]] = set()
         self.crash_at: str | None = None
-        self.freed: dict[str, int] = {}
 
     def teardown(self) -> None:
         if self.site.ledger is not None:
@@ -611,44 +613,78 @@ class Histories(RuleBasedStateMachine):
     )
     def debit(self, which: int, run: int, number: int, purpose: str, variant: str, forged: bool) -> None:
         name = f"run-{run}.{number}.{purpose}{variant}"
-        ask = request(self.charters[which], purpose, number, run=f"run-{run}", request_id=name)
+        signed = self.charters[which]
+        ask = request(signed, purpose, number, run=f"run-{run}", request_id=name)
         sha = digest("forged" if forged else ask)
-        known = {e.body["request_id"]: e.body["request_sha256"] for e in self.gate.ledger.of("debit")}
+        known = {(e.charter, e.body["request_id"]): e.body["request_sha256"] for e in self.gate.ledger.of("debit")}
+        plan = plan_of(signed.charter.algorithm, signed.charter.privacy, signed.charter.evaluation)
+        rounds = signed.charter.algorithm.rounds
+        evaluated = evaluated_rounds(rounds, 1 if purpose == "train" else signed.charter.evaluation.every)
+        owed = (
+            self.left(signed.sha256, f"run-{run}", purpose) > 0
+            and number in evaluated
+            and any(item.purpose == purpose for item in plan)
+            and not self.taken(signed.sha256, f"run-{run}", purpose, number)
+        )
+        crashes = self.crash_at is not None
         result = self.attempt(lambda: self.gate.debit(ask, sha, purpose))
-        if name in known and known[name] != sha:
+        if known.get((signed.sha256, name), sha) != sha:
             assert result is Refusal.REPLAY
-        elif name in self.commits:
+        elif (signed.sha256, name) in self.commits:
             assert result is True, "a committed request is answered only from the outbox"
+        elif (signed.sha256, name) in known:
+            assert result in (False, Refusal.NOT_HELD), "a debit stays good until its run is closed"
+        elif owed and not crashes:
+            assert result is False, "what is held was refused: somebody else took it"
         elif result is True:
             raise AssertionError("answered as committed, but was not")
 
     @rule(pick=st.integers(0, 50))
     def commit(self, pick: int) -> None:
-        waiting = [e.body for e in self.gate.ledger.of("debit") if e.body["request_id"] not in self.commits]
+        waiting = [e for e in self.gate.ledger.of("debit") if (e.charter, e.body["request_id"]) not in self.commits]
         if waiting:
-            b = waiting[pick % len(waiting)]
-            ask = request(self.charters[0], b["purpose"], b["round"], run=b["run_id"], request_id=b["request_id"])
+            entry = waiting[pick % len(waiting)]
+            b, (signed,) = entry.body, [one for one in self.charters if one.sha256 == entry.charter]
+            ask = request(signed, b["purpose"], b["round"], run=b["run_id"], request_id=b["request_id"])
             self.attempt(lambda: self.gate.commit(ask, b["request_sha256"], digest("r"), public=False))
 
-    @rule(run=st.integers(0, 3))
-    def close_run(self, run: int) -> None:
-        self.attempt(lambda: self.gate.close_run(f"run-{run}", self.charters[0].sha256))
+    @rule(which=st.integers(0, 1), run=st.integers(0, 3))
+    def close_run(self, which: int, run: int) -> None:
+        """It ends a run of its own charter, and nothing else."""
+        others = {key: self.open(*key) for key in self.holds() if key != (self.charters[which].sha256, f"run-{run}")}
+        self.attempt(lambda: self.gate.close_run(f"run-{run}", self.charters[which].sha256))
+        assert {key: self.open(*key) for key in others} == others
+
+    # What the ledger says, by other code than the gate's.
+
+    def holds(self) -> dict[tuple[str, str], Any]:
+        return {(str(e.charter), e.body["run_id"]): e.body for e in self.gate.ledger.of("hold")}
+
+    def open(self, sha: str, run: str) -> bool:
+        return not any((e.charter, e.body["run_id"]) == (sha, run) for e in self.gate.ledger.of("release"))
+
+    def taken(self, sha: str, run: str, purpose: str, number: int | None = None) -> int:
+        return sum(
+            (e.charter, e.body["run_id"], e.body["purpose"]) == (sha, run, purpose)
+            and number in (None, e.body["round"])
+            for e in self.gate.ledger.of("debit")
+        )
+
+    def left(self, sha: str, run: str, purpose: str) -> int:
+        hold = self.holds().get((sha, run))
+        if hold is None or not self.open(sha, run):
+            return 0
+        wanted = sum(item["count"] for item in hold["plan"] if item["purpose"] == purpose)
+        return int(wanted) - self.taken(sha, run, purpose)
 
     def held(self) -> list[PrivacyEvent]:
-        """What open holds may still spend, replayed from the ledger by other code than the gate's."""
-        left: list[PrivacyEvent] = []
-        entries = self.gate.ledger.entries
-        released = {e.body["run_id"] for e in entries if e.type == "release"}
-        for hold in (e.body for e in entries if e.type == "hold" and e.body["run_id"] not in released):
+        """What open holds may still spend."""
+        found: list[PrivacyEvent] = []
+        for (sha, run), hold in self.holds().items():
             for item in hold["plan"]:
-                used = sum(
-                    e.body["purpose"] == item["purpose"]
-                    for e in entries
-                    if e.type == "debit" and e.body["run_id"] == hold["run_id"]
-                )
-                assert used <= item["count"], "more was debited than was held"
-                left += [PrivacyEvent.from_fields(item["event"])] * (item["count"] - used)
-        return left
+                assert item["count"] >= self.taken(sha, run, item["purpose"]), "more was debited than was held"
+                found += [PrivacyEvent.from_fields(item["event"])] * self.left(sha, run, item["purpose"])
+        return found
 
     @invariant()
     def the_cap_holds(self) -> None:
@@ -665,15 +701,33 @@ class Histories(RuleBasedStateMachine):
         assert sorted(map(str, self.gate.spent())) == sorted(map(str, spent))
 
     @invariant()
+    def what_is_told_of_the_headers_alone_balances(self) -> None:
+        """As an auditor reads entries of other charters: holds, debits and releases, and not whose they are."""
+        if not hasattr(self, "gate"):
+            return
+        left: Counter[str] = Counter()
+        for entry in self.gate.ledger.entries:
+            told = entry.privacy or {}
+            for event, count in told.get("hold", []):
+                left[str(event)] += count
+            for event, count in [*told.get("release", []), *([[told["debit"], 1]] if "debit" in told else [])]:
+                left[str(event)] -= count
+                assert left[str(event)] >= 0
+        held = Counter(str(event.to_fields()) for event in self.held())
+        assert +left == held
+
+    @invariant()
     def nothing_is_charged_or_answered_twice(self) -> None:
         if not hasattr(self, "gate"):
             return
-        debits = [e.body["request_id"] for e in self.gate.ledger.of("debit")]
-        commits = [e.body["request_id"] for e in self.gate.ledger.of("commit")]
+        debits = [(str(e.charter), e.body["request_id"]) for e in self.gate.ledger.of("debit")]
+        commits = [(str(e.charter), e.body["request_id"]) for e in self.gate.ledger.of("commit")]
         assert len(debits) == len(set(debits))
         assert len(commits) == len(set(commits))
         assert set(commits) <= set(debits)
-        rounds = [(e.body["run_id"], e.body["purpose"], e.body["round"]) for e in self.gate.ledger.of("debit")]
+        rounds = [
+            (e.charter, e.body["run_id"], e.body["purpose"], e.body["round"]) for e in self.gate.ledger.of("debit")
+        ]
         assert len(rounds) == len(set(rounds)), "one round was debited for two requests"
         assert self.debits <= set(debits), "a debit disappeared"
         assert self.commits <= set(commits), "a commit disappeared"

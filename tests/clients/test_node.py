@@ -18,8 +18,9 @@ from hansa.clients import app as app_module
 from hansa.clients import preflight
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.law import Control
-from hansa.clients.node import DataFiles, assemble, register
+from hansa.clients.node import assemble
 from hansa.clients.preflight import check
+from hansa.clients.registry import DataFiles, Registry
 from hansa.common.charter import SignedCharter
 from hansa.common.errors import (
     CharterError,
@@ -128,7 +129,7 @@ def test_what_stops_a_node(realm: Realm) -> None:
         realm.start("ada")
     (settings.home / "identity.key").chmod(0o600)
     settings.ledger.rename(settings.state / "elsewhere")
-    with pytest.raises(LedgerError, match="holds what the registered dataset has spent"):
+    with pytest.raises(LedgerError, match="holds what the registered data has spent"):
         realm.start("ada")
     assert not settings.ledger.exists(), "no fresh ledger is begun, over which nothing could be restored"
 
@@ -149,37 +150,6 @@ def test_a_real_node_takes_no_simulated_charter(realm: Realm) -> None:
 # -- the registered data ---------------------------------------------------------------------------------------------
 
 
-def test_registration_is_repeatable_moves_with_the_file_and_is_never_overwritten(realm: Realm) -> None:
-    state, task = realm.settings("ada").state, load_task(TASK)
-    more = {"public": False, "allow_single_class": False, "allow_equal_rows": False}
-    first = register(state, DataFiles(TASK, realm.data("ada"), None), task, **more)
-    moved = realm.root / "moved.csv"
-    moved.write_bytes(realm.data("ada").read_bytes())
-    assert register(state, DataFiles(TASK, moved, None), task, **more).dataset_id == first.dataset_id
-    assert DataFiles.load(state).data == moved
-    with pytest.raises(DataError, match="differ from what"):
-        register(state, DataFiles(TASK, realm.data("ben"), None), task, **more)
-    assert DataFiles.load(state).data == moved
-    assert (state / "source.json").stat().st_mode & 0o777 == 0o600
-    (state / "ledger.jsonl").touch()
-    (state / "dataset.json").unlink()
-    with pytest.raises(LedgerError, match="but not the registration"):
-        register(state, DataFiles(TASK, moved, None), task, **more)
-
-
-def test_a_row_in_both_files_is_refused_unless_the_owner_says_they_are_different_records(realm: Realm) -> None:
-    state, task = realm.settings("ada").state, load_task(TASK)
-    data, public = realm.data("ada"), realm.data("ada", 3)
-    lines = public.read_text().splitlines()
-    public.write_text("\n".join([*lines[:4], data.read_text().splitlines()[7], *lines[4:]]) + "\n")
-    files = DataFiles(TASK, data, public)
-    with pytest.raises(DataError, match=r"1 row\(s\) of .* stand in .* as well \(rows 4\)"):
-        register(state, files, task, public=True, allow_single_class=False, allow_equal_rows=False)
-    assert not (state / "dataset.json").exists()
-    made = register(state, files, task, public=True, allow_single_class=False, allow_equal_rows=True)
-    assert (made.held_out, len(made.open().held_out)) == ("public", ROWS + 1)
-
-
 def test_loading_a_registration_reads_no_data_and_takes_no_other_task(realm: Realm) -> None:
     def never() -> None:
         raise AssertionError("data was read")
@@ -188,6 +158,7 @@ def test_loading_a_registration_reads_no_data_and_takes_no_other_task(realm: Rea
     with pytest.raises(DataError, match="no data is registered"):
         RegisteredDataset.load(task, never, state)  # type: ignore[arg-type]
     realm.register("ada")
+    state = state / "datasets" / TASK
     made = RegisteredDataset.load(task, never, state)  # type: ignore[arg-type]
     assert (made.held_out, made.bound, made.size_within(ROWS, 0)) == ("none", False, True)
     with pytest.raises(AssertionError, match="data was read"):
@@ -202,7 +173,7 @@ def test_loading_a_registration_reads_no_data_and_takes_no_other_task(realm: Rea
 def test_data_that_changed_is_refused_when_a_run_reads_it(realm: Realm) -> None:
     for name in NAMES:
         realm.start(name)
-    file = DataFiles.load(realm.settings("ada").state).data
+    file = DataFiles.load(realm.settings("ada").state / "datasets" / TASK).data
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     outcome = realm.run("run-1")
     assert realm.reasons(outcome, "ada") == {Refusal.DATA.value}
@@ -222,14 +193,7 @@ def test_no_record_value_size_or_path_is_ever_logged(realm: Realm, monkeypatch: 
     secret = file.with_name("secret-patients.csv")
     odd_size = [head, ",".join(cells), *rest][:58]  # 57 records, 60 declared
     secret.write_text("\n".join(odd_size) + "\n")
-    register(
-        realm.settings("ada").state,
-        DataFiles(TASK, secret, None),
-        load_task(TASK),
-        public=False,
-        allow_single_class=False,
-        allow_equal_rows=False,
-    )
+    Registry(realm.settings("ada").state).add(DataFiles(TASK, secret, None))
     for name in NAMES:
         realm.start(name)
     realm.run("run-1")
@@ -352,12 +316,12 @@ def test_preflight(realm: Realm) -> None:
         f"charter {realm.settings('ada').federations[0].charter.name}: site"
     }
     realm.rules["ada"] = {}
-    file = DataFiles.load(realm.settings("ada").state).data
+    file = DataFiles.load(realm.settings("ada").state / "datasets" / TASK).data
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     (realm.settings("ada").home / "tls.key").chmod(0o640)
     (realm.settings("ada").home / "tls.crt").unlink()
     bad = [f for f in check(realm.settings("ada"), None) if f.state == "FAIL"]
-    assert {f.name for f in bad} >= {"keys", "certificate", "data"}
+    assert {f.name for f in bad} >= {"keys", "certificate", f"data {TASK}"}
     assert all(f.fix for f in bad), "each failure says what to do"
 
 
