@@ -1,4 +1,4 @@
-"""The `hansa` command and the commands of this floor: charter, ledger, plan, task.
+"""The `hansa` command, what all commands share, and two groups of this floor: charter and task.
 
 Each floor registers its own through the entry points `hansa.commands`. Exit codes: 0 fine, 1 the answer is no, 2 bad usage
 or input, 130 stopped by Ctrl-C. Only members of the error tree are shown; anything else is a fault of ours and says so.
@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import unicodedata
-from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -22,25 +22,21 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from .accounting import Budget, PrivacyEvent, odometer
 from .charter import SignedCharter, draft, in_words
-from .config import Federation, load_config
-from .errors import CharterError, ConfigError, HansaError, IdentityError, LedgerError, RunFailed
+from .claims import CODES, Finding, Severity, lint_file, refused
+from .config import load_config
+from .errors import CharterError, ConfigError, HansaError, IdentityError
 from .home import Home
 from .identity import (
     PASSPHRASE,
     Identity,
-    canonical,
     fingerprint,
     is_encrypted,
     key_from_pem,
     output_error,
-    strict_json,
 )
-from .ledger import Entry, owner_line, read_ledger
-from .plan import budget_of, calibrated, event_from, events_of, plan_of
+from .plan import calibrated
 
 
 class Format(StrEnum):
@@ -176,7 +172,6 @@ def commands(app: typer.Typer) -> None:
     task.command("list")(task_list)
     app.add_typer(charter, name="charter")
     app.add_typer(task, name="task")
-    app.command("plan")(plan)
 
 
 # -- charter -------------------------------------------------------------------------------------------------------------
@@ -298,195 +293,52 @@ def _signer(signed: SignedCharter, key: Path | None, home: Path | None) -> Ident
 def charter_verify(
     file: Annotated[Path, typer.Argument(help="a charter file")], form: FormatOption = Format.TEXT
 ) -> int:
-    """Check that everyone signed exactly this, and that it has not expired. Exit 1 when not.
+    """Check that everyone signed exactly this, that it has not expired, and that what it claims is differential privacy.
+
+    Exit 1 when not. What a finding means is in docs/claims.md.
 
     Example: hansa charter verify out/demo/charter.json
     """
-    signed = SignedCharter.load(file)
-    problem = None
+    findings = lint_file(file)
+    wrong = refused(findings)
+    signed, problem = None, None
     try:
+        signed = SignedCharter.load(file)
         signed.verify(now=datetime.now(UTC))
     except CharterError as err:
-        problem = err
+        if signed is None and not wrong:
+            raise
+        problem = err  # of a file of another tool, or an edited one: what is wrong with its claims is shown as well
+    valid = problem is None and not wrong
     if form is Format.JSON:
-        show_json({"sha256": signed.sha256, "valid": problem is None, "problem": problem.message if problem else None})
-    elif problem is not None:
+        show_json(
+            {
+                "sha256": signed.sha256 if signed else None,
+                "valid": valid,
+                "problem": problem.message if problem else None,
+                "findings": [f.to_fields() for f in findings],
+            }
+        )
+        return 0 if valid else 1
+    print_findings(file, findings)
+    if problem is not None:
         say(f"{file}: {problem.message}", problem.hint, 1)
-    else:
+    elif signed is not None and not wrong:
         out.print(plain(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}"))
-    return 0 if problem is None else 1
+    return 0 if valid else 1
 
 
-# -- plan ----------------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
-    ledger: Annotated[Path | None, typer.Option(help="a partner's ledger: count what is already spent")] = None,
-    form: FormatOption = Format.TEXT,
-) -> int:
-    """Before any training: epsilon by rounds and noise, what the charter would allow, what would be left.
-
-    Exit 1 when the plan does not fit the budget.
-
-    Example: hansa plan federation.yaml
-    """
-    federation = load_config(config)
-    report = planned(federation, ledger)
-    if form is Format.JSON:
-        show_json(report)
-    else:
-        _print_plan(federation, report)
-    return 0 if report["fits"] else 1
-
-
-def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any]:
-    """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one, local noise.
-
-    Raises:
-        Refused: no noise is enough.
-    """
-    a, p = federation.algorithm, federation.privacy
-    if p.kind == "none":
-        return {"privacy": "none", "fits": True}
-    assert p.delta is not None
-    budget, spent, held = _taken_before(ledger, budget_of(p))
-    before = [*spent, *held]
-    sigma = calibrated(a, p, federation.evaluation, before)
-    assert sigma is not None
-    agreed = p.model_copy(update={"noise_multiplier": sigma})
-    cost = events_of(plan_of(a, agreed, federation.evaluation))
-    other = events_of(i for i in plan_of(a, agreed, federation.evaluation) if i.purpose != "train")
-    steps, q = a.local.steps, a.local.sampling_rate
-
-    def after(rounds: int, noise: float) -> dict[str, Any]:
-        history = [*before, *other, PrivacyEvent(q, noise, steps * rounds)]
-        return {
-            "rounds": rounds,
-            "noise_multiplier": noise,
-            "epsilon_filter": budget.spent(history),
-            "epsilon": odometer(history, budget.delta),
-            "fits": budget.admits(history),
-        }
-
-    by_rounds = [
-        after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
-    ]
-    by_noise = [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3]
-    whole = [*before, *cost]
-    needed: list[dict[str, float | None]] = []
-    for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
-        try:
-            needed.append(
-                {"epsilon": epsilon, "noise_multiplier": Budget.create(epsilon, p.delta).calibrate(q, steps * a.rounds)}
-            )
-        except HansaError:
-            needed.append({"epsilon": epsilon, "noise_multiplier": None})
-    return {
-        "privacy": "local", "unit": "record", "adjacency": "add-or-remove-one", "noise": "local",
-        "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
-        "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
-        "epsilon_spent_before": budget.spent(spent), "epsilon_held_before": budget.spent(held),
-        "epsilon_filter": budget.spent(whole), "epsilon": odometer(whole, budget.delta),
-        "fits": budget.admits(whole),
-        "rounds_that_fit": budget.most_steps(q, sigma, [*before, *other]) // steps,
-        "rounds_left_after": max(0, budget.most_steps(q, sigma, whole) // steps) if budget.admits(whole) else 0,
-        "by_rounds": by_rounds, "by_noise": by_noise, "noise_for_other_caps": needed,
-    }  # fmt: skip
-
-
-def _taken_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
-    """The budget that will enforce the plan, what its dataset spent already, and what its open runs may still spend."""
-    if ledger is None:
-        return fresh, [], []
-    entries, torn = read_ledger(ledger)
-    if torn or not entries:
-        what = f"torn last line ({len(torn)} bytes)" if torn else "empty"
-        raise LedgerError(f"{ledger}: {what}", "Its node repairs it when it next starts; or give a whole copy.")
-    if entries[0].body.get("role") != "partner":
-        raise LedgerError(f"{ledger}: not a partner's ledger: {owner_line(entries[0])}", "Give a partner's ledger.")
-    try:
-        return _taken(ledger, entries, fresh)
-    except (KeyError, TypeError, AttributeError, ValueError) as err:
-        raise LedgerError(
-            f"{ledger}: its entries are not what a node of Hansa writes", "Give a node's ledger."
-        ) from err
-
-
-def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
-    spent: list[PrivacyEvent] = []
-    left: dict[str, Counter[tuple[str, bytes]]] = {}  # run -> (purpose, event) -> how many, as in the node's gate
-    for entry in entries:
-        body = entry.body
-        match entry.type:
-            case "budget":
-                budget = Budget.from_fields(body["budget"])
-            case "hold":
-                left[body["run_id"]] = Counter()
-                for item in body["plan"]:
-                    left[body["run_id"]][item["purpose"], canonical(item["event"])] += item["count"]
-            case "debit":
-                event = event_from(body["event"])
-                if event is None:
-                    raise RunFailed(
-                        f"{ledger}: an unprotected run made this budget unbounded", "No finite epsilon holds for it."
-                    )
-                spent.append(event)
-                if body["run_id"] in left:
-                    left[body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
-            case "release":
-                left.pop(body["run_id"], None)
-            case _:
-                pass
-    kinds = [(event_from(strict_json(fields)), n) for run in left.values() for (_, fields), n in run.items()]
-    held = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * n) for e, n in kinds if e is not None and n > 0]
-    return budget, spent, held
-
-
-def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
-    if report["privacy"] == "none":
-        out.print(
-            "privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on."
-        )
-        return
-    out.print(
-        f"Each partner, record level, add-or-remove-one, local noise, delta {report['delta']:g}:\n"
-        f"  {report['rounds']} rounds x {report['steps_per_round']} steps, sampling rate {report['sampling_rate']:g}, "
-        f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
-        f"  epsilon {report['epsilon_filter']:.4f} by the filter that enforces the cap, {report['epsilon']:.4f} by the odometer (tight); "
-        f"cap {report['epsilon_cap']:g}"
-    )
-    if report["epsilon_spent_before"]:
-        out.print(f"  of which {report['epsilon_spent_before']:.4f} was spent before this run")
-    if report["epsilon_held_before"]:
-        out.print(f"  of which open runs still hold {report['epsilon_held_before']:.4f} (counted by itself)")
-    if report["fits"]:
-        out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
-    else:
-        out.print(
-            f"  [red]does not fit[/]: {report['rounds_that_fit']} such round(s) fit. Fewer rounds, more noise, or a larger cap."
-        )
-    for title, rows in (("epsilon by rounds", report["by_rounds"]), ("epsilon by noise", report["by_noise"])):
-        table = Table("rounds", "noise multiplier", "epsilon (filter)", "epsilon (odometer)", "", title=title, box=None,
-                      title_justify="left", pad_edge=False)  # fmt: skip
-        for row in rows:
-            fits = "fits" if row["fits"] else "[red]refused[/]"
-            table.add_row(
-                str(row["rounds"]),
-                f"{row['noise_multiplier']:g}",
-                f"{row['epsilon_filter']:.4f}",
-                f"{row['epsilon']:.4f}",
-                fits,
-            )
-        out.print(table)
-    table = Table("cap", "noise multiplier needed", title="the same rounds under other caps", box=None, title_justify="left",
-                  pad_edge=False)  # fmt: skip
-    for row in report["noise_for_other_caps"]:
-        table.add_row(
-            f"{row['epsilon']:g}",
-            "no noise is enough" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:g}",
-        )
-    out.print(table)
+def print_findings(file: Path, findings: Sequence[Finding]) -> None:
+    """What is wrong or doubtful in a file's claims: refusals on the error stream, flags on the screen."""
+    screen = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False) if refused(findings) else out
+    for f in findings:
+        code = CODES[f.code]
+        where = str(file) + (f":{f.line}" if f.line is not None else "") + (f": {f.path}" if f.path else "")
+        verdict = "[bold red]refused[/]" if f.severity is Severity.REFUSE else "[yellow]flag[/]"
+        screen.print(f"{verdict} {f.code}  {plain(where)}: {plain(f.what)}")
+        screen.print(plain(f"  why     {code.why}\n  source  {code.source}\n  do      {code.do}", lines=True))
+    if findings:
+        screen.print("Each code is explained in docs/claims.md.")
 
 
 # -- task ----------------------------------------------------------------------------------------------------------------

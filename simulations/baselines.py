@@ -21,10 +21,13 @@ from ..common.tasks.metrics import evaluate, scores_of
 from .federation import Simulation, parts_of
 
 
-def baselines(config: Federation, base: Path, task: Task) -> dict[str, Any]:
+def baselines(config: Federation, base: Path, task: Task, alone: bool = True) -> dict[str, Any]:
     """`pooled` metrics, `local` metrics by partner, `federated_without_privacy` metrics.
 
     Empty when the configuration holds no rows out.
+
+    Args:
+        alone: also each partner alone (up to 20 of them).
     """
     splits = {name: part.source() for name, part in parts_of(config, base, task).items()}
     held_out = _join([split.held_out for split in splits.values()])
@@ -33,7 +36,7 @@ def baselines(config: Federation, base: Path, task: Task) -> dict[str, Any]:
     settings = _settings(config)
     pooled = _join([split.train for split in splits.values()])
     found: dict[str, Any] = {"pooled": _train_and_measure(task, config.seed, pooled, settings, held_out)}
-    if len(splits) <= 20:
+    if alone and len(splits) <= 20:
         found["local"] = {
             name: _train_and_measure(task, config.seed, split.train, settings, held_out)
             for name, split in splits.items()

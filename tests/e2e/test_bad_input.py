@@ -76,7 +76,8 @@ def test_configuration(before: str, after: str, words: list[str], tmp_path: Path
     assert before in GOOD
     refused(tmp_path, GOOD.replace(before, after), 2, *words)
     if "no task" not in words[0]:
-        call("plan", tmp_path / "c.yaml").expect(2).says(*words)
+        # A delta that is no privacy claim is an answer of the linter: the file is readable, and the answer is no.
+        call("plan", tmp_path / "c.yaml").expect(1 if before.startswith("delta") else 2).says(*words)
 
 
 @pytest.mark.parametrize("data", [b"", b"- a list\n", b"\xff\xfe binary", b"a: &a [*a]\n", b"[" * 3000])

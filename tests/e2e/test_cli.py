@@ -17,7 +17,7 @@ from e2e_support import HOSPITALS, Result, call, federation, process, write
 DemoRun = tuple[Path, Result]
 
 COMMANDS = [
-    ["demo"], ["simulate"], ["network"], ["plan"], ["audit"],
+    ["demo"], ["simulate"], ["network"], ["plan"], ["audit"], ["evidence", "accounting"],
     ["identity", "new"], ["identity", "issue"], ["identity", "install"], ["identity", "show"],
     ["identity", "verify"], ["identity", "revoke"], ["identity", "renew"],
     ["node", "init"], ["node", "dataset", "add"], ["node", "check"], ["node", "run"], ["node", "budget"],
@@ -62,6 +62,7 @@ def test_help_of_the_whole_and_of_groups_names_every_command() -> None:
             "network",
             "plan",
             "audit",
+            "evidence",
             "charter",
             "ledger",
             "task",

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from e2e_support import call, federation, write
-from hansa.common import cli
+from hansa.common import cli, plan_cli
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter, in_words
 from hansa.common.config import load_config
@@ -384,7 +384,7 @@ def test_plan_refuses_a_ledger_that_is_torn_or_foreign(tmp_path: Path) -> None:
     path.write_bytes(b"")
     refused("empty")
     with pytest.raises(LedgerError):
-        cli._taken_before(path, Budget.create(1.0, 1e-4))
+        plan_cli._taken_before(path, Budget.create(1.0, 1e-4))
     path.write_text("a,b\n1,2\n")
     refused("l.jsonl:1")
 

@@ -1,0 +1,381 @@
+"""`hansa plan`: what a run will cost before any of it is spent, and, with --simulate, what it buys."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .accounting import Budget, PrivacyEvent, odometer
+from .charter import ADVERSARY
+from .claims import Finding, lint_file, refused
+from .cli import Format, FormatOption, out, plain, print_findings, show_json
+from .config import Federation, load_config
+from .errors import ConfigError, HansaError, LedgerError, RunFailed
+from .identity import canonical, strict_json, write_whole
+from .ledger import Entry, owner_line, read_ledger
+from .plan import budget_of, calibrated, event_from, events_of, plan_of
+
+EPSILONS = "0.25,0.5,1,2,4,8"
+SIMULATORS = "hansa.simulators"
+"""Entry points of what can simulate a plan; this floor imports no higher one, so it looks them up by name."""
+
+
+class Simulator(Protocol):
+    """What the entry point's class makes."""
+
+    def run(
+        self, config: Federation, base: Path, epsilons: list[float], rounds: list[int], seeds: int, told: Any
+    ) -> dict[str, Any]:
+        """The points, from real simulated runs; `told(done, total, what)` is called after each."""
+
+    def draw(self, report: dict[str, Any], to: Path) -> None:
+        """Plot the points to a file."""
+
+
+def commands(app: typer.Typer) -> None:
+    """Register `plan`."""
+    app.command("plan")(plan)
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
+    ledger: Annotated[Path | None, typer.Option(help="a partner's ledger: count what is already spent")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="also the frontier: expected AUC by epsilon, from simulated runs")
+    ] = False,
+    epsilons: Annotated[str, typer.Option(help="caps to simulate, comma-separated")] = EPSILONS,
+    rounds: Annotated[
+        str | None, typer.Option(help="numbers of rounds to simulate, comma-separated; default: the configuration's")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="simulated runs a point")] = 5,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="write the frontier: .png, .svg or .pdf (a plot), .csv (the table)")
+    ] = None,
+    form: FormatOption = Format.TEXT,
+) -> int:
+    """Before any training: epsilon by rounds and noise, what the charter would allow, what would be left.
+
+    Exit 1 when the plan does not fit the budget, or when the file claims what is not differential privacy
+    (docs/claims.md). With --simulate also what each epsilon buys, from real runs in this process.
+
+    Example: hansa plan federation.yaml --simulate --out frontier.png
+    """
+    findings = lint_file(config)
+    if refused(findings):
+        if form is Format.JSON:
+            show_json({"fits": False, "findings": [f.to_fields() for f in findings]})
+        else:
+            print_findings(config, findings)
+        return 1
+    federation = load_config(config)
+    points = _options(federation, simulate, ledger, epsilons, rounds, to)
+    simulator = _simulator() if simulate else None
+    report = {**planned(federation, ledger), "findings": [f.to_fields() for f in findings]}
+    if form is Format.TEXT:
+        _print_plan(federation, report)
+        _print_flags(config, findings)
+    if simulator is not None:
+        report["frontier"] = _simulated(simulator, federation, config.parent, *points, seeds, form)
+        if form is Format.TEXT:
+            _print_frontier(report["frontier"])
+        if to is not None:
+            _write(simulator, report["frontier"], to)
+            if form is Format.TEXT:
+                out.print(plain(f"written to {to}"))
+    if form is Format.JSON:
+        show_json(report)
+    return 0 if report["fits"] else 1
+
+
+def _print_flags(config: Path, findings: tuple[Finding, ...]) -> None:
+    if findings:
+        out.print()
+        print_findings(config, findings)
+
+
+# -- cost ----------------------------------------------------------------------------------------------------------------
+
+
+def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any]:
+    """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one, local noise.
+
+    Raises:
+        Refused: no noise is enough.
+    """
+    a, p = federation.algorithm, federation.privacy
+    if p.kind == "none":
+        return {"privacy": "none", "fits": True}
+    assert p.delta is not None
+    budget, spent, held = _taken_before(ledger, budget_of(p))
+    before = [*spent, *held]
+    sigma = calibrated(a, p, federation.evaluation, before)
+    assert sigma is not None
+    agreed = p.model_copy(update={"noise_multiplier": sigma})
+    cost = events_of(plan_of(a, agreed, federation.evaluation))
+    other = events_of(i for i in plan_of(a, agreed, federation.evaluation) if i.purpose != "train")
+    steps, q = a.local.steps, a.local.sampling_rate
+
+    def after(rounds: int, noise: float) -> dict[str, Any]:
+        history = [*before, *other, PrivacyEvent(q, noise, steps * rounds)]
+        return {
+            "rounds": rounds,
+            "noise_multiplier": noise,
+            "epsilon_filter": budget.spent(history),
+            "epsilon": odometer(history, budget.delta),
+            "fits": budget.admits(history),
+        }
+
+    by_rounds = [
+        after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
+    ]
+    by_noise = [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3]
+    whole = [*before, *cost]
+    needed: list[dict[str, float | None]] = []
+    for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
+        try:
+            needed.append(
+                {"epsilon": epsilon, "noise_multiplier": Budget.create(epsilon, p.delta).calibrate(q, steps * a.rounds)}
+            )
+        except HansaError:
+            needed.append({"epsilon": epsilon, "noise_multiplier": None})
+    return {
+        "privacy": "local", "unit": "record", "adjacency": "add-or-remove-one", "noise": "local",
+        "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
+        "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
+        "epsilon_spent_before": budget.spent(spent), "epsilon_held_before": budget.spent(held),
+        "epsilon_filter": budget.spent(whole), "epsilon": odometer(whole, budget.delta),
+        "fits": budget.admits(whole),
+        "rounds_that_fit": budget.most_steps(q, sigma, [*before, *other]) // steps,
+        "rounds_left_after": max(0, budget.most_steps(q, sigma, whole) // steps) if budget.admits(whole) else 0,
+        "by_rounds": by_rounds, "by_noise": by_noise, "noise_for_other_caps": needed,
+    }  # fmt: skip
+
+
+def _taken_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
+    """The budget that will enforce the plan, what its dataset spent already, and what its open runs may still spend."""
+    if ledger is None:
+        return fresh, [], []
+    entries, torn = read_ledger(ledger)
+    if torn or not entries:
+        what = f"torn last line ({len(torn)} bytes)" if torn else "empty"
+        raise LedgerError(f"{ledger}: {what}", "Its node repairs it when it next starts; or give a whole copy.")
+    if entries[0].body.get("role") != "partner":
+        raise LedgerError(f"{ledger}: not a partner's ledger: {owner_line(entries[0])}", "Give a partner's ledger.")
+    try:
+        return _taken(ledger, entries, fresh)
+    except (KeyError, TypeError, AttributeError, ValueError) as err:
+        raise LedgerError(
+            f"{ledger}: its entries are not what a node of Hansa writes", "Give a node's ledger."
+        ) from err
+
+
+def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
+    spent: list[PrivacyEvent] = []
+    left: dict[str, Counter[tuple[str, bytes]]] = {}  # run -> (purpose, event) -> how many, as in the node's gate
+    for entry in entries:
+        body = entry.body
+        match entry.type:
+            case "budget":
+                budget = Budget.from_fields(body["budget"])
+            case "hold":
+                left[body["run_id"]] = Counter()
+                for item in body["plan"]:
+                    left[body["run_id"]][item["purpose"], canonical(item["event"])] += item["count"]
+            case "debit":
+                event = event_from(body["event"])
+                if event is None:
+                    raise RunFailed(
+                        f"{ledger}: an unprotected run made this budget unbounded", "No finite epsilon holds for it."
+                    )
+                spent.append(event)
+                if body["run_id"] in left:
+                    left[body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
+            case "release":
+                left.pop(body["run_id"], None)
+            case _:
+                pass
+    kinds = [(event_from(strict_json(fields)), n) for run in left.values() for (_, fields), n in run.items()]
+    held = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * n) for e, n in kinds if e is not None and n > 0]
+    return budget, spent, held
+
+
+def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
+    if report["privacy"] == "none":
+        out.print(
+            "privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on."
+        )
+        return
+    out.print(
+        f"Each partner, record level, add-or-remove-one, local noise, delta {report['delta']:g}:\n"
+        f"  {report['rounds']} rounds x {report['steps_per_round']} steps, sampling rate {report['sampling_rate']:g}, "
+        f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
+        f"  epsilon {report['epsilon_filter']:.4f} by the filter that enforces the cap, {report['epsilon']:.4f} by the odometer (tight); "
+        f"cap {report['epsilon_cap']:g}"
+    )
+    if report["epsilon_spent_before"]:
+        out.print(f"  of which {report['epsilon_spent_before']:.4f} was spent before this run")
+    if report["epsilon_held_before"]:
+        out.print(f"  of which open runs still hold {report['epsilon_held_before']:.4f} (counted by itself)")
+    if report["fits"]:
+        out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
+    else:
+        out.print(
+            f"  [red]does not fit[/]: {report['rounds_that_fit']} such round(s) fit. Fewer rounds, more noise, or a larger cap."
+        )
+    for title, rows in (("epsilon by rounds", report["by_rounds"]), ("epsilon by noise", report["by_noise"])):
+        table = Table("rounds", "noise multiplier", "epsilon (filter)", "epsilon (odometer)", "", title=title, box=None,
+                      title_justify="left", pad_edge=False)  # fmt: skip
+        for row in rows:
+            fits = "fits" if row["fits"] else "[red]refused[/]"
+            table.add_row(
+                str(row["rounds"]),
+                f"{row['noise_multiplier']:g}",
+                f"{row['epsilon_filter']:.4f}",
+                f"{row['epsilon']:.4f}",
+                fits,
+            )
+        out.print(table)
+    table = Table("cap", "noise multiplier needed", title="the same rounds under other caps", box=None, title_justify="left",
+                  pad_edge=False)  # fmt: skip
+    for row in report["noise_for_other_caps"]:
+        table.add_row(
+            f"{row['epsilon']:g}",
+            "no noise is enough" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:g}",
+        )
+    out.print(table)
+
+
+# -- frontier ------------------------------------------------------------------------------------------------------------
+
+
+def _options(
+    federation: Federation, simulate: bool, ledger: Path | None, epsilons: str, rounds: str | None, to: Path | None
+) -> tuple[list[float], list[int]]:
+    """The caps and numbers of rounds to simulate, checked before anything is computed."""
+    if not simulate:
+        if to is not None or rounds is not None or epsilons != EPSILONS:
+            raise ConfigError("--out, --epsilons and --rounds are about the frontier", "Add --simulate.")
+        return [], []
+    if ledger is not None:
+        raise ConfigError(
+            "--simulate starts from an unspent budget; --ledger counts a spent one", "Run them one after the other."
+        )
+    if federation.privacy.kind == "none":
+        raise ConfigError("privacy: none has no frontier: epsilon is unbounded", "Give privacy kind local.")
+    if to is not None and to.suffix.lower() not in (*_PLOTS, ".csv"):
+        raise ConfigError(f"{to}: written are {', '.join(_PLOTS)} and .csv", "Give --out such an ending.")
+    if to is not None and not to.parent.is_dir():
+        raise ConfigError(f"{to.parent}: no such folder", "Make it, or give another --out.")
+    caps = sorted({_listed(text, "--epsilons", float) for text in epsilons.split(",")})
+    if any(not 0 < cap <= 100 for cap in caps):
+        raise ConfigError(f"--epsilons {epsilons}: each is above 0 and at most 100", f"The default is {EPSILONS}.")
+    counts = sorted({_listed(text, "--rounds", int) for text in rounds.split(",")}) if rounds else []
+    if any(not 1 <= count <= 1_000_000 for count in counts):
+        raise ConfigError(f"--rounds {rounds}: each is a whole number from 1", "For example: --rounds 5,10,20")
+    return caps, counts or [federation.algorithm.rounds]
+
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+def _listed(text: str, option: str, kind: Any) -> Any:
+    try:
+        return kind(text.strip())
+    except ValueError:
+        raise ConfigError(f"{option}: {text.strip()!r} is no number", "Give numbers with commas: 0.5,1,2") from None
+
+
+def _simulator() -> Simulator:
+    for entry in entry_points(group=SIMULATORS):
+        made: Simulator = entry.load()()  # torch is imported here, and only here
+        return made
+    raise ConfigError("no simulator is installed", "Install Hansa whole: pip install 'hansa[train]'")
+
+
+def _simulated(
+    simulator: Simulator,
+    federation: Federation,
+    base: Path,
+    epsilons: list[float],
+    rounds: list[int],
+    seeds: int,
+    form: Format,
+) -> dict[str, Any]:
+    console = Console(stderr=True, highlight=False, quiet=form is Format.JSON)
+    if not console.is_terminal:
+        console.print(f"simulating {len(epsilons) * len(rounds)} points x {seeds} seeds ...")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("simulating", total=None)
+
+        def told(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=plain(what))
+
+        return simulator.run(federation, base, epsilons, rounds, seeds, told)
+
+
+def _print_frontier(found: dict[str, Any]) -> None:
+    out.print(
+        f"\nWhat each epsilon buys. Record level, add-or-remove-one, local noise, delta {found['delta']:g}; adversary: {ADVERSARY}.\n"
+        f"  {found['metric'].upper()} of simulated runs: mean ± standard deviation over {found['seeds']} seed(s), each with a split, an "
+        f"initial model and noise of its own;\n  {found['measured_on']}. The noise is what the filter calibrates for the cap; a "
+        "simulation is on the data of this configuration, and no promise for others."
+    )
+    if found["seeds"] < 5:
+        out.print("[yellow]  fewer than 5 seeds: the standard deviation itself is a rough guess[/]")
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "cap", "eps (filter)", "eps (odometer)", "rounds", "noise", found["metric"].upper(), "runs"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
+    for point in found["points"]:
+        costs = ["-", "-"]
+        if not point["refused"]:
+            costs = [f"{point['epsilon_filter']:.4f}", f"{point['epsilon_odometer']:.4f}"]
+        table.add_row(
+            "federated",
+            f"{point['epsilon_cap']:g}",
+            *costs,
+            str(point["rounds"]),
+            "-" if point["refused"] else f"{point['noise_multiplier']:g}",
+            f"[red]{plain(point['refused'])}[/]" if point["refused"] else _pm(point),
+            str(point["n"]),
+        )
+    for name, spread in found["without_privacy"].items():
+        told = (plain(name), "none", "-", "-", str(spread["rounds"]), "0", _pm(spread), str(spread["n"]))
+        table.add_row(*told)
+    out.print(table)
+
+
+def _pm(spread: dict[str, Any]) -> str:
+    if spread["mean"] is None:
+        return "not measured"
+    return f"{spread['mean']:.4f}" + (f" ± {spread['sd']:.4f}" if spread["sd"] is not None else "")
+
+
+_COLUMNS = (
+    "setting", "epsilon_cap", "epsilon_filter", "epsilon_odometer", "delta", "unit", "adjacency", "noise_placement", "adversary", "rounds",
+    "noise_multiplier", "metric", "mean", "sd", "n", "refused",
+)  # fmt: skip
+
+
+def _write(simulator: Simulator, found: dict[str, Any], to: Path) -> None:
+    if to.suffix.lower() != ".csv":
+        simulator.draw(found, to)
+        return
+    stated = {k: found[k] for k in ("delta", "unit", "adjacency", "noise_placement", "adversary", "metric")}
+    rows = [{"setting": "federated", **stated, **point} for point in found["points"]]
+    for name, spread in found["without_privacy"].items():
+        bare = {"epsilon_cap": "inf", "noise_multiplier": 0, "noise_placement": "none", "metric": found["metric"]}
+        rows.append({"setting": name, **bare, **spread})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(to, text.getvalue().encode())

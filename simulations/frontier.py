@@ -1,0 +1,206 @@
+"""The frontier of `hansa plan --simulate`: what each epsilon buys, from real runs under the charter that would enforce it.
+
+A point is a cap and a number of rounds. Its noise is calibrated by the filter exactly as drafting a charter does it; it is
+run in process, with keys, charter, gates and ledgers, and what it spent is read back from the partners' own ledgers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..common.accounting import odometer
+from ..common.charter import ADVERSARY
+from ..common.config import Federation
+from ..common.errors import ConfigError, OutputError, Refusal, Refused, RunFailed
+from ..common.identity import output_error
+from ..common.plan import budget_of, calibrated, events_of, plan_of
+from ..common.tasks import load_task
+from .baselines import baselines
+from .federation import Simulation
+
+__all__ = ["Frontier"]
+
+Told = Callable[[int, int, str], None]
+
+
+class Frontier:
+    """The simulator that `hansa plan --simulate` finds through its entry point."""
+
+    def run(
+        self, config: Federation, base: Path, epsilons: list[float], rounds: list[int], seeds: int, told: Told
+    ) -> dict[str, Any]:
+        """Every cap at every number of rounds, `seeds` runs each, and without privacy.
+
+        Seeds are config.seed, config.seed + 1, ...: other splits, initial models, and fresh noise. The same seeds stand
+        behind every point, so points differ by less than their standard deviations suggest.
+
+        Raises:
+            ConfigError: nothing would be measured.
+            RunFailed: a run did not finish all its rounds; a mean over what did would flatter.
+        """
+        if config.evaluation.kind == "none":
+            raise ConfigError(
+                "evaluation: none: a simulation would measure nothing", "Give evaluation kind public or private."
+            )
+        plans = [(count, cap) for count in rounds for cap in epsilons]
+        total = len(plans) * seeds + len(rounds) * seeds
+        done = 0
+        metric = ""
+        points: list[dict[str, Any]] = []
+        for count, cap in plans:
+            agreed = _agreed(config, cap, count)
+            point, sigma = _costs(agreed)
+            scores: list[dict[str, float]] = []
+            for number in range(seeds if sigma is not None else 0):
+                told(done, total, f"epsilon {cap:g}, {count} rounds, seed {config.seed + number}")
+                scores.append(_one(agreed.model_copy(update={"seed": config.seed + number}), base, sigma))
+                done += 1
+            done += 0 if sigma is not None else seeds
+            metric = metric or next((m for m in ("auc", "accuracy") if scores and m in scores[0]), "")
+            points.append({**point, **_spread([s[metric] for s in scores if metric in s])})
+        without: dict[str, dict[str, Any]] = {}
+        for count in rounds:
+            found: dict[str, list[float]] = {}
+            for number in range(seeds):
+                told(done, total, f"no privacy, {count} rounds, seed {config.seed + number}")
+                seeded = _agreed(config, None, count).model_copy(update={"seed": config.seed + number})
+                told_by = baselines(seeded, base, load_task(config.task), alone=False)
+                done += 1
+                for key, name in _NAMES.items():
+                    if (metric or "auc") in told_by.get(key, {}):
+                        found.setdefault(name, []).append(told_by[key][metric or "auc"])
+            for name, values in found.items():
+                label = name if len(rounds) == 1 else f"{name}, {count} rounds"
+                without[label] = {"rounds": count, **_spread(values)}
+        return {
+            "unit": "record", "adjacency": "add-or-remove-one", "noise_placement": "local", "adversary": ADVERSARY,
+            "delta": config.privacy.delta, "metric": metric or "auc", "seeds": seeds, "first_seed": config.seed,
+            "measured_on": _MEASURED[config.evaluation.kind], "points": points, "without_privacy": without,
+        }  # fmt: skip
+
+    def draw(self, report: dict[str, Any], to: Path) -> None:
+        """Score over epsilon with intervals of one standard deviation, and lines for no privacy.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        import matplotlib
+
+        matplotlib.use("Agg")
+        matplotlib.rcParams["svg.hashsalt"] = "hansa"  # equal figures, equal files
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+        measured = [p for p in report["points"] if p["mean"] is not None]
+        for count in sorted({p["rounds"] for p in measured}):
+            mine = [p for p in measured if p["rounds"] == count]
+            axes.errorbar(
+                [p["epsilon_cap"] for p in mine],
+                [p["mean"] for p in mine],
+                yerr=[p["sd"] or 0.0 for p in mine],
+                marker="o",
+                capsize=3,
+                label=f"federated, {count} rounds",
+            )
+        for number, (name, spread) in enumerate(report["without_privacy"].items()):
+            if spread["mean"] is not None:
+                axes.axhline(spread["mean"], linestyle=("--", ":", "-.")[number % 3], color="0.35", label=name)
+        axes.set_xscale("log")
+        caps = sorted({p["epsilon_cap"] for p in measured})
+        axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
+        axes.minorticks_off()
+        axes.set_xlabel(
+            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, record level, add-or-remove-one, local noise)",
+            fontsize=9,
+        )
+        axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {report['seeds']} simulated run(s)")
+        axes.set_title("Adversary: everyone but the partner itself", fontsize=9, loc="left")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
+        try:
+            figure.savefig(to, metadata={"Date": None} if to.suffix.lower() == ".svg" else None, dpi=150)
+        except OSError as err:
+            raise output_error(to, err) from err
+        except ValueError as err:
+            raise OutputError(f"{to}: {err}", "Give --out an ending of .png, .svg or .pdf.") from err
+        finally:
+            pyplot.close(figure)
+
+
+_NAMES = {"pooled": "all data pooled, no privacy", "federated_without_privacy": "federated, no privacy"}
+_MEASURED = {
+    "public": "measured on all partners' public test rows",
+    "private": "measured by noisy private histograms, charged to the same budget",
+}
+
+
+def _agreed(config: Federation, cap: float | None, rounds: int) -> Federation:
+    """The configuration of one point; with its noise still to be calibrated."""
+    evaluation = config.evaluation
+    if evaluation.kind == "public":  # costs nothing, so only the last round's score is taken
+        evaluation = evaluation.model_copy(update={"every": rounds})
+    privacy = config.privacy
+    if cap is not None:
+        privacy = privacy.model_copy(update={"epsilon": cap, "noise_multiplier": None})
+    algorithm = config.algorithm.model_copy(update={"rounds": rounds})
+    return config.model_copy(update={"evaluation": evaluation, "privacy": privacy, "algorithm": algorithm})
+
+
+def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:
+    """What the point costs by filter and odometer, and its noise; a refusal when no noise is enough."""
+    privacy = agreed.privacy
+    point = {"epsilon_cap": privacy.epsilon, "rounds": agreed.algorithm.rounds, "refused": ""}
+    try:
+        sigma = calibrated(agreed.algorithm, privacy, agreed.evaluation)
+    except Refused as err:
+        if err.reason is not Refusal.BUDGET:
+            raise
+        nothing = {"epsilon_filter": None, "epsilon_odometer": None, "noise_multiplier": None}
+        return {**point, **nothing, "refused": "no noise is enough"}, None
+    assert sigma is not None
+    assert privacy.delta is not None
+    events = events_of(
+        plan_of(agreed.algorithm, privacy.model_copy(update={"noise_multiplier": sigma}), agreed.evaluation)
+    )
+    costs = {
+        "epsilon_filter": budget_of(privacy).spent(events),
+        "epsilon_odometer": odometer(events, privacy.delta),
+        "noise_multiplier": sigma,
+    }
+    return {**point, **costs}, sigma
+
+
+def _one(config: Federation, base: Path, sigma: float | None) -> dict[str, float]:
+    """Run one point once, in a folder that is thrown away; the scores after its last round."""
+    with tempfile.TemporaryDirectory(prefix="hansa-frontier-") as folder:
+        simulation = Simulation(config, base, Path(folder) / "run")
+        try:
+            outcome = simulation.run()
+            signed = simulation.signed.charter.privacy.noise_multiplier
+            spent = [gate.spent_epsilon() for gate in simulation.gates.values()]
+        finally:
+            simulation.close()
+    last = outcome.history[-1] if outcome.history else None
+    if last is None or last["round"] != config.algorithm.rounds or outcome.refusals:
+        why = f": {outcome.refusals[0].reason}: {outcome.refusals[0].detail}" if outcome.refusals else ""
+        raise RunFailed(
+            f"a simulated run at epsilon {config.privacy.epsilon:g} did not finish{why}",
+            "Look at one run: hansa simulate CONFIG.yaml",
+        )
+    cap = config.privacy.epsilon or 0.0
+    if signed != sigma or any(e is None or e > cap for e in spent):
+        raise RunFailed("a simulated run spent something else than planned", "This is a fault in Hansa.")
+    return dict(last["metrics"])
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation (None for one run: unknown, not zero) and number of runs."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
