@@ -8,7 +8,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo network test lint bench soak table data clean help
+.PHONY: demo network test lint bench soak fuzz mutants table data clean help
 
 help:
 	@echo "make demo    the main job: four hospitals, one model, a privacy bill that verifies (out/demo)"
@@ -17,6 +17,8 @@ help:
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make table   the accuracy table of README (10 seeds)"
 	@echo "make bench   measured figures: the link beside stock Flower, 1,000 clients a round, accounting"
+	@echo "make fuzz    ten minutes of hostile input for every parser (FUZZ_SECONDS=600)"
+	@echo "make mutants every small change of accounting.py and verifier.py that a test must notice (hours; MUTANTS=200 takes a sample)"
 	@echo "make soak    kill -9 at 50 random points of a run, then --resume; every fault of a network alone"
 
 $(VENV)/bin/python:
@@ -67,6 +69,12 @@ bench: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m soak tests
+
+# Coverage-guided where atheris has a wheel (Linux on x86-64); elsewhere by hostile mutation alone.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	@$(BIN)/pip install -q --only-binary :all: atheris -c constraints.txt || echo "no atheris here: fuzzing without coverage"
+	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
 
 # The link's messages, after an edit of common/link.proto. The tool has a virtual environment of its own: it wants another protobuf.
 proto:

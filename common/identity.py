@@ -209,8 +209,12 @@ def key_from_pem(pem: bytes) -> str:
 
 
 def fingerprint(key: str) -> str:
-    """What people compare by phone: SHA-256 of the raw public key, first 20 bytes in groups of four digits."""
-    return grouped(sha256(bytes.fromhex(key)))
+    """What people compare by phone: SHA-256 of the raw public key, first 20 bytes in groups of four digits.
+
+    Raises:
+        MessageError: it is no public key: in a ledger that somebody else wrote, say.
+    """
+    return grouped(sha256(_raw_key(key)))
 
 
 def grouped(digest: str) -> str:

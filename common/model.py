@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,22 +83,28 @@ def tensors_from(path: Path, start: int = 0) -> tuple[Arrays, str | None]:
     safetensors itself.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is not such a file.
+        OSError, ValueError, KeyError, TypeError, RecursionError: it is not such a file.
     """
     with path.open("rb") as file:
+        room = os.fstat(file.fileno()).st_size - start - 8
         file.seek(start)
         size = int.from_bytes(file.read(8), "little")
-        if size > _MAX_HEADER_BYTES:
+        room -= size
+        if size > _MAX_HEADER_BYTES or room < 0:
             raise ValueError("not a file of tensors")
         header = json.loads(file.read(size))
-        about = header.pop("__metadata__", {}).get("hansa")
+        if not isinstance(header, dict) or not isinstance(kept := header.pop("__metadata__", {}), dict):
+            raise ValueError("a header of another kind")
         tensors: Arrays = {}
         for name, spec in header.items():
-            file.seek(start + 8 + size + spec["data_offsets"][0])
-            count = math.prod(spec["shape"])
-            flat = np.fromfile(file, _NUMPY[spec["dtype"]], count)
-            tensors[name] = flat.reshape(spec["shape"])
-    return tensors, about
+            dtype, shape, (begin, end) = np.dtype(_NUMPY[spec["dtype"]]), spec["shape"], spec["data_offsets"]
+            if not all(type(n) is int and 0 <= n < 2**40 for n in (*shape, begin, end)) or end > room:
+                raise ValueError(f"tensor {name}: malformed")
+            if math.prod(shape) * dtype.itemsize != end - begin:  # before it is allocated
+                raise ValueError(f"tensor {name}: {end - begin} bytes do not fit its shape")
+            file.seek(start + 8 + size + begin)
+            tensors[name] = np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+    return tensors, kept.get("hansa")
 
 
 def model_sha256(model: Mapping[str, npt.NDArray[Any]]) -> str:

@@ -82,13 +82,31 @@ class Checkpoint:
             if file_sha256(path, _DIGEST_BYTES).encode() + b"\n" != stated:
                 raise ValueError("its bytes have changed")
             tensors, text = tensors_from(path, _DIGEST_BYTES)
-            about = json.loads(text or "")
-            about["answers"] = {
-                purpose: {name: Answer(**answer) for name, answer in answers.items()}
-                for purpose, answers in about["answers"].items()
-            }
-        except (OSError, ValueError, KeyError, TypeError) as err:
+            about = _about(json.loads(text or ""))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
             raise OutputError(f"{path}: the checkpoint is damaged", "Start the run again in a new folder.") from err
         model = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         strategy = {k.removeprefix("strategy/"): v for k, v in tensors.items() if k.startswith("strategy/")}
         return cls(**about, model=model, strategy=strategy)
+
+
+_ABOUT: dict[str, type | tuple[type, ...]] = {
+    "run_id": str,
+    "round": int,
+    "history": list,
+    "folded": list,
+    "accepted": (list, type(None)),
+    "trained": bool,
+    "answers": dict,
+    "witness": dict,
+}
+
+
+def _about(said: Any) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors, of the types that it was saved with."""
+    if set(said) != set(_ABOUT) or not all(isinstance(said[name], kind) for name, kind in _ABOUT.items()):
+        raise ValueError("other fields than a checkpoint has")
+    answers = {
+        purpose: {name: Answer(**answer) for name, answer in given.items()} for purpose, given in said["answers"].items()
+    }
+    return {**said, "answers": answers}

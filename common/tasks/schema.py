@@ -374,8 +374,13 @@ def load_schema(path: Path | str) -> TableSchema:
         raise TaskError("\n  ".join(f"{path}: {problem}" for problem in problems), hint) from None
 
 
+_MAX_PLACES = 50_000
+
+
 def _plain(node: yaml.Node, place: tuple[Hashable, ...], lines: dict[tuple[Hashable, ...], int]) -> Any:
     lines.setdefault(place, node.start_mark.line + 1)
+    if len(lines) > _MAX_PLACES:  # a few aliases of aliases in YAML stand for gigabytes
+        raise yaml.MarkedYAMLError(problem="too large for a schema", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key, value in node.value:
