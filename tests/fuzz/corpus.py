@@ -83,6 +83,7 @@ def bundle(evaluation: str = "private") -> Path:
         privacy=privacy,
         evaluation={"kind": "private", "noise_multiplier": 40.0} if evaluation == "private" else {"kind": evaluation},
     )
+    shutil.rmtree(out, ignore_errors=True)
     with mock.patch.object(Identity, "generate", lambda name: identity(name)):
         run(settings, out)
     for path in list(out.iterdir()):  # what a partner or coordinator keeps for itself is no part of a bundle

@@ -22,6 +22,8 @@ from typing import Any
 
 CPU_S = 5.0
 """What one input may cost."""
+SLOW_S = 0.5
+"""An input that costs more is kept for a look, though it is no finding."""
 ROOM = 3 * 1024**3
 """Memory that inputs may take beyond what the process has when they begin."""
 
@@ -60,6 +62,11 @@ class Session:
         self._folder = folder
         self._told = 0.0
 
+    def restart(self) -> None:
+        """Count from here: the first inputs import what they need."""
+        self.began, self.slowest = time.monotonic(), 0.0
+        self.outcomes.clear()
+
     def feed(self, data: bytes) -> str:
         """One input; where it ended. A finding does not stop the session: its place is remembered."""
         start = time.process_time()
@@ -72,7 +79,10 @@ class Session:
         except (Exception, Hang) as err:
             outcome = "FOUND"
             self._found(err, data)
-        self.slowest = max(self.slowest, time.process_time() - start)
+        took = time.process_time() - start
+        if took > max(self.slowest, SLOW_S) and self._folder is not None:
+            (self._folder / "slowest.bin").write_bytes(data)
+        self.slowest = max(self.slowest, took)
         self.outcomes[outcome] += 1
         now = time.monotonic()
         if now - self._told > 1:
@@ -208,8 +218,7 @@ def guided(name: str, seconds: float, folder: Path, corpus: Path, seed: int) -> 
     ]  # fmt: skip
     atheris.Setup(arguments, lambda data: session.feed(data) and None, custom_mutator=change)
     with bounded():
-        session.began = time.monotonic()
-        session.outcomes.clear()
+        session.restart()
         atheris.Fuzz()
 
 
@@ -219,7 +228,9 @@ def unguided(name: str, seconds: float, folder: Path, seed: int) -> None:
 
     session = Session(TARGETS[name], folder)
     session.target.examples()
+    for data in session.target.examples():
+        session.feed(data)
     with bounded():
-        session.began = time.monotonic()
+        session.restart()
         pool(session, random.Random(seed), lambda _: time.monotonic() - session.began > seconds)
     session.tell()

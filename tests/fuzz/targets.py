@@ -372,8 +372,11 @@ def _witness(said: Any) -> None:
     from hansa.common.heads import sign_head
     from hansa.common.witness import Asked, standing, told, with_signatures
 
-    with building():
-        asked, tells, witnessed, stands = (said[key] for key in ("asked", "told", "witnessed", "stands"))
+    from hansa.common.identity import strict_json
+
+    with building():  # they are fields of a message, which was read so
+        fields = strict_json(bent(said))
+        asked, tells, witnessed, stands = (fields[key] for key in ("asked", "told", "witnessed", "stands"))
     heads = {"ada": sign_head(corpus.identity("ada"), grown())}
     refused = None
     for parse in (
