@@ -1,27 +1,32 @@
 """Ledgers, charter and keys -> verdict. One file that imports nothing of ours: read it, copy it, run it.
 
-    python verifier.py BUNDLE        prints the verdict as JSON; exit 0 verified, 1 a violation, 2 unreadable
+    python verifier.py BUNDLE [--against PATH ...]    prints the verdict as JSON; exit 0 verified, 1 a violation, 2 unreadable
 
-It needs `cryptography` (Ed25519) and `dp-accounting` (privacy loss distributions). The format is docs/ledger-format.md.
-What is checked, in this order; whatever fails is a violation that names file and line:
+It needs `cryptography` (Ed25519) and `dp-accounting` (privacy loss distributions). The format is docs/ledger-format.md, version 2.
+What is checked, in this order; whatever fails is a violation that names file and line, with a code and what it means:
 
  1. Envelopes (DSSE). What was parsed is written again and must give the same bytes. Signatures cover the exact payload.
- 2. `charter.json` is signed by everyone it names and by nobody else; its SHA-256 is on every run, hold and debit.
+ 2. `charter.json` is signed by everyone it names and by nobody else; its SHA-256 is in every entry about it.
  3. `keys/` holds the charter's keys, byte for byte, and nothing else.
- 4. A ledger line is signed by its owner's key in the charter, has the next sequence number and the hash of the line
-    before. The file ends with a whole line. Genesis names owner, role, key and simulation as the charter does.
+ 4. A ledger line's header is signed by its owner's key in the charter, has the next sequence number and the root of the
+    Merkle tree (RFC 6962) of all headers before it, and the hash of the body that is shown, if it is. The file ends with a whole
+    line. Genesis names owner, role, key and simulation as the charter does, and is shown.
  5. Unknown event types, fields, versions and mechanisms are violations, and so is a value of the wrong kind.
- 6. Partner: one budget, fixed; a hold is the charter's plan and the filter admits it together with everything debited
-    and held; a debit lies within the open hold of its run, on the charter's terms, once for one request; a commit or
-    public answer follows its request; nothing is debited after the release. What was debited stays charged for ever.
-    All debits under the charter cost at most its epsilon at its delta, whatever budget the ledger has.
- 7. Coordinator: asks, answers and rounds that stand twice (a crash) agree; a round counts the quorum's ok answers; a
+ 6. Partner, from every header, shown or not, by lineage: one budget, fixed; its filter admits every hold together with all that is
+    debited and held; what is debited or released was held. What was debited stays charged for ever.
+ 7. Partner, what is shown: a header's privacy event is what its body says; data sets are declared as the rules ask, before they
+    are used; a hold is the charter's plan; a debit lies within the open hold of its run, on the charter's terms, once for one
+    request; a commit or public answer follows its request; nothing is debited after the release. All debits under the charter
+    cost at most its epsilon at its delta. What is hidden could be another charter's, as far as headers tell.
+ 8. Coordinator: asks, answers and rounds that stand twice (a crash) agree; a round counts the quorum's ok answers; a
     run closes with its last round's model.
- 8. Both: every ok or failed answer has the partner's commit, public answer or hold, and every refused one its refusal, of the
+ 9. Both: every ok or failed answer has the partner's commit, public answer or hold, and every refused one its refusal, of the
     same request; every hold, debit, commit and public answer was asked for, and answered unless none was seen.
- 9. `closing/`: every run of the coordinator's ledger was closed by a checkpoint of every ledger, signed by all; one
-    that is shorter or differs there is a violation, entries after the newest checkpoint are a warning.
-10. `model.safetensors` is the model of the newest completed run; `result.json` says what was recomputed here, and of
+10. `closing/`: every run that the coordinator's ledger closes has a checkpoint of every ledger, signed by all.
+11. `heads/`: signed heads, by their owners first and then by others of the charter.
+12. Every head, every checkpoint and every copy that is given beside the bundle (`against`) states each ledger as it is here: none
+    is shorter than its owner once signed for, or another one. What nobody else vouches for is a tail: a warning.
+13. `model.safetensors` is the model of the newest completed run; `result.json` says what was recomputed here, and of
     its run, rounds, refusals and terms what the ledgers and the charter say.
 
 Population bundles (above 100 simulated partners) have one ledger, the coordinator's, with every client's accounting.
@@ -43,7 +48,7 @@ import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
@@ -59,15 +64,72 @@ MAX_LINE = 8 * 2**20
 MAX_FILE = 64 * 2**20  # of a file that is read whole
 MAX_FOUND = 1000  # violations and warnings that are listed
 MAX_EVENTS = 2000  # different (q, sigma) in one ledger: each costs some milliseconds
+MAX_COPIES = 1000  # files of a folder that is given to compare with
+MAX_POINTS = 40  # of a trajectory at which the odometer is read
 SLACK = 1e-9  # relative: what two honest implementations of the same formulas may differ by
 LIMITS = [
     "What was declared and agreed was recorded, in this order, by the holders of these keys, and adds up to this bill.",
     "It cannot prove that noise was really drawn, nor that no other copy of the data was used outside these nodes.",
+    "That data sets are new, overlap or share no records is their owner's signed word.",
     "The keys are those in this charter: whether they are the partners' own, only the partners can say (fingerprints).",
     "Metrics (AUC and the like) are the coordinator's word.",
     "Not checked: what else result.json says (baselines, timings, descriptions), and report.html.",
     "epsilon takes the history as fixed in advance; epsilon_filter also holds when it was chosen adaptively.",
 ]
+MEANS = {
+    # violations
+    "file": "A file that this verdict needs is missing, or is no plain file: what it would show is not checked.",
+    "layout": "These bytes are not in the one form that the format allows: edited, damaged, or written by other software.",
+    "unknown": "This is of a kind or version that this reader does not know: what it did or cost is not judged.",
+    "stranger": "This belongs to nobody in the charter, so it is no part of this bundle.",
+    "charter_signatures": "Not exactly those who stand in the charter signed it: somebody may never have agreed to these terms.",
+    "key": "A public key in the bundle is not the charter's: it cannot show who signed.",
+    "entry_signature": "The ledger's owner did not sign this entry as it stands here.",
+    "entry_order": "Entries before this one were dropped, repeated, moved or edited.",
+    "entry_body": "What the entry tells is not what its owner signed: the body was exchanged afterwards.",
+    "torn": "The file ends in the middle of a line: its end was cut off.",
+    "genesis": "The ledger does not begin as this owner's ledger under this charter must: it may be another one.",
+    "unrecorded": "Something was done under the charter before the ledger said that the charter was accepted.",
+    "privacy_differs": "The charge in the signed header is not what the entry itself says: one of the two is untrue.",
+    "lineage": "A data set was not declared as the rules ask: a used-up budget may have been escaped by it.",
+    "hidden": "An entry is hidden that an auditor of this charter must be shown: part of what was done is kept back.",
+    "not_held": "Privacy was spent or given back that no run had reserved: the node did not keep the rules.",
+    "budget": "The budget is not the one that was agreed, or was set a second time: it may have been raised.",
+    "no_budget": "Work was accepted on a budget that could not pay for it: none was set, or it had become unbounded.",
+    "over_budget": "More was reserved or spent than the budget allows: the node's filter was not in force.",
+    "over_charter": "More was spent under this charter than its partners agreed to.",
+    "terms": "Something was done on other terms than the charter's.",
+    "expired": "Something was reserved or spent after the charter had expired.",
+    "run_order": "The steps of a run do not follow one another as they must: hold, debit, commit, release.",
+    "repeated": "The same request or run stands there twice: it may have been answered or charged twice.",
+    "record": "The coordinator's record of a run contradicts itself or the charter.",
+    "not_asked": "A partner did or refused what the coordinator's ledger did not ask for: one of the two is untrue or not whole.",
+    "not_done": "An answer that the coordinator recorded is not in the partner's ledger: one of the two is untrue or not whole.",
+    "closing": "A closing checkpoint is not good, so it vouches for nothing.",
+    "closing_missing": "A run was closed, but nobody's signatures under its end are here: what came last may have been cut off.",
+    "head": "A signed head is not good, so it vouches for nothing.",
+    "contradiction": "A ledger's owner signed for two different histories of the same length: it shows different people different things.",
+    "entries_missing": "The ledger's owner once signed for more entries than are here: its end was cut off (a rollback).",
+    "entry_differs": "The ledger's owner signed for another history than is shown here: entries were edited, dropped or replaced.",
+    "fork": "The ledger's owner signed two different entries for one place: it shows different people different histories.",
+    "copy": "What was given to compare with is not what its owner signed: it proves nothing, for this bundle or against it.",
+    "model": "The model in the bundle is not the one that the ledgers are about.",
+    "result": "result.json does not say what the ledgers say: do not rely on it.",
+    "more": "There is more of this than a reader can use.",
+    # warnings
+    "tail": "Only their owner has signed for these last entries: they could still be taken back unseen.",
+    "open_run": "The run was never finished, so nobody's signatures vouch for its end yet.",
+    "no_runs": "Nothing was done under this charter yet.",
+    "recovered": "A crash while writing; what was cut off had not been acted on.",
+    "restored": "The ledger came from a backup: what was spent after that backup is lost, unless heads or copies show it.",
+    "uncommitted": "A crash or failure between charge and answer; nothing left the node, and the charge stands.",
+    "unreleased": "What this run did not use is still reserved: the budget shows more taken than was spent.",
+    "other_charter": "The same records are used under other charters too, which this bundle does not show; their cost is counted here.",
+    "unanswered": "The partner did its part and the answer was lost on the way, or came too late.",
+    "coarse": "A figure is larger than the exact one would be; it is still a bound.",
+    "unrelated": "This belongs to somebody who does not stand in this charter, and was not compared.",
+}
+"""What a code of a violation or warning means to a reader."""
 
 
 def _printable(text: str, limit: int) -> str:
@@ -85,7 +147,11 @@ class Unreadable(Exception):
 
 
 class Bad(Exception):
-    """What is wrong at the place that is being read."""
+    """What is wrong at the place that is being read: a code of `MEANS`, and the words."""
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code = code
 
 
 class Report:
@@ -94,22 +160,24 @@ class Report:
     def __init__(self) -> None:
         self.violations: list[dict[str, Any]] = []
         self.warnings: list[dict[str, Any]] = []
-        self.checked = Counter({"ledgers": 0, "entries": 0, "signatures": 0})
+        self.checked = Counter({"ledgers": 0, "entries": 0, "signatures": 0, "heads": 0, "proofs": 0})
+        self.known: set[bytes] = set()  # signatures that were checked: a head stands in many files
 
-    def wrong(self, file: str, line: int | None, what: str) -> None:
+    def wrong(self, code: str, file: str, line: int | None, what: str) -> None:
         """One violation."""
-        self._add(self.violations, file, line, what)
+        self._add(self.violations, code, file, line, what)
 
-    def warn(self, file: str, line: int | None, what: str) -> None:
-        """Something that an honest crash also leaves behind."""
-        self._add(self.warnings, file, line, what)
+    def warn(self, code: str, file: str, line: int | None, what: str) -> None:
+        """Something that an honest crash, or plain work with others, also leaves behind."""
+        self._add(self.warnings, code, file, line, what)
 
     @staticmethod
-    def _add(where: list[dict[str, Any]], file: str, line: int | None, what: str) -> None:
-        if len(where) < MAX_FOUND:
-            where.append({"file": _printable(file, 300), "line": line, "what": _printable(what, 500)})
-        elif len(where) == MAX_FOUND:
-            where.append({"file": file, "line": line, "what": "... and more; the rest is left out"})
+    def _add(where: list[dict[str, Any]], code: str, file: str, line: int | None, what: str) -> None:
+        if len(where) == MAX_FOUND:
+            code, line, what = "more", None, "... and more; the rest is left out"
+        if len(where) <= MAX_FOUND:
+            said = {"file": _printable(file, 300), "line": line, "what": _printable(what, 500)}
+            where.append({"code": code, **said, "means": MEANS[code]})
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------
@@ -119,14 +187,14 @@ def _open(root: Path, file: str) -> IO[bytes]:
     """A regular file inside the bundle, reached through no link. Opening never blocks (a FIFO would)."""
     path = root / file
     if any(p.is_symlink() for p in [path, *path.parents[: file.count("/")]]):
-        raise Bad("is a link, or in a linked folder: a bundle holds plain files")
+        raise Bad("file", "is a link, or in a linked folder: a bundle holds plain files")
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as err:
-        raise Bad(f"cannot be read: {err.strerror}") from err
+        raise Bad("file", f"cannot be read: {err.strerror}") from err
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise Bad("is not a regular file")
+        raise Bad("file", "is not a regular file")
     return os.fdopen(handle, "rb")
 
 
@@ -134,8 +202,19 @@ def _read(root: Path, file: str, limit: int = MAX_FILE) -> bytes:
     with _open(root, file) as handle:
         data = handle.read(limit + 1)
     if len(data) > limit:
-        raise Bad(f"is larger than {limit} bytes")
+        raise Bad("file", f"is larger than {limit} bytes")
     return data
+
+
+def _lines(root: Path, file: str) -> Iterator[bytes]:
+    """Whole lines, without their line breaks."""
+    with _open(root, file) as handle:
+        while data := handle.readline(MAX_LINE + 1):
+            if not data.endswith(b"\n"):
+                raise Bad(
+                    "torn", "longer than any line" if len(data) > MAX_LINE else "a torn last line: its end is missing"
+                )
+            yield data[:-1]
 
 
 def _hash_of(root: Path, file: str) -> str:
@@ -157,9 +236,10 @@ def _json(data: bytes, floats: bool = False) -> Any:
     """JSON without duplicate keys, NaN or (unless asked for) floats, at most 16 levels deep."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({k for k, _ in items}) != len(items):
+        made = dict(items)
+        if len(made) != len(items):
             raise ValueError("a key is given twice")
-        return dict(items)
+        return made
 
     def never(text: str) -> float:
         raise ValueError(f"the number {text[:40]} has no place here")
@@ -174,42 +254,95 @@ def _json(data: bytes, floats: bool = False) -> Any:
         real = (lambda t: float(t)) if floats else never
         return json.loads(data.decode(), object_pairs_hook=pairs, parse_float=real, parse_constant=never)
     except (ValueError, RecursionError) as err:
-        raise Bad(f"not valid JSON: {str(err)[:100]}") from err
+        raise Bad("layout", f"not valid JSON: {str(err)[:100]}") from err
 
 
 def _bytes(value: Any) -> bytes:
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     except ValueError as err:  # a lone surrogate
-        raise Bad("text that is not Unicode") from err
+        raise Bad("layout", "text that is not Unicode") from err
 
 
-def _envelope(data: bytes, kind: str) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """Payload and (keyid, signature) pairs of the one layout; no signature is checked here."""
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+Signatures = list[tuple[str, bytes]]  # (keyid, signature)
+
+
+def _canonical(data: bytes) -> Any:
+    """JSON in the one layout: the same bytes when it is written again."""
     parsed = _json(data)
+    if _bytes(parsed) != data:
+        raise Bad("layout", "in an unusual layout (edited?)")
+    return parsed
+
+
+def _envelope(parsed: Any, kind: str) -> tuple[bytes, Signatures]:
+    """Payload and signatures of an envelope of the one layout; no signature is checked here."""
     try:
         payload = base64.b64decode(parsed["payload"], validate=True)
         signatures = [(s["keyid"], base64.b64decode(s["sig"], validate=True)) for s in parsed["signatures"]]
     except (LookupError, TypeError, ValueError) as err:
-        raise Bad("not a signed envelope") from err
+        raise Bad("layout", "not a signed envelope") from err
     made = [{"keyid": key, "sig": base64.b64encode(sig).decode()} for key, sig in signatures]
     again = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": made}
-    if _bytes(again) != data:
-        raise Bad(f"an envelope of another type than {kind}, or in an unusual layout (edited?)")
+    if _bytes(again) != _bytes(parsed):
+        raise Bad("layout", f"an envelope of another type than {kind}, or in an unusual layout (edited?)")
     return payload, signatures
+
+
+def _file_of_one(root: Path, file: str, kind: str) -> tuple[bytes, Signatures]:
+    """The one envelope, and the newline behind it, that a file consists of."""
+    data = _read(root, file)
+    if not data.endswith(b"\n"):
+        raise Bad("layout", "does not end in a newline (edited?)")
+    return _envelope(_canonical(data[:-1]), kind)
+
+
+@lru_cache(maxsize=10_000)
+def _public(key: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
 
 
 def _check_signature(report: Report, key: str, kind: str, payload: bytes, signature: bytes) -> None:
     signed = b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload)
-    try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, signed)
-    except (InvalidSignature, ValueError) as err:
-        raise Bad(f"bad signature by the key {key[:16]}...") from err
-    report.checked["signatures"] += 1
+    name = hashlib.sha256(b"%b %b %b" % (key.encode(), signature, signed)).digest()
+    if name not in report.known:
+        try:
+            _public(key).verify(signature, signed)
+        except (InvalidSignature, ValueError) as err:
+            raise Bad("entry_signature", f"bad signature by the key {key[:16]}...") from err
+        report.known.add(name)
+        report.checked["signatures"] += 1
 
 
 def _show(value: Any) -> str:
     return ascii(value)[:80]
+
+
+# -- the tree (RFC 6962, 2.1) --------------------------------------------------------------------------------
+
+
+class Tree:
+    """The root over a growing list of leaves."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._peaks: list[bytes] = []  # roots of full subtrees, the largest first: one for each bit of size
+
+    def add(self, leaf: bytes) -> str:
+        """One leaf more: the root over all, in hex."""
+        node, size = hashlib.sha256(b"\0" + leaf).digest(), self.size
+        while size & 1:
+            node = hashlib.sha256(b"\1" + self._peaks.pop() + node).digest()
+            size >>= 1
+        self._peaks.append(node)
+        self.size += 1
+        for peak in self._peaks[-2::-1]:
+            node = hashlib.sha256(b"\1" + peak + node).digest()
+        return node.hex()
 
 
 # -- kinds of values -----------------------------------------------------------------------------------------
@@ -223,15 +356,31 @@ def _text(value: Any) -> bool:
 
 
 def _id(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._:-]{1,200}", value) is not None
 
 
 def _hex(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
+def _short_hex(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}", value) is not None
+
+
+def _moment(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value, re.ASCII) is not None
+
+
 def _flag(value: Any) -> bool:
     return isinstance(value, bool)
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _whole(value: Any, low: int = 0, high: int = 10**9) -> bool:
@@ -249,19 +398,19 @@ def _or_null(check: Check) -> Check:
 def _fields(value: Any, what: str, checks: Mapping[str, Check]) -> dict[str, Any]:
     """`value` if it is an object with exactly these fields, each of its kind."""
     if not isinstance(value, dict) or set(value) != set(checks):
-        raise Bad(f"{what} does not have exactly the fields {', '.join(checks)}")
+        raise Bad("layout", f"{what} does not have exactly the fields {', '.join(checks)}")
     for name, check in checks.items():
         if not check(value[name]):
-            raise Bad(f"{what}: {name} is {_show(value[name])}")
+            raise Bad("layout", f"{what}: {name} is {_show(value[name])}")
     return value
 
 
 def _real(value: Any) -> float:
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,40})?(e[+-]?[0-9]{1,3})?", value):
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,40})?(e[+-]?[0-9]{1,3})?", value, re.ASCII):
         number = float(value)
         if math.isfinite(number):
             return number
-    raise Bad(f"{_show(value)} is not a finite decimal string")
+    raise Bad("layout", f"{_show(value)} is not a finite decimal string")
 
 
 def _is_real(value: Any) -> bool:
@@ -271,32 +420,44 @@ def _is_real(value: Any) -> bool:
 def _event(value: Any) -> Event:
     if value == {"mechanism": "none/1"}:
         return None
-    checks = {"mechanism": _is("poisson-gaussian/1"), "q": _is_real, "sigma": _is_real, "steps": lambda v: _whole(v, 1)}
-    _fields(value, "event", checks)
+    if not isinstance(value, dict) or value.get("mechanism") != "poisson-gaussian/1":
+        raise Bad("unknown", f"an event of an unknown mechanism: {_show(value)}")
+    checks: dict[str, Check] = {"q": _is_real, "sigma": _is_real, "steps": lambda v: _whole(v, 1)}
+    _fields(value, "event", {"mechanism": _text} | checks)
     q, sigma = _real(value["q"]), _real(value["sigma"])
     if not (0 < q <= 1 and sigma >= 0.3):
-        raise Bad(f"an event with q = {q:g}, sigma = {sigma:g}; allowed are 0 < q <= 1 and sigma from 0.3")
+        raise Bad("layout", f"an event with q = {q:g}, sigma = {sigma:g}; allowed are 0 < q <= 1 and sigma from 0.3")
     return q, min(sigma, 1e9), value["steps"]
 
 
 def _plan(value: Any) -> dict[str, tuple[int, Event]]:
     """purpose -> (count, event)."""
     if not isinstance(value, list) or not 1 <= len(value) <= 2:
-        raise Bad("a plan is a list of one or two items")
+        raise Bad("layout", "a plan is a list of one or two items")
     checks = {"purpose": _is("train", "evaluate"), "count": _whole, "event": lambda v: _event(v) or True}
     items = [_fields(item, "plan", checks) for item in value]
     if len({item["purpose"] for item in items}) != len(items):
-        raise Bad("a plan with one purpose twice")
+        raise Bad("layout", "a plan with one purpose twice")
     return {item["purpose"]: (item["count"], _event(item["event"])) for item in items}
+
+
+def _counted(value: Any) -> list[tuple[Event, int]]:
+    """Events of a header's hold or release: [[event, count], ...], as many as a plan has items at most."""
+    if not isinstance(value, list) or len(value) > 2:
+        raise Bad("layout", "a header's events are a list of at most two pairs")
+    if not all(isinstance(pair, list) and len(pair) == 2 and _whole(pair[1]) for pair in value):
+        raise Bad("layout", "a header's events are pairs of an event and a count")
+    return [(_event(event), count) for event, count in value]
 
 
 def _metrics(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_real(v) for v in value.values())
 
 
-# -- accounting: one record of one dataset, add-or-remove-one ------------------------------------------------
+# -- accounting: one record of one lineage, add-or-remove-one ------------------------------------------------
 
-History = tuple[tuple[tuple[float, float], int], ...]  # ((q, sigma), steps), sorted
+Kind = tuple[float, float]  # (q, sigma)
+History = tuple[tuple[Kind, int], ...]  # (kind, steps), sorted
 
 
 @dataclass(frozen=True)
@@ -312,24 +473,33 @@ class Budget:
     def parse(cls, value: Any) -> Budget:
         """From a ledger's fields; the shares must sum to at most delta."""
         checks: dict[str, Check] = dict.fromkeys(("epsilon", "delta", "gaussian_delta"), _is_real)
-        _fields(value, "budget", checks | {"orders": lambda v: isinstance(v, list) and 1 <= len(v) <= 16})
+        _fields(value, "budget", checks | {"orders": lambda v: isinstance(v, list) and 1 <= len(v) <= 5})
         if not all(isinstance(o, list) and len(o) == 2 and _whole(o[0], 2, 4096) for o in value["orders"]):
-            raise Bad("budget: orders are pairs of a whole number from 2 to 4096 and a share of delta")
+            raise Bad("budget", "orders are pairs of a whole number from 2 to 4096 and a share of delta")
         orders = tuple((order, _real(share)) for order, share in value["orders"])
         made = cls(_real(value["epsilon"]), _real(value["delta"]), orders, _real(value["gaussian_delta"]))
         shares = [share for _, share in orders] + [made.gaussian_delta]
         if not (made.epsilon > 0 and 0 < made.delta < 1 and min(shares) > 0):
-            raise Bad("budget: epsilon, delta and its shares must be positive and delta below 1")
+            raise Bad("budget", "epsilon, delta and its shares must be positive and delta below 1")
         if sum(map(Fraction, shares)) > Fraction(made.delta):
-            raise Bad(f"budget: the shares of delta sum to more than {made.delta!r}")
+            raise Bad("budget", f"the shares of delta sum to more than {made.delta!r}")
         return made
 
     def at(self, epsilon: float, delta: float) -> Budget:
         """The same orders and parts of delta for another cap."""
+        if (epsilon, delta) == (self.epsilon, self.delta):
+            return self
         parts = [
             max(share / self.delta * delta, 1e-300) for share in (*dict(self.orders).values(), self.gaussian_delta)
         ]
         return Budget(epsilon, delta, tuple(zip(dict(self.orders), parts, strict=False)), parts[-1])
+
+
+@lru_cache(maxsize=64)
+def _binomials(order: int) -> list[float]:
+    """ln C(order, k), k from 0."""
+    whole = math.lgamma(order + 1)
+    return [whole - math.lgamma(k + 1) - math.lgamma(order - k + 1) for k in range(order + 1)]
 
 
 @lru_cache(maxsize=100_000)
@@ -341,15 +511,14 @@ def _renyi(q: float, sigma: float, order: int) -> float:
     """
     if q == 1:
         return order / (2 * sigma**2)
-    logs, whole = [], math.lgamma(order + 1)
-    for k in range(2, order + 1):
-        x = k * (k - 1) / (2 * sigma**2)
-        weight = (
-            whole - math.lgamma(k + 1) - math.lgamma(order - k + 1) + (order - k) * math.log1p(-q) + k * math.log(q)
-        )
-        logs.append(weight + x + math.log(-math.expm1(-x)))
+    rest, taken, half, log = math.log1p(-q), math.log(q), 1 / (2 * sigma**2), math.log
+    logs = [
+        weight + (order - k) * rest + k * taken + (x if (x := k * (k - 1) * half) > 50 else log(math.expm1(x)))
+        for k, weight in enumerate(_binomials(order))
+        if k >= 2
+    ]
     top = max(logs)
-    excess = top + math.log(math.fsum(math.exp(value - top) for value in logs))  # ln(A - 1)
+    excess = top + log(math.fsum(math.exp(value - top) for value in logs))  # ln(A - 1)
     return (math.log1p(math.exp(excess)) if excess < 0 else excess + math.log1p(math.exp(-excess))) / (order - 1)
 
 
@@ -367,8 +536,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     low, high = 0.0, mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))  # the Gaussian tail: never exceeds there
     if not exceeds(low):
         return 0.0
-    for _ in range(80):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high and high - low > 1e-14 * high:
         low, high = (middle, high) if exceeds(middle) else (low, middle)
     return high
 
@@ -382,29 +550,42 @@ def filter_epsilon(budget: Budget, history: History) -> float:
     return total.epsilon()
 
 
+_UNIT = 1 << 1074  # every finite float is a whole number of these parts
+
+
+def _exact(value: float) -> int:
+    numerator, denominator = value.as_integer_ratio()
+    return numerator * (_UNIT // denominator)
+
+
+@lru_cache(maxsize=100_000)
+def _prices(q: float, sigma: float, orders: tuple[int, ...]) -> tuple[int, ...]:
+    """What one step adds to mu^2 and to the divergence at each order, exactly as the floats have it."""
+    return tuple(_exact(price) for price in (sigma**-2, *(_renyi(q, sigma, order) for order in orders)))
+
+
 class Total:
-    """A filter's running sums: one event more costs the same however long the history is."""
+    """A filter's running sums. They are exact, so what is given back leaves no trace, and no order of events matters."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.mu2 = 0.0
-        self.rho = [0.0] * len(budget.orders)
+        self._orders = tuple(order for order, _ in budget.orders)
+        self._sums = [0] * (1 + len(self._orders))
 
     def add(self, event: Event, times: int = 1) -> None:
         """Events that come, or (times below 0) that are given back."""
         if event is not None and times:
             q, sigma, steps = event
-            self.mu2 += times * steps / sigma**2
-            self.rho = [
-                r + times * steps * _renyi(q, sigma, a) for r, (a, _) in zip(self.rho, self.budget.orders, strict=True)
-            ]
+            prices = _prices(q, sigma, self._orders)
+            self._sums = [total + times * steps * price for total, price in zip(self._sums, prices, strict=True)]
 
     def epsilon(self) -> float:
         """As `filter_epsilon`."""
-        if self.mu2 <= 0:
+        mu2, *rho = (total / _UNIT for total in self._sums)
+        if mu2 <= 0:
             return 0.0
-        found = _gaussian_epsilon(math.sqrt(self.mu2), self.budget.gaussian_delta)
-        return min([found, *(_converted(r, *o) for r, o in zip(self.rho, self.budget.orders, strict=True))])
+        best = min(_converted(r, *o) for r, o in zip(rho, self.budget.orders, strict=True))
+        return min(best, _gaussian_epsilon(math.sqrt(mu2), self.budget.gaussian_delta))
 
 
 def _mu(history: History) -> float:
@@ -510,7 +691,8 @@ class Odometer:
 # -- the charter ---------------------------------------------------------------------------------------------
 
 CHARTER_TYPE = "application/vnd.hansa.charter+json"
-ENTRY_TYPE = "application/vnd.hansa.entry+json"
+ENTRY_TYPE = "application/vnd.hansa.entry.v2+json"
+HEAD_TYPE = "application/vnd.hansa.head+json"
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
 
 
@@ -546,7 +728,7 @@ class Terms:
         c = _json(payload)
         try:
             if _bytes(c) != payload or c["format"] != "hansa-charter/1":
-                raise Bad("a charter of an unknown version or layout")
+                raise Bad("unknown", "a charter of an unknown version or layout")
             privacy, local, evaluation = c["privacy"], c["algorithm"]["local"], c["evaluation"]
             members, population = c["partners"], c["population"]
             named = [*members, c["coordinator"]]
@@ -572,7 +754,7 @@ class Terms:
                 and datetime.fromisoformat(c["expires"]).tzinfo is not None
             )
             if not good:
-                raise Bad("a charter whose fields are malformed or do not fit together")
+                raise Bad("layout", "a charter whose fields are malformed or do not fit together")
             plan: dict[str, Event] = {"train": None}
             if privacy["kind"] == "local":
                 made = {"mechanism": "poisson-gaussian/1", "q": local["sampling_rate"], "steps": local["steps"]}
@@ -580,7 +762,7 @@ class Terms:
             if evaluation["kind"] == "private":
                 plan["evaluate"] = (1.0, _real(evaluation["noise_multiplier"]), 1)
             return cls(
-                sha256=hashlib.sha256(payload).hexdigest(),
+                sha256=_sha256(payload),
                 name=c["name"],
                 coordinator=c["coordinator"]["name"],
                 keys=keys,
@@ -596,53 +778,52 @@ class Terms:
                 **real,
             )
         except (LookupError, TypeError, ValueError, AttributeError) as err:
-            raise Bad(f"a charter that lacks something or has it in another form: {_show(str(err))}") from err
+            raise Bad("layout", f"a charter that lacks something or has it in another form: {_show(str(err))}") from err
 
     def check_plan(self, plan: Mapping[str, tuple[int, Event]]) -> None:
         """Return when this is the plan that was agreed."""
         if {purpose: event for purpose, (_, event) in plan.items()} != self.plan:
-            raise Bad("the plan's events are not the charter's")
+            raise Bad("terms", "the plan's events are not the charter's")
         if plan["train"][0] != self.rounds or any(count > self.rounds for count, _ in plan.values()):
-            raise Bad(f"the plan's counts do not fit the charter's {self.rounds} round(s)")
+            raise Bad("terms", f"the plan's counts do not fit the charter's {self.rounds} round(s)")
 
     def check_clip(self, purpose: str, clip_norm: str | None) -> None:
         """Return when a debit names the charter's clipping norm (evaluation has sensitivity 1, hence none)."""
         wanted = self.clip_norm if purpose == "train" else None
         if (None if clip_norm is None else _real(clip_norm)) != wanted:
-            raise Bad(f"clip_norm {_show(clip_norm)}, the charter has {wanted}")
+            raise Bad("terms", f"clip_norm {_show(clip_norm)}, the charter has {wanted}")
 
 
 def _load_charter(root: Path, report: Report) -> Terms:
     file = "charter.json"
     try:
-        data = _read(root, file)
-        if not data.endswith(b"\n"):
-            raise Bad("does not end in a newline (edited?)")
-        payload, signatures = _envelope(data[:-1], CHARTER_TYPE)
+        payload, signatures = _file_of_one(root, file, CHARTER_TYPE)
         terms = Terms.parse(payload)
     except Bad as bad:
         raise Unreadable(file, 1, str(bad)) from bad
-    _everyone_signed(report, file, CHARTER_TYPE, payload, signatures, list(terms.keys.items()))
+    for what in _everyone_signed(report, CHARTER_TYPE, payload, signatures, terms.keys):
+        report.wrong("charter_signatures", file, 1, what)
     if [key for key, _ in signatures] != list(terms.keys.values()):
-        report.wrong(file, 1, "the signatures are not everyone's, once each, in the order of the charter")
+        report.wrong("charter_signatures", file, 1, "the signatures are not everyone's, in the order of the charter")
     return terms
 
 
 def _everyone_signed(
-    report: Report, file: str, kind: str, payload: bytes, made: list[tuple[str, bytes]], wanted: list[tuple[str, str]]
-) -> None:
-    names = {key: name for name, key in wanted}
-    for key, signature in made[: 2 * len(wanted)]:
+    report: Report, kind: str, payload: bytes, made: Signatures, keys: Mapping[str, str]
+) -> Iterator[str]:
+    """What is wrong with the signatures, if these are to be everyone's, once each."""
+    for key, signature in made[: 2 * len(keys)]:
         try:
-            if key not in names:
-                raise Bad(f"signed by a key that does not stand in the charter: {_show(key)}")
+            if key not in keys.values():
+                raise Bad("stranger", f"signed by a key that does not stand in the charter: {_show(key)}")
             _check_signature(report, key, kind, payload, signature)
-        except (Bad, TypeError) as bad:
-            report.wrong(file, 1, str(bad))
-    if absent := [name for name, key in wanted if key not in [k for k, _ in made]]:
-        report.wrong(file, 1, f"not signed by {', '.join(absent)}")
-    if len(made) > len(wanted):
-        report.wrong(file, 1, "more signatures than signers")
+        except Bad as bad:
+            yield str(bad)
+    given = [key for key, _ in made]
+    if absent := [name for name, key in keys.items() if key not in given]:
+        yield f"not signed by {', '.join(absent)}"
+    if len(given) > len(keys):
+        yield "more signatures than signers"
 
 
 def _check_keys(root: Path, report: Report, terms: Terms) -> None:
@@ -650,28 +831,36 @@ def _check_keys(root: Path, report: Report, terms: Terms) -> None:
     for name in sorted({*wanted, *_listing(root, "keys")}):
         file = f"keys/{name}"
         if name not in wanted:
-            report.wrong(file, None, "not a key of this charter")
+            report.wrong("stranger", file, None, "not a key of this charter")
             continue
         try:
-            public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(wanted[name]))
-            pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+            pem = _public(wanted[name]).public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
             if _read(root, file, 10_000) != pem:
-                raise Bad("not the key that stands in the charter")
+                raise Bad("key", "not the key that stands in the charter")
         except Bad as bad:
-            report.wrong(file, 1, str(bad))
+            report.wrong(bad.code, file, 1, str(bad))
 
 
 # -- ledgers -------------------------------------------------------------------------------------------------
 
-
-def _held_out(value: Any) -> bool:
-    kinds = {"kind": _is("public", "private", "none"), "commitment": _or_null(_hex)}
-    _fields(value, "held_out", kinds)
-    return bool((value["kind"] == "none") == (value["commitment"] is None))
-
-
-REQUEST: dict[str, Check] = {"request_id": _id, "request_sha256": _hex, "run_id": _id}
-COHORT: dict[str, Check] = {"run_id": _id, "round": lambda v: _whole(v, 1), "purpose": _is("train", "evaluate")}
+EMPTY = hashlib.sha256(b"").hexdigest()
+HEADER: dict[str, Check] = {
+    "v": _whole,
+    "seq": _whole,
+    "root": _hex,
+    "body_sha256": _hex,
+    "privacy": _or_null(_object),
+}
+BODY: dict[str, Check] = {
+    "salt": _short_hex,
+    "time": _moment,
+    "type": _text,
+    "charter": _or_null(_hex),
+    "data": _object,
+}
+HIDDEN = "hidden"  # the type of an entry whose body stays with its owner
 
 
 @dataclass(frozen=True)
@@ -679,9 +868,62 @@ class Entry:
     """One verified line."""
 
     line: int
-    time: str
     type: str
-    body: dict[str, Any]
+    privacy: dict[str, Any] | None
+    time: str | None = None
+    charter: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> bool:
+        """Whether its body is here."""
+        return self.time is not None
+
+
+class Chain:
+    """The lines of one ledger, each signed by its owner and in its place; what they mean is for others."""
+
+    def __init__(self, report: Report, key: str) -> None:
+        self.report, self.key = report, key
+        self.roots = [EMPTY]  # by length
+        self._tree = Tree()
+
+    @property
+    def length(self) -> int:
+        """Number of lines so far."""
+        return len(self.roots) - 1
+
+    def take(self, data: bytes) -> Entry:
+        """The next line.
+
+        Raises:
+            Bad: it is not the owner's next one; nothing changes.
+        """
+        line = _canonical(data)
+        if not isinstance(line, dict) or not {"envelope"} <= set(line) <= {"envelope", "body"}:
+            raise Bad("layout", "not an entry")
+        payload, signatures = _envelope(line["envelope"], ENTRY_TYPE)
+        if [key for key, _ in signatures] != [self.key]:
+            raise Bad("entry_signature", "not signed by its owner's key alone")
+        _check_signature(self.report, self.key, ENTRY_TYPE, payload, signatures[0][1])
+        header = _fields(_canonical(payload), "header", HEADER)
+        if header["v"] != 2:
+            raise Bad("unknown", f"version {header['v']} of an entry")
+        if header["seq"] != self.length:
+            raise Bad(
+                "entry_order",
+                f"sequence number {header['seq']}, wanted {self.length}: entries are missing or out of order",
+            )
+        if header["root"] != self.roots[-1]:
+            raise Bad("entry_order", "does not follow the lines above it: entries were edited, dropped or reordered")
+        entry = Entry(self.length + 1, HIDDEN, header["privacy"])
+        if "body" in line:
+            if _sha256(_bytes(line["body"])) != header["body_sha256"]:
+                raise Bad("entry_body", "another body than was signed")
+            body = _fields(line["body"], "body", BODY)
+            entry = Entry(entry.line, body["type"], entry.privacy, body["time"], body["charter"], body["data"])
+        self.roots.append(self._tree.add(payload))
+        return entry
 
 
 class Book:
@@ -697,121 +939,97 @@ class Book:
             "ledger_id": _text,
             "simulated": _flag,
             "software": lambda v: _text(v) or isinstance(v, dict),
-            "dataset": _or_null(
-                lambda v: _fields(v, "dataset", {"id": _text, "commitment": _hex, "held_out": _held_out})
-            ),
         },
-        "charter": {"charter_sha256": _hex, "name": _text, "expires": _text},
+        "charter": {"name": _text, "expires": _text},
         "recovered": {"torn_bytes": lambda v: _whole(v, 1, 2**63), "torn_sha256": _hex},
     }
+    of_no_charter: ClassVar[set[str]] = {"genesis", "recovered"}
 
     def __init__(self, report: Report, terms: Terms, owner: str, file: str) -> None:
         self.report, self.terms, self.owner, self.file = report, terms, owner, file
-        self.hashes: list[str] = []  # of every line
+        self.chain = Chain(report, terms.keys[owner])
         self.whole = False  # read to its end
-        self.dataset: str | None = None
-        self.held_out: str | None = None
-        self.charters: set[str] = set()
+        self.ledger_id: str | None = None
+        self.undisclosed = 0
+        self.recorded = False  # this charter
 
-    def wrong(self, line: int | None, what: str) -> None:
+    @property
+    def length(self) -> int:
+        """Number of good lines."""
+        return self.chain.length
+
+    def wrong(self, code: str, line: int | None, what: str) -> None:
         """A violation in this ledger."""
-        self.report.wrong(self.file, line, what)
+        self.report.wrong(code, self.file, line, what)
 
     def read(self, root: Path) -> None:
         """Every line; reading stops at the first that is not the owner's next one."""
-        line = 0
         try:
-            with _open(root, self.file) as handle:
-                while data := handle.readline(MAX_LINE + 1):
-                    line += 1
-                    entry = self._entry(line, data)
-                    try:
-                        self._apply(entry)
-                    except Bad as bad:
-                        self.wrong(line, f"{entry.type[:40]}: {bad}")
-                    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
-                        self.wrong(line, f"{entry.type[:40]}: malformed ({_show(str(err))})")
-            if not line:
-                raise Bad("is empty: its genesis entry is missing")
+            for data in _lines(root, self.file):
+                self._apply(self.chain.take(data))
+            if not self.length:
+                raise Bad("genesis", "is empty: its genesis entry is missing")
             self.whole = True
         except Bad as bad:
-            self.wrong(line or None, str(bad))
+            self.wrong(bad.code, None if bad.code == "file" else self.length + 1, str(bad))
         self.report.checked["ledgers"] += 1
-        self.report.checked["entries"] += len(self.hashes)
-
-    def _entry(self, line: int, data: bytes) -> Entry:
-        if not data.endswith(b"\n"):
-            raise Bad("longer than any entry" if len(data) > MAX_LINE else "a torn last line: not what was closed")
-        data = data[:-1]
-        payload, signatures = _envelope(data, ENTRY_TYPE)
-        key = self.terms.keys[self.owner]
-        if [k for k, _ in signatures] != [key]:
-            raise Bad(f"not signed by {self.owner}'s key alone")
-        _check_signature(self.report, key, ENTRY_TYPE, payload, signatures[0][1])
-        p = _json(payload)
-        checks = {
-            "v": _is(1),
-            "seq": _whole,
-            "prev": _hex,
-            "time": lambda v: isinstance(v, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", v, re.ASCII),
-            "type": _text,
-            "body": lambda v: isinstance(v, dict),
-        }
-        _fields(p, "entry", checks)
-        if p["seq"] != line - 1:
-            raise Bad(f"sequence number {_show(p['seq'])}, wanted {line - 1}: entries are missing or out of order")
-        if p["prev"] != (self.hashes[-1] if self.hashes else "0" * 64):
-            raise Bad("does not follow the line above it: entries were edited, dropped or reordered")
-        if _bytes(p) != payload:
-            raise Bad("a payload in an unusual layout")
-        self.hashes.append(hashlib.sha256(data).hexdigest())
-        return Entry(line, p["time"], p["type"], p["body"])
+        self.report.checked["entries"] += self.length
 
     def _apply(self, entry: Entry) -> None:
+        self.undisclosed += not entry.shown
+        for step in (self._header, self._body):
+            try:
+                step(entry)
+            except Bad as bad:
+                self.wrong(bad.code, entry.line, f"{entry.type[:40]}: {bad}")
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
+                self.wrong("layout", entry.line, f"{entry.type[:40]}: malformed ({_show(str(err))})")
+
+    def _header(self, entry: Entry) -> None:
+        """What an entry does to a budget, shown or not."""
+        if entry.privacy is not None:
+            raise Bad("privacy_differs", f"a {self.role}'s header charges nothing")
+
+    def _body(self, entry: Entry) -> None:
+        """What an entry tells, if it is shown."""
+        if (entry.line == 1) != (entry.type == "genesis"):
+            raise Bad("genesis", "the first entry, and only the first, is genesis, and it is shown")
+        if not entry.shown:
+            return
         known = self.common | self.events
         if entry.type not in known:
-            raise Bad("an event of an unknown type")
-        body = _fields(entry.body, "body", known[entry.type])
-        if (entry.line == 1) != (entry.type == "genesis"):
-            raise Bad("the first entry, and only the first, is genesis")
-        getattr(self, "_" + entry.type.replace("-", "_"))(entry, body)
+            raise Bad("unknown", "an event of an unknown type")
+        data = _fields(entry.data, "data", known[entry.type])
+        if (entry.charter is None) != (entry.type in self.of_no_charter):
+            raise Bad("layout", f"charter is {_show(entry.charter)}")
+        if entry.charter not in (None, self.terms.sha256):
+            self._foreign(entry, data)
+            return
+        if not (entry.charter is None or self.recorded or entry.type in ("charter", "refuse")):
+            self.wrong("unrecorded", entry.line, f"{entry.type}: before this ledger recorded the charter")
+        getattr(self, "_" + entry.type.replace("-", "_"))(entry, data)
+
+    def _foreign(self, entry: Entry, b: dict[str, Any]) -> None:
+        """An entry of another charter that is shown all the same."""
 
     def _genesis(self, _: Entry, b: dict[str, Any]) -> None:
-        if b["dataset"]:
-            self.dataset, self.held_out = b["dataset"]["id"], b["dataset"]["held_out"]["kind"]
+        self.ledger_id = b["ledger_id"]
         wanted = (self.owner, self.role, self.terms.keys[self.owner], self.terms.simulated)
         if (b["owner"], b["role"], b["key"], b["simulated"]) != wanted:
-            raise Bad(f"owner, role, key and simulated are not {self.owner}'s in this charter")
-        if (self.dataset is None) != (self.role != "partner"):
-            raise Bad("a partner's ledger names its dataset, another's names none")
+            raise Bad("genesis", f"owner, role, key and simulated are not {self.owner}'s in this charter")
 
     def _charter(self, _: Entry, b: dict[str, Any]) -> None:
-        self.charters.add(b["charter_sha256"])
-        if b["charter_sha256"] == self.terms.sha256 and b["name"] != self.terms.name:
-            raise Bad("another name than the charter's")
+        self.recorded = True
+        if b["name"] != self.terms.name:
+            raise Bad("terms", "another name than the charter's")
 
     def _recovered(self, entry: Entry, b: dict[str, Any]) -> None:
-        self.report.warn(
-            self.file, entry.line, f"a torn last line of {b['torn_bytes']} bytes was cut off after a crash"
-        )
+        what = f"a torn last line of {b['torn_bytes']} bytes was cut off after a crash"
+        self.report.warn("recovered", self.file, entry.line, what)
 
-    def _own(self, charter_sha256: str) -> bool:
-        if charter_sha256 not in self.charters:
-            raise Bad("under a charter that this ledger did not record before")
-        return charter_sha256 == self.terms.sha256
-
-    def _new_budget(self, entry: Entry, b: dict[str, Any], before: Budget | None) -> Budget:
-        budget = Budget.parse(b["budget"])
-        if before is not None:
-            raise Bad("a second budget: it is fixed when it is created")
-        if b["dataset"] != self.dataset:
-            raise Bad("the budget of another dataset")
-        if not self._own(b["charter_sha256"]):
-            what = f"the budget of another charter, {b['charter_sha256']}: epsilon {budget.epsilon!r} at delta "
-            self.report.warn(self.file, entry.line, what + repr(budget.delta))
-        elif (budget.epsilon, budget.delta) != (self.terms.epsilon, self.terms.delta):
-            raise Bad(f"not the charter's epsilon {self.terms.epsilon} and delta {self.terms.delta}")
-        return budget
+    def _agreed(self, budget: Budget) -> None:
+        if (budget.epsilon, budget.delta) != (self.terms.epsilon, self.terms.delta):
+            raise Bad("budget", f"not the charter's epsilon {self.terms.epsilon} and delta {self.terms.delta}")
 
     def _cost(self, odometer: Odometer, budget: Budget | None, history: History) -> float:
         """Least epsilon known for what the charter fixed in advance, at its delta; 0 when it agrees to no bound.
@@ -831,30 +1049,83 @@ class Book:
         return self.terms.epsilon is not None and cost > self.terms.epsilon * (1 + SLACK)
 
     def _not_expired(self, entry: Entry) -> None:
-        if datetime.fromisoformat(entry.time) >= datetime.fromisoformat(self.terms.expires):
-            raise Bad("after the charter expired")
+        if datetime.fromisoformat(str(entry.time)) >= datetime.fromisoformat(self.terms.expires):
+            raise Bad("expired", "after the charter expired")
 
 
-BUDGET: dict[str, Check] = {
-    "dataset": _or_null(_text),
-    "charter_sha256": _hex,
-    "unit": _is("record"),
-    "adjacency": _is("add-or-remove-one"),
-    "budget": lambda v: isinstance(v, dict),
-}
+REQUEST: dict[str, Check] = {"request_id": _id, "request_sha256": _hex, "run_id": _id}
+COHORT: dict[str, Check] = {"run_id": _id, "round": lambda v: _whole(v, 1), "purpose": _is("train", "evaluate")}
+BUDGET: dict[str, Check] = {"unit": _is("record"), "adjacency": _is("add-or-remove-one"), "budget": _object}
 DEBIT: dict[str, Check] = {
-    "event": lambda v: isinstance(v, dict),
+    "event": _object,
     "clip_norm": _or_null(_is_real),
     "declared_records": lambda v: _whole(v, 1),
 }
 
 
+def _held_out(value: Any) -> bool:
+    _fields(value, "held_out", {"kind": _is("public", "private", "none"), "commitment": _or_null(_hex)})
+    return bool((value["kind"] == "none") == (value["commitment"] is None))
+
+
+def _declared(value: Any) -> bool:
+    checks = {
+        "kind": _is("first", "version", "overlap", "disjoint"),
+        "of": _or_null(_short_hex),
+        "cutoff": _or_null(lambda v: isinstance(v, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", v, re.ASCII)),
+    }
+    _fields(value, "declared", checks)
+    kind, of, cutoff = value["kind"], value["of"], value["cutoff"]
+    return (kind in ("version", "overlap")) == (of is not None) and (kind == "disjoint") == (cutoff is not None)
+
+
+@dataclass
+class Account:
+    """The budget of one lineage. What is held is kept apart for this charter and for the others."""
+
+    budget: Budget | None = None
+    agreed: dict[str, Any] | None = None  # the budget's fields
+    budget_line: int = 0
+    budget_own: bool = False  # it came with this charter
+    debited: Total | None = None  # with the budget: running sums of what was debited,
+    charged: Total | None = None  # and of what was debited or is held
+    pools: dict[bool, Counter[Event]] = field(default_factory=lambda: {True: Counter(), False: Counter()})
+    debits: list[tuple[dict[str, Any], Event, bool]] = field(default_factory=list)  # point, event, of this charter
+    unbounded: int | None = None  # line of the first unprotected debit
+    used: bool = False  # under this charter
+
+    def spent(self, own: bool | None = None) -> Counter[Kind]:
+        """All that was debited, or only under this charter or the others."""
+        found: Counter[Kind] = Counter()
+        for _, event, of_this in self.debits:
+            if own in (None, of_this):
+                _charge(found, event)
+        return found
+
+    def fix(self, budget: Budget) -> None:
+        """The budget, and what was taken before it (held without protection, or wrongly)."""
+        self.budget, self.debited, self.charged = budget, Total(budget), Total(budget)
+        for (q, sigma), steps in self.spent().items():
+            self.debited.add((q, sigma, steps))
+            self.charged.add((q, sigma, steps))
+        for pool in self.pools.values():
+            for event, count in pool.items():
+                self.charged.add(event, count)
+
+    def take(self, event: Event, count: int, own: bool) -> None:
+        """Hold, or (count below 0) free."""
+        self.pools[own][event] += count
+        if self.charged:
+            self.charged.add(event, count)
+
+
 @dataclass
 class Hold:
-    """A run's reservation."""
+    """A run's reservation under this charter."""
 
-    own: bool  # under this bundle's charter
-    charter_sha256: str
+    lineage: str
+    dataset: str
+    plan: list[dict[str, Any]]
     plan_sha256: str
     left: dict[str, tuple[int, Event]]  # purpose -> (count, event)
     open: bool = True
@@ -866,15 +1137,22 @@ class Act:
 
     line: int
     body: dict[str, Any]
-    own: bool
 
 
-def _charge(spent: Counter[tuple[float, float]], event: Event, times: int = 1) -> None:
+CHARGING = ("dataset", "budget", "hold", "debit", "release")
+
+
+def _planned(plan: list[dict[str, Any]]) -> list[list[Any]]:
+    """A plan as the header of its hold has it."""
+    return [[item["event"], item["count"]] for item in plan]
+
+
+def _charge(spent: Counter[Kind], event: Event, times: int = 1) -> None:
     if event is not None and times:
         spent[event[0], event[1]] += event[2] * times
 
 
-def _history(spent: Mapping[tuple[float, float], int]) -> History:
+def _history(spent: Mapping[Kind, int]) -> History:
     return tuple(sorted(spent.items()))
 
 
@@ -883,190 +1161,302 @@ class Partner(Book):
 
     role = "partner"
     events: ClassVar[dict[str, dict[str, Check]]] = {
-        "budget": BUDGET,
-        "hold": REQUEST
-        | {"charter_sha256": _hex, "dataset": _text, "plan": lambda v: isinstance(v, list), "plan_sha256": _hex}
-        | {"software": _text},
-        "debit": REQUEST | COHORT | DEBIT | {"charter_sha256": _hex, "dataset": _text, "plan_sha256": _hex},
+        "dataset": {
+            "dataset": _short_hex,
+            "lineage": _short_hex,
+            "task": _text,
+            "commitment": _hex,
+            "held_out": _held_out,
+            "declared": _declared,
+        },
+        "budget": BUDGET | {"lineage": _short_hex},
+        "hold": REQUEST | {"dataset": _short_hex, "plan": _list, "plan_sha256": _hex, "software": _text},
+        "debit": REQUEST | COHORT | DEBIT | {"dataset": _short_hex, "plan_sha256": _hex},
         "commit": REQUEST | {"round": _whole, "reply_sha256": _hex},
         "public": REQUEST | {"round": _whole, "reply_sha256": _hex},
         "refuse": REQUEST | {"round": _or_null(lambda v: type(v) is int), "reason": _text, "detail": _text},
         "release": {"run_id": _id, "why": _is("closed", "expired", "cancelled")},
+        "restored": {"length": lambda v: _whole(v, 1)},
     }
+    of_no_charter: ClassVar[set[str]] = Book.of_no_charter | {"dataset", "restored"}
 
     def __init__(self, report: Report, terms: Terms, owner: str) -> None:
         super().__init__(report, terms, owner, f"partners/{owner}/ledger.jsonl")
-        self.budget: Budget | None = None
+        self.datasets: dict[str, dict[str, Any]] = {}
+        self.accounts: dict[str, Account] = {}
+        self.others = 0  # entries that may be another charter's acceptance
+        self.known: set[Kind] = set()  # different events, held or debited
         self.holds: dict[str, Hold] = {}
-        self.spent: Counter[tuple[float, float]] = Counter()
-        self.known: set[tuple[float, float]] = set()  # different events, held or debited
-        self.own_debits: list[tuple[int, tuple[float, float, int]]] = []  # under this bundle's charter: line, event
-        self.debited: Total | None = None  # with the budget: running sums of what was debited,
-        self.charged: Total | None = None  # and of what was debited or is held
-        self.unbounded: int | None = None  # line of the first unprotected debit
-        self.foreign: set[str] = set()
         self.acts: dict[str, dict[str, Act]] = {t: {} for t in ("hold", "debit", "commit", "public")}  # by request
         self.refusals: list[Act] = []
         self.refused: set[tuple[str, str, str, str]] = set()
         self.rounds: set[tuple[str, int]] = set()
-        self.trajectory: list[tuple[str, int, float | None]] = []  # run, round, the filter's epsilon
+        self.debits = 0
 
-    def _budget(self, entry: Entry, b: dict[str, Any]) -> None:
-        self.budget = self._new_budget(entry, b, self.budget)
-        self.debited, self.charged = Total(self.budget), Total(self.budget)
-        for (q, sigma), steps in self.spent.items():  # debits before a budget: wrong, but charged
-            self.debited.add((q, sigma, steps))
-            self.charged.add((q, sigma, steps))
+    # what headers say
+
+    def _header(self, entry: Entry) -> None:
+        if entry.privacy is None:
+            self.others += not entry.shown
+            return
+        kinds = set(entry.privacy) - {"lineage"}
+        lineage, kind = entry.privacy.get("lineage"), next(iter(kinds), None)
+        if len(kinds) != 1 or not _short_hex(lineage):
+            raise Bad("unknown", f"a privacy event of an unknown form: {_show(entry.privacy)}")
+        if kind == "open":
+            self._open(str(lineage), entry.privacy["open"])
+            return
+        if kind not in ("budget", "hold", "debit", "release"):
+            raise Bad("unknown", f"a privacy event of an unknown kind: {_show(kind)}")
+        account, own = self.accounts.get(str(lineage)), entry.charter == self.terms.sha256
+        if account is None:
+            raise Bad("lineage", "of a lineage that was never opened")
+        if kind == "budget":
+            self._fixes(entry, account, entry.privacy["budget"], own)
+        elif kind == "debit":
+            self._takes(entry, account, _event(entry.privacy["debit"]), own)
+        elif kind == "hold":
+            self._holds(account, _counted(entry.privacy["hold"]), own)
+        else:
+            self._frees(account, _counted(entry.privacy["release"]), own)
+
+    def _open(self, lineage: str, how: object) -> None:
+        if how not in ("first", "disjoint"):
+            raise Bad("unknown", f"a lineage that opens as {_show(how)}")
+        if lineage in self.accounts:
+            raise Bad("lineage", "this lineage was opened before")
+        first = not self.accounts
+        self.accounts[lineage] = Account()
+        if (how == "first") != first:
+            raise Bad(
+                "lineage", f"opens as {how}: the first lineage of a ledger is 'first', every later one 'disjoint'"
+            )
+
+    def _fixes(self, entry: Entry, account: Account, value: Any, own: bool) -> None:
+        budget = Budget.parse(value)
+        if account.budget is not None:
+            raise Bad("budget", "a second budget: it is fixed when it is created")
+        account.fix(budget)
+        account.agreed, account.budget_line, account.budget_own = value, entry.line, own
+
+    def _holds(self, account: Account, events: list[tuple[Event, int]], own: bool) -> None:
+        for event, count in events:
+            self._remember(event)
+            account.take(event, count, own)
+        if not own and not self.others:
+            raise Bad("hidden", "a hold, before any other charter was accepted: it must be shown")
+        if any(event is None for event, _ in events):
+            return  # no protection, by the charter's word: epsilon is unbounded and no filter admits or refuses it
+        if account.budget is None or account.charged is None:
+            raise Bad("no_budget", "no budget can pay for it: none set")
+        if account.unbounded:
+            raise Bad("no_budget", "no budget can pay for it: an unprotected round came before")
+        needed = account.charged.epsilon()
+        if needed > account.budget.epsilon * (1 + SLACK):
+            cap = f"cap {account.budget.epsilon:g}"
+            raise Bad("over_budget", f"the filter does not admit it: epsilon {needed:.6g} with all held, {cap}")
+
+    def _takes(self, entry: Entry, account: Account, event: Event, own: bool) -> None:
+        self._remember(event)
+        if held := account.pools[own][event] > 0:
+            account.pools[own][event] -= 1
+        elif account.charged:
+            account.charged.add(event)  # what was held for it stands in the sums already
+        if account.debited:
+            account.debited.add(event)
+        if event is None:
+            account.unbounded = account.unbounded or entry.line
+        spent = account.debited.epsilon() if account.debited and not account.unbounded else None
+        point: dict[str, Any] = {"entry": entry.line, "time": entry.time, "run": None, "round": None}
+        point |= {"charter": "this" if own else "other", "epsilon_filter": spent, "epsilon": None}
+        account.debits.append((point, event, own))
+        self.debits += 1
+        if not held and not own and account.pools[True][event] > 0:
+            raise Bad("hidden", "a debit that only a hold of this charter covers: it must be shown")
+        if not held:
+            raise Bad("not_held", "a debit of what is not held")
+
+    def _frees(self, account: Account, events: list[tuple[Event, int]], own: bool) -> None:
+        for event, count in events:
+            there = min(count, account.pools[own][event])
+            account.take(event, -there, own)
+            if there < count:
+                raise Bad("not_held", "releases what is not held")
 
     def _remember(self, event: Event) -> None:
         if event is not None:
             if event[:2] not in self.known and len(self.known) >= MAX_EVENTS:
-                raise Bad(f"more than {MAX_EVENTS} different events in one ledger")
+                raise Bad("more", f"more than {MAX_EVENTS} different events in one ledger")
             self.known.add(event[:2])
 
-    def _act(self, entry: Entry, own: bool) -> None:
-        if entry.body["request_id"] in self.acts[entry.type]:
-            raise Bad("the same request twice")
-        self.acts[entry.type][entry.body["request_id"]] = Act(entry.line, entry.body, own)
+    # what bodies say
+
+    def _body(self, entry: Entry) -> None:
+        if entry.shown and entry.type not in CHARGING and entry.privacy is not None:
+            self.wrong("privacy_differs", entry.line, f"{entry.type[:40]}: charges nothing, but its header does")
+        super()._body(entry)
+
+    def _charges(self, entry: Entry, lineage: object, event: dict[str, Any] | None) -> None:
+        """Return when the header says just this."""
+        said = None if event is None else {"lineage": lineage} | event
+        if _bytes(entry.privacy) != _bytes(said):
+            raise Bad("privacy_differs", f"its header says {_show(entry.privacy)}, by its body it is {_show(said)}")
+
+    def _foreign(self, entry: Entry, b: dict[str, Any]) -> None:
+        self.others += 1
+        if entry.type in ("budget", "hold", "debit"):  # of which lineage, and what is left, only its other entries tell
+            value = _planned(b["plan"]) if entry.type == "hold" else b["event" if entry.type == "debit" else "budget"]
+            self._charges(entry, (entry.privacy or {}).get("lineage"), {entry.type: value})
+
+    def _act(self, entry: Entry) -> None:
+        if entry.data["request_id"] in self.acts[entry.type]:
+            raise Bad("repeated", "the same request twice")
+        self.acts[entry.type][entry.data["request_id"]] = Act(entry.line, entry.data)
+
+    def _dataset(self, entry: Entry, b: dict[str, Any]) -> None:
+        declared = b["declared"]
+        known, of = b["dataset"] in self.datasets, self.datasets.get(declared["of"])
+        self.datasets.setdefault(b["dataset"], b)
+        opens = declared["kind"] in ("first", "disjoint")
+        self._charges(entry, b["lineage"], {"open": declared["kind"]} if opens else None)
+        if known:
+            raise Bad("repeated", "this data set was registered before")
+        if not opens and (of is None or of["lineage"] != b["lineage"]):
+            raise Bad(
+                "lineage", f"declared a {declared['kind']} of a data set that is not in its lineage, or not there"
+            )
+
+    def _budget(self, entry: Entry, b: dict[str, Any]) -> None:
+        self._charges(entry, b["lineage"], {"budget": b["budget"]})
+        self._agreed(Budget.parse(b["budget"]))
 
     def _hold(self, entry: Entry, b: dict[str, Any]) -> None:
-        plan = _plan(b["plan"])
-        own = self._own(b["charter_sha256"])
+        plan, dataset = _plan(b["plan"]), self.datasets.get(b["dataset"])
         if b["run_id"] in self.holds:
-            raise Bad("this run was held before")
-        for _, event in plan.values():
-            self._remember(event)
-        self.holds[b["run_id"]] = Hold(own, b["charter_sha256"], b["plan_sha256"], plan)
-        if self.charged:
-            for count, event in plan.values():
-                self.charged.add(event, count)
-        self._act(entry, own)
-        if b["dataset"] != self.dataset:
-            raise Bad("another dataset than this ledger's")
-        if own:
-            self.terms.check_plan(plan)
-            self._not_expired(entry)
-        elif b["charter_sha256"] not in self.foreign:
-            self.foreign.add(b["charter_sha256"])
-            self.report.warn(self.file, entry.line, "a run under another charter: charged, its terms were not checked")
-        if b["plan_sha256"] != hashlib.sha256(_bytes(b["plan"])).hexdigest():
-            raise Bad("plan_sha256 is not that of its plan")
-        if any(event is None for _, event in plan.values()):
-            return  # no protection, by the charter's word: epsilon is unbounded and no filter admits or refuses it
-        if self.budget is None or self.charged is None or self.unbounded:
-            raise Bad(
-                "no budget can pay for it: " + ("an unprotected round came before" if self.unbounded else "none set")
-            )
-        needed = self.charged.epsilon()
-        if needed > self.budget.epsilon * (1 + SLACK):
-            raise Bad(f"the filter does not admit it: epsilon {needed:.6g} with all held, cap {self.budget.epsilon:g}")
+            raise Bad("repeated", "this run was held before")
+        lineage = str((dataset or entry.privacy or {}).get("lineage"))
+        self.holds[b["run_id"]] = Hold(lineage, b["dataset"], b["plan"], b["plan_sha256"], plan)
+        if lineage in self.accounts:
+            self.accounts[lineage].used = True
+        self._act(entry)
+        if dataset is None:
+            raise Bad("hidden", "on a data set that no entry shown here registers")
+        self._charges(entry, lineage, {"hold": _planned(b["plan"])})
+        self.terms.check_plan(plan)
+        self._not_expired(entry)
+        if b["plan_sha256"] != _sha256(_bytes(b["plan"])):
+            raise Bad("terms", "plan_sha256 is not that of its plan")
 
     def _debit(self, entry: Entry, b: dict[str, Any]) -> None:
-        event = _event(b["event"])
-        self._remember(event)
-        _charge(self.spent, event)
-        if self.debited:
-            self.debited.add(event)
-        if event is None:
-            self.unbounded = self.unbounded or entry.line
-        elif b["charter_sha256"] == self.terms.sha256:
-            self.own_debits.append((entry.line, event))
-        if b["purpose"] == "train":
-            at = (b["run_id"], b["round"], self.debited.epsilon() if self.debited and not self.unbounded else None)
-            if self.trajectory and self.trajectory[-1][:2] == at[:2]:
-                self.trajectory.pop()  # debited again for the same round: the later state counts
-            self.trajectory.append(at)
-        hold = self.holds.get(b["run_id"])
-        count, planned = hold.left.get(b["purpose"], (0, None)) if hold else (0, None)
-        within = hold is not None and hold.open and count > 0 and planned == event
-        if self.charged and not within:
-            self.charged.add(event)  # what was held for it stands in the sums already
+        event, hold = _event(b["event"]), self.holds.get(b["run_id"])
+        dataset = self.datasets.get(b["dataset"], {})
+        self._charges(entry, dataset.get("lineage"), {"debit": b["event"]})
+        self.accounts[dataset["lineage"]].debits[-1][0].update(run=b["run_id"], round=b["round"])
         if hold is None:
-            raise Bad("no hold for its run")
+            raise Bad("run_order", "no hold for its run")
+        count, planned = hold.left.get(b["purpose"], (0, None))
+        within = hold.open and count > 0 and planned == event
         if within:
             hold.left[b["purpose"]] = (count - 1, planned)
-        self._act(entry, hold.own)
+        self._act(entry)
         if not hold.open:
-            raise Bad("after its run was released")
-        if (b["charter_sha256"], b["plan_sha256"], b["dataset"]) != (
-            hold.charter_sha256,
-            hold.plan_sha256,
-            self.dataset,
-        ):
-            raise Bad("another charter, plan or dataset than its hold's")
+            raise Bad("run_order", "after its run was released")
+        if (b["plan_sha256"], dataset["lineage"]) != (hold.plan_sha256, hold.lineage):
+            raise Bad("terms", "another plan or lineage than its hold's")
         if not within:
-            raise Bad("not in its hold: another event than planned, or more of them")
-        if hold.own:
-            self._not_expired(entry)
-            self.terms.check_clip(b["purpose"], b["clip_norm"])
-            if b["round"] > self.terms.rounds:
-                raise Bad(f"round {b['round']}, the charter has {self.terms.rounds}")
-            if b["declared_records"] != self.terms.declared[self.owner]:
-                raise Bad("declared_records is not the charter's")
+            raise Bad("not_held", "not in its hold: another event than planned, or more of them")
+        self._not_expired(entry)
+        self.terms.check_clip(b["purpose"], b["clip_norm"])
+        if b["round"] > self.terms.rounds:
+            raise Bad("terms", f"round {b['round']}, the charter has {self.terms.rounds}")
+        if b["declared_records"] != self.terms.declared[self.owner]:
+            raise Bad("terms", "declared_records is not the charter's")
 
     def _commit(self, entry: Entry, b: dict[str, Any]) -> None:
         debit = self.acts["debit"].get(b["request_id"])
         if debit is None or any(debit.body[k] != b[k] for k in ("request_sha256", "run_id", "round")):
-            raise Bad("no debit of the same request, run and round")
-        self._act(entry, debit.own)
-        if debit.own and debit.body["purpose"] == "train":
+            raise Bad("run_order", "no debit of the same request, run and round")
+        self._act(entry)
+        if debit.body["purpose"] == "train":
             self.rounds.add((b["run_id"], b["round"]))
 
     def _public(self, entry: Entry, b: dict[str, Any]) -> None:
         hold = self.holds.get(b["run_id"])
         if hold is None or not hold.open:
-            raise Bad("no open hold for its run")
-        self._act(entry, hold.own)
-        if hold.own and (self.terms.evaluation != "public" or not 1 <= b["round"] <= self.terms.rounds):
-            raise Bad("the charter agrees to no public evaluation of this round")
-        if self.held_out != "public":
-            raise Bad(f"this ledger's held-out rows are not public: {self.held_out}")
+            raise Bad("run_order", "no open hold for its run")
+        self._act(entry)
+        if self.terms.evaluation != "public" or not 1 <= b["round"] <= self.terms.rounds:
+            raise Bad("terms", "the charter agrees to no public evaluation of this round")
+        if (kind := self.datasets[hold.dataset]["held_out"]["kind"]) != "public":
+            raise Bad("terms", f"its data set's held-out rows are not public: {kind}")
 
     def _refuse(self, entry: Entry, b: dict[str, Any]) -> None:
-        self.refusals.append(Act(entry.line, b, own=True))
+        self.refusals.append(Act(entry.line, b))
         self.refused.add((b["request_id"], b["request_sha256"], b["run_id"], b["reason"]))
 
-    def _release(self, _: Entry, b: dict[str, Any]) -> None:
+    def _release(self, entry: Entry, b: dict[str, Any]) -> None:
         hold = self.holds.get(b["run_id"])
         if hold is None or not hold.open:
-            raise Bad("no open hold of that run")
+            raise Bad("run_order", "no open hold of that run")
         hold.open = False
-        if self.charged:
-            for count, event in hold.left.values():
-                self.charged.add(event, -count)
+        left = [[item["event"], hold.left[item["purpose"]][0]] for item in hold.plan]
+        self._charges(entry, hold.lineage, {"release": [pair for pair in left if pair[1]]})
+
+    def _restored(self, entry: Entry, b: dict[str, Any]) -> None:
+        if b["length"] >= entry.line:
+            raise Bad("run_order", f"names {b['length']} entries, {entry.line - 1} stand before it")
+        what = f"the {b['length']} entries before it came from a backup"
+        self.report.warn("restored", self.file, entry.line, what)
+
+    # what only the end shows
+
+    def used(self) -> dict[str, Account]:
+        """The lineages that were held under this charter."""
+        return {lineage: account for lineage, account in self.accounts.items() if account.used}
 
     def finish(self) -> None:
         """What only the end shows."""
         for request, debit in self.acts["debit"].items():
             if request not in self.acts["commit"]:
-                self.report.warn(self.file, debit.line, "a debit without a commit: nothing left, it stays charged")
+                what = "a debit without a commit: nothing left, it stays charged"
+                self.report.warn("uncommitted", self.file, debit.line, what)
         for run_id, hold in self.holds.items():
             if hold.open:
-                self.report.warn(self.file, None, f"the hold of run {run_id} was never released")
-        if self.budget and not self.unbounded:
-            spent = filter_epsilon(self.budget, _history(self.spent))
-            if spent > self.budget.epsilon * (1 + SLACK):
-                self.wrong(None, f"spent epsilon {spent:.6g}, more than the cap {self.budget.epsilon:g}")
-        self._finish_charter()
+                self.report.warn("unreleased", self.file, None, f"the hold of run {run_id} was never released")
+        for account in self.accounts.values():
+            if account.budget and account.debited and not account.unbounded:
+                spent = account.debited.epsilon()
+                if spent > account.budget.epsilon * (1 + SLACK):
+                    what = f"spent epsilon {spent:.6g}, more than the cap {account.budget.epsilon:g}"
+                    self.wrong("over_budget", None, what)
+        for account in self.used().values():
+            self._finish_lineage(account)
 
-    def _finish_charter(self) -> None:
+    def _finish_lineage(self, account: Account) -> None:
+        if account.budget and not account.budget_own:
+            what = f"the budget came with another charter: epsilon {account.budget.epsilon!r} at delta "
+            self.report.warn("other_charter", self.file, account.budget_line, what + repr(account.budget.delta))
+        if others := [point["entry"] for point, _, own in account.debits if not own]:
+            what = f"{len(others)} debit(s) under other charters on the same lineage: charged, their terms were not checked"
+            self.report.warn("other_charter", self.file, others[0], what)
+        own = [(point["entry"], event) for point, event, own in account.debits if own]
         odometer = Odometer()
 
         def cost(debits: int) -> float:
-            spent: Counter[tuple[float, float]] = Counter()
-            for _, event in self.own_debits[:debits]:
+            spent: Counter[Kind] = Counter()
+            for _, event in own[:debits]:
                 _charge(spent, event)
-            return self._cost(odometer, self.budget, _history(spent))
+            return self._cost(odometer, account.budget, _history(spent))
 
-        total = cost(len(self.own_debits))
+        total = cost(len(own))
         if not self._too_dear(total):
             return
-        fits, exceeds = 0, len(self.own_debits)  # how many debits fit, and how many do not: cost only grows
+        fits, exceeds = 0, len(own)  # how many debits fit, and how many do not: cost only grows
         while exceeds - fits > 1:
             middle = (fits + exceeds) // 2
             fits, exceeds = (fits, middle) if self._too_dear(cost(middle)) else (middle, exceeds)
         what = f"with this debit, epsilon under the charter is above its {self.terms.epsilon:g} at delta "
-        self.wrong(self.own_debits[exceeds - 1][0], f"{what}{self.terms.delta:g}; all its debits cost {total:.6g}")
+        self.wrong("over_charter", own[exceeds - 1][0], f"{what}{self.terms.delta:g}; all its debits cost {total:.6g}")
 
 
 @dataclass
@@ -1091,7 +1481,7 @@ class Runs(Book):
         self.runs: dict[str, Run] = {}
 
     running: ClassVar[dict[str, dict[str, Check]]] = {
-        "run": {"run_id": _id, "charter_sha256": _hex},
+        "run": {"run_id": _id},
         "round": {
             "run_id": _id,
             "round": lambda v: _whole(v, 1),
@@ -1110,16 +1500,14 @@ class Runs(Book):
     def _open(self, b: dict[str, Any]) -> Run:
         run = self.runs.get(b["run_id"])
         if run is None or run.close is not None:
-            raise Bad("no open run of that name")
+            raise Bad("record", "no open run of that name")
         if "round" in b and b["round"] > self.terms.rounds:
-            raise Bad(f"round {b['round']}, the charter has {self.terms.rounds}")
+            raise Bad("terms", f"round {b['round']}, the charter has {self.terms.rounds}")
         return run
 
     def _run(self, entry: Entry, b: dict[str, Any]) -> None:
-        if not self._own(b["charter_sha256"]):
-            raise Bad("under another charter")
         if b["run_id"] in self.runs:
-            raise Bad("a run of that name exists")
+            raise Bad("repeated", "a run of that name exists")
         self.runs[b["run_id"]] = Run(entry.line)
 
     def _round(self, _: Entry, b: dict[str, Any]) -> None:
@@ -1127,7 +1515,7 @@ class Runs(Book):
         if b in run.rounds[-1:]:
             return  # the same again, after a crash
         if b["round"] != len(run.rounds) + 1:
-            raise Bad("not the next round, nor the same again")
+            raise Bad("record", "not the next round, nor the same again")
         run.rounds.append(b)
         self._folded(run, b)
 
@@ -1141,9 +1529,9 @@ class Runs(Book):
             len(run.rounds),
             run.rounds[-1]["model_sha256"] if run.rounds else None,
         ):
-            raise Bad("not the number of rounds and the model of the last one")
+            raise Bad("record", "not the number of rounds and the model of the last one")
         if (b["why"] == "completed") != (b["rounds"] == self.terms.rounds):
-            raise Bad(f"{b['why']} after {b['rounds']} of {self.terms.rounds} round(s)")
+            raise Bad("record", f"{b['why']} after {b['rounds']} of {self.terms.rounds} round(s)")
 
 
 DONE = ("ok", "failed")  # outcomes of work that the partner did and committed a reply to
@@ -1167,45 +1555,45 @@ class Coordinator(Runs):
     def _ask(self, _: Entry, b: dict[str, Any]) -> None:
         run, at = self._open(b), (b["round"], b["purpose"])
         if (b["round"] == 0) != (b["purpose"] == "open"):
-            raise Bad("round 0, and only round 0, opens the run")
+            raise Bad("record", "round 0, and only round 0, opens the run")
         if b["purpose"] == "evaluate" and self.terms.evaluation == "none":
-            raise Bad("the charter agrees to no evaluation")
+            raise Bad("terms", "the charter agrees to no evaluation")
         if unknown := set(b["requests"]) - set(self.terms.declared):
-            raise Bad(f"asked of {_show(min(unknown))}, who is no partner")
+            raise Bad("record", f"asked of {_show(min(unknown))}, who is no partner")
         for request in b["requests"].values():
             _fields(request, "request", {"request_id": _id, "request_sha256": _hex})
         if run.asks.setdefault(at, b["requests"]) != b["requests"]:
-            raise Bad("asked again with other requests")
+            raise Bad("record", "asked again with other requests")
 
     def _answers(self, _: Entry, b: dict[str, Any]) -> None:
         run, at = self._open(b), (b["round"], b["purpose"])
         asked = run.asks.get(at)
         if asked is None:
-            raise Bad("answers to what was not asked")
+            raise Bad("record", "answers to what was not asked")
         for name, reply in b["replies"].items():
             _fields(reply, "reply", {"request_id": _id, "outcome": _text, "reply_sha256": _or_null(_hex)})
             outcome = reply["outcome"]
             if reply["request_id"] != asked.get(name, {}).get("request_id"):
-                raise Bad(f"an answer of {_show(name)} to another request than was asked")
+                raise Bad("record", f"an answer of {_show(name)} to another request than was asked")
             if outcome not in ("ok", "failed", "timeout", "invalid") and not outcome.startswith("refused: "):
-                raise Bad(f"outcome {_show(outcome)}")
+                raise Bad("layout", f"outcome {_show(outcome)}")
             if (outcome, b["purpose"]) == ("failed", "open"):
-                raise Bad("a run that is opened is held or refused: no work can fail")
+                raise Bad("record", "a run that is opened is held or refused: no work can fail")
             if (reply["reply_sha256"] is None) != (outcome in ("timeout", "invalid")):
-                raise Bad(f"outcome {_show(outcome)} with reply {_show(reply['reply_sha256'])}")
+                raise Bad("record", f"outcome {_show(outcome)} with reply {_show(reply['reply_sha256'])}")
             seen = run.outcomes.setdefault(at, {}).setdefault(name, {})
             if seen.setdefault(outcome, reply["reply_sha256"]) != reply["reply_sha256"] and outcome in DONE:
-                raise Bad(f"{name} answered the same request twice, differently")
+                raise Bad("record", f"{name} answered the same request twice, differently")
 
     def _folded(self, run: Run, b: dict[str, Any]) -> None:
         partners = b["partners"]
         if partners is None or len(set(partners)) != len(partners) or len(partners) < self.terms.quorum:
-            raise Bad(f"a round counts with {self.terms.quorum} different partners or more")
+            raise Bad("record", f"a round counts with {self.terms.quorum} different partners or more")
         outcomes = run.outcomes.get((b["round"], "train"), {})
         if strangers := [name for name in partners if "ok" not in outcomes.get(name, {})]:
-            raise Bad(f"folds an update of {_show(strangers[0])}, who gave no ok answer")
+            raise Bad("record", f"folds an update of {_show(strangers[0])}, who gave no ok answer")
         if failed := [name for name in partners if "failed" in outcomes[name]]:
-            raise Bad(f"folds an update of {_show(failed[0])}, whose answer was that it failed")
+            raise Bad("record", f"folds an update of {_show(failed[0])}, whose answer was that it failed")
 
 
 def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, Partner]) -> None:
@@ -1219,35 +1607,49 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
             for name, request in requests.items():
                 partner, request_id, digest = partners[name], request["request_id"], request["request_sha256"]
                 if asked.setdefault((name, request_id), mine := (run_id, number, purpose, digest)) != mine:
-                    report.wrong(coordinator.file, run.line, f"one request id of {name} for two requests: {where}")
+                    report.wrong(
+                        "record", coordinator.file, run.line, f"one request id of {name} for two requests: {where}"
+                    )
                 for outcome, reply in run.outcomes.get((number, purpose), {}).get(name, {}).items():
                     if not partner.whole or outcome in ("timeout", "invalid"):
                         continue
                     if outcome not in DONE:
                         if (request_id, digest, run_id, outcome.removeprefix("refused: ")) not in partner.refused:
-                            report.wrong(partner.file, None, f"no refusal for '{_show(outcome)}' to {where}")
+                            report.wrong(
+                                "not_done", partner.file, None, f"no refusal for '{_show(outcome)}' to {where}"
+                            )
                     elif (act := partner.acts[kind].get(request_id)) is None:
-                        report.wrong(partner.file, None, f"no {kind} for the {outcome} answer to {where}")
+                        report.wrong("not_done", partner.file, None, f"no {kind} for the {outcome} answer to {where}")
                     elif kind != "hold" and act.body["reply_sha256"] != reply:
-                        report.wrong(partner.file, act.line, f"another reply than the {outcome} answer to {where}")
+                        report.wrong(
+                            "not_done", partner.file, act.line, f"another reply than the {outcome} answer to {where}"
+                        )
     if not coordinator.whole:
         return  # what it asked is not known to the end
     for name, partner in partners.items():
-        for kind, act in ((kind, act) for kind, acts in partner.acts.items() for act in acts.values() if act.own):
+        for kind, act in ((kind, act) for kind, acts in partner.acts.items() for act in acts.values()):
             ask = asked.get((name, act.body["request_id"]))
             purposes = [p for p in kinds if kinds[p] == kind or (kind == "debit" and p == act.body["purpose"])]
             said = [(act.body["run_id"], act.body.get("round", 0), p, act.body["request_sha256"]) for p in purposes]
             if ask is None or ask not in said:
-                report.wrong(partner.file, act.line, f"a {kind} that the coordinator's ledger did not ask for")
+                report.wrong(
+                    "not_asked", partner.file, act.line, f"a {kind} that the coordinator's ledger did not ask for"
+                )
             elif kind != "debit":
                 seen = coordinator.runs[ask[0]].outcomes.get((ask[1], ask[2]), {}).get(name, {})
                 if set(seen) <= {"timeout", "invalid"}:
-                    report.warn(partner.file, act.line, f"a {kind} whose answer the coordinator did not record")
+                    report.warn(
+                        "unanswered", partner.file, act.line, f"a {kind} whose answer the coordinator did not record"
+                    )
                 elif not set(seen) & set(DONE):
-                    report.wrong(partner.file, act.line, f"a {kind}, but the coordinator recorded a refusal")
+                    report.wrong(
+                        "not_asked", partner.file, act.line, f"a {kind}, but the coordinator recorded a refusal"
+                    )
         for act in partner.refusals:
             if act.body["run_id"] in coordinator.runs and (name, act.body["request_id"]) not in asked:
-                report.wrong(partner.file, act.line, "refuses what the coordinator's ledger did not ask for")
+                report.wrong(
+                    "not_asked", partner.file, act.line, "refuses what the coordinator's ledger did not ask for"
+                )
 
 
 # -- a population: one ledger for every client ---------------------------------------------------------------
@@ -1270,6 +1672,7 @@ class Population(Runs):
         super().__init__(report, terms)
         self.clients = terms.clients or 0
         self.budget: Budget | None = None
+        self.agreed: dict[str, Any] | None = None  # the budget's fields
         self.unbounded: int | None = None
         self.plans: dict[str, dict[str, tuple[int, Event]]] = {}
         # How often each client stands in (kind, run, purpose), as differences between neighbours.
@@ -1279,16 +1682,20 @@ class Population(Runs):
         self.committed: Counter[tuple[str, int]] = Counter()  # clients folded in a round
         self.last_debit: int | None = None  # its line
 
-    def _budget(self, entry: Entry, b: dict[str, Any]) -> None:
-        self.budget = self._new_budget(entry, b, self.budget)
+    def _budget(self, _: Entry, b: dict[str, Any]) -> None:
+        budget = Budget.parse(b["budget"])
+        if self.budget is not None:
+            raise Bad("budget", "a second budget: it is fixed when it is created")
+        self.budget, self.agreed = budget, b["budget"]
+        self._agreed(budget)
         if b["clients"] != self.clients:
-            raise Bad(f"for {b['clients']} clients, the charter has {self.clients}")
+            raise Bad("budget", f"for {b['clients']} clients, the charter has {self.clients}")
 
     def _cohort_hold(self, entry: Entry, b: dict[str, Any]) -> None:
         self._open(b)
         plan = _plan(b["plan"])
         if b["run_id"] in self.plans or len(self.plans) >= 100:
-            raise Bad("this run was held before, or more than 100 runs in one population's ledger")
+            raise Bad("repeated", "this run was held before, or more than 100 runs in one population's ledger")
         earlier = {_history(self.spent(counts)) for counts in self.groups()}
         self.plans[b["run_id"]] = plan
         self.terms.check_plan(plan)
@@ -1296,31 +1703,31 @@ class Population(Runs):
         if any(event is None for _, event in plan.values()):
             return
         if self.budget is None or self.unbounded:
-            raise Bad("no budget can pay for it")
+            raise Bad("no_budget", "no budget can pay for it")
         for history in earlier:
             total = Counter(dict(history))
             for count, event in plan.values():
                 _charge(total, event, count)
             if filter_epsilon(self.budget, _history(total)) > self.budget.epsilon * (1 + SLACK):
-                raise Bad(f"the filter does not admit it, cap {self.budget.epsilon:g}")
+                raise Bad("over_budget", f"the filter does not admit it, cap {self.budget.epsilon:g}")
 
     def _ranges(self, value: Any) -> Ranges:
         last = -1
         for pair in value:
             if not (isinstance(pair, list) and len(pair) == 2 and all(_whole(n, 0, self.clients - 1) for n in pair)):
-                raise Bad("clients are ranges [first, last] of client numbers")
+                raise Bad("layout", "clients are ranges [first, last] of client numbers")
             if not last < pair[0] <= pair[1]:
-                raise Bad("ranges of clients that overlap or are not in order")
+                raise Bad("layout", "ranges of clients that overlap or are not in order")
             last = pair[1]
         ranges: Ranges = value
         return ranges
 
     def _count(self, kind: str, b: dict[str, Any]) -> bool:
         """Count a cohort once; False when it stands there again after a crash."""
-        at, digest = (kind, b["run_id"], b["round"], b["purpose"]), hashlib.sha256(_bytes(b)).hexdigest()
+        at, digest = (kind, b["run_id"], b["round"], b["purpose"]), _sha256(_bytes(b))
         if at in self.seen:
             if self.seen[at] != digest:
-                raise Bad("stands there before for the same run, round and purpose, but differs")
+                raise Bad("repeated", "stands there before for the same run, round and purpose, but differs")
             return False
         self.seen[at] = digest
         steps = self.steps.setdefault((kind, b["run_id"], b["purpose"]), Counter())
@@ -1336,33 +1743,33 @@ class Population(Runs):
         self._open(b)
         count, planned = self.plans.get(b["run_id"], {}).get(b["purpose"], (0, None))
         if count < 1 or planned != event:
-            raise Bad("not in the plan that was held")
+            raise Bad("not_held", "not in the plan that was held")
         self.cohort[b["run_id"], b["purpose"]] = (b["round"], ranges)
         self._count("debit", b)
         self.last_debit = entry.line
         self._not_expired(entry)
         self.terms.check_clip(b["purpose"], b["clip_norm"])
         if b["declared_records"] != self.terms.declared[""]:
-            raise Bad("declared_records is not the charter's")
+            raise Bad("terms", "declared_records is not the charter's")
 
     def _cohort_commit(self, _: Entry, b: dict[str, Any]) -> None:
         self._open(b)
         ranges = self._ranges(b["clients"])
         number, debited = self.cohort.get((b["run_id"], b["purpose"]), (0, []))
         if number != b["round"]:
-            raise Bad("no debit of the same run, round and purpose before it")
+            raise Bad("run_order", "no debit of the same run, round and purpose before it")
         at = 0
         for first, last in ranges:
             while at < len(debited) and debited[at][1] < last:
                 at += 1
             if at == len(debited) or first < debited[at][0]:
-                raise Bad(f"names clients {first} to {last}, who were not all debited")
+                raise Bad("run_order", f"names clients {first} to {last}, who were not all debited")
         if self._count("commit", b) and b["purpose"] == "train":
             self.committed[b["run_id"], b["round"]] = sum(last - first + 1 for first, last in ranges)
 
     def _folded(self, run: Run, b: dict[str, Any]) -> None:
         if b["partners"] is not None or self.committed[b["run_id"], b["round"]] < self.terms.quorum:
-            raise Bad(f"a round counts with {self.terms.quorum} committed clients or more")
+            raise Bad("record", f"a round counts with {self.terms.quorum} committed clients or more")
 
     def groups(self) -> dict[tuple[int, ...], Ranges]:
         """Clients by how often they stand in each of `steps`, in its order."""
@@ -1373,9 +1780,9 @@ class Population(Runs):
             found.setdefault(tuple(now), []).append([first, after - 1])
         return found
 
-    def spent(self, counts: tuple[int, ...]) -> Counter[tuple[float, float]]:
+    def spent(self, counts: tuple[int, ...]) -> Counter[Kind]:
         """What a client with these counts has spent."""
-        spent: Counter[tuple[float, float]] = Counter()
+        spent: Counter[Kind] = Counter()
         for (kind, run_id, purpose), n in zip(self.steps, counts, strict=True):
             if kind == "debit":
                 _charge(spent, self.plans[run_id][purpose][1], n)
@@ -1387,75 +1794,261 @@ class Population(Runs):
         for counts, ranges in self.groups().items():
             for (kind, run_id, purpose), n in zip(self.steps, counts, strict=True):
                 if kind == "debit" and n > self.plans[run_id][purpose][0]:
-                    self.wrong(None, f"client {ranges[0][0]}: {n} debits for {purpose} in run {run_id}, more than held")
+                    self.wrong(
+                        "not_held",
+                        None,
+                        f"client {ranges[0][0]}: {n} debits for {purpose} in run {run_id}, more than held",
+                    )
             if self.budget and not self.unbounded:
                 spent = filter_epsilon(self.budget, _history(self.spent(counts)))
                 if spent > self.budget.epsilon * (1 + SLACK):
-                    self.wrong(None, f"client {ranges[0][0]} spent epsilon {spent:.6g}, cap {self.budget.epsilon:g}")
+                    self.wrong(
+                        "over_budget",
+                        None,
+                        f"client {ranges[0][0]} spent epsilon {spent:.6g}, cap {self.budget.epsilon:g}",
+                    )
             history = _history(self.spent(counts))
             if history not in costs:
                 costs[history] = self._cost(odometer, self.budget, history)
             if self._too_dear(costs[history]):
                 what = f"client {ranges[0][0]}: all debits cost epsilon {costs[history]:.6g}, the charter's is "
-                self.wrong(self.last_debit, f"{what}{self.terms.epsilon:g} at delta {self.terms.delta:g}")
+                self.wrong(
+                    "over_charter", self.last_debit, f"{what}{self.terms.epsilon:g} at delta {self.terms.delta:g}"
+                )
 
 
-# -- what closes a bundle ------------------------------------------------------------------------------------
+# -- who else signed for a ledger ----------------------------------------------------------------------------
 
 
-def _check_closings(
-    root: Path, report: Report, terms: Terms, books: dict[str, Book], runs: dict[str, Run]
-) -> str | None:
-    """The run of the newest good checkpoint, if there is one."""
-    latest: tuple[int, str | None] = (0, None)
-    newest: dict[str, int] = {}  # owner -> the longest length that was countersigned
-    closed: set[str] = set()
-    for name in _listing(root, "closing"):
-        file = f"closing/{name}"
+@dataclass(frozen=True)
+class Statement:
+    """That a ledger had this root at this length: its owner's word, and who else signed it."""
+
+    owner: str
+    length: int
+    root: str
+    signers: tuple[str, ...]  # names, the owner's among them
+    file: str
+    line: int = 1
+    ledger_id: str | None = None  # None: it does not say
+    closing: str | None = None  # the run that it closes
+
+    @property
+    def source(self) -> str:
+        """Where it stands."""
+        return f"{self.file}:{self.line}"
+
+
+class Witnesses:
+    """All that was signed of the ledgers beside themselves, compared with the ledgers as they are here."""
+
+    def __init__(self, report: Report, terms: Terms, books: dict[str, Book]) -> None:
+        self.report, self.terms, self.books = report, terms, books
+        self.names = {key: name for name, key in terms.keys.items()}
+        self.statements: dict[str, list[Statement]] = {owner: [] for owner in books}
+        self.longer: dict[str, tuple[int, str]] = {}  # owner -> the most entries that it signed for, and where
+        self.heads: list[dict[str, Any]] = []
+        self.closings: list[dict[str, Any]] = []
+        self.used = 0  # things that were compared
+
+    # heads
+
+    def read_heads(self, root: Path, file: str, holder: str, label: str) -> None:
+        """A file of signed heads."""
+        number = 1
         try:
-            data = _read(root, file)
-            payload, signatures = _envelope(data.removesuffix(b"\n"), CLOSING_TYPE)
-            if not data.endswith(b"\n"):
-                raise Bad("does not end in a newline (edited?)")
-            before = len(report.violations)
-            _everyone_signed(report, file, CLOSING_TYPE, payload, signatures, list(terms.keys.items()))
-            if len(report.violations) > before:
-                continue
-            p = _json(payload)
-            checks = {"v": _is(1), "run_id": _id, "charter_sha256": _is(terms.sha256), "model_sha256": _or_null(_hex)}
-            _fields(p, "checkpoint", checks | {"ledgers": lambda v: isinstance(v, list)})
-            if _bytes(p) != payload or name != f"{p['run_id']}.json":
-                raise Bad("in an unusual layout, or named after another run")
-            heads = {"owner": _text, "length": lambda v: _whole(v, 1), "head": _hex}
-            lengths = {_fields(item, "ledger", heads)["owner"]: item for item in p["ledgers"]}
-            if set(lengths) != set(books) or len(p["ledgers"]) != len(books):
-                raise Bad("does not name every ledger of this bundle, once")
-            for owner, item in lengths.items():
-                book, length = books[owner], item["length"]
-                newest[owner] = max(newest.get(owner, 0), length)
-                if length <= len(book.hashes) and book.hashes[length - 1] != item["head"]:
-                    book.wrong(length, f"not the entry that everyone countersigned in {file}")
-                elif length > len(book.hashes) and book.whole:
-                    book.wrong(len(book.hashes) + 1, f"entries are missing: {length} were countersigned in {file}")
-            run = runs.get(p["run_id"])
-            if run is None or run.close is None or run.closed_at > lengths[terms.coordinator]["length"]:
-                if books[terms.coordinator].whole:
-                    raise Bad("of a run that the coordinator's ledger does not close before it")
-            elif run.close["model_sha256"] != p["model_sha256"]:
-                raise Bad("names another model than the coordinator's ledger")
-            closed.add(p["run_id"])
-            latest = max(latest, (lengths[terms.coordinator]["length"], p["run_id"]), key=lambda item: item[0])
+            for number, line in enumerate(_lines(root, file), start=1):
+                try:
+                    made = self._head(line, label, number)
+                except Bad as bad:
+                    self.report.wrong("head", label, number, str(bad))
+                    continue
+                self.statements[made.owner].append(made)
+                self.report.checked["heads"] += 1
+                self.used += 1
+                told = {"owner": made.owner, "holder": holder, "length": made.length, "signers": list(made.signers)}
+                self.heads.append(told)
         except Bad as bad:
-            report.wrong(file, 1, str(bad))
-    for run_id in runs:
-        if run_id not in closed:
-            report.wrong(f"closing/{run_id}.json", None, "the run was not closed (resume it)")
-    if not runs and not closed:
-        report.wrong("closing", None, "the run was not closed (resume it)")
-    for owner, length in newest.items():
-        if len(books[owner].hashes) > length:
-            report.warn(books[owner].file, length + 1, "entries after the newest checkpoint: nobody countersigned them")
-    return latest[1]
+            self.report.wrong(bad.code, label, None if bad.code == "file" else number + 1, str(bad))
+
+    def _head(self, line: bytes, file: str, number: int) -> Statement:
+        payload, made = _envelope(_canonical(line), HEAD_TYPE)
+        checks = {"v": _is(1), "owner": _is(*self.books), "ledger_id": _text, "length": lambda v: _whole(v, 1)}
+        p = _fields(_canonical(payload), "head", checks | {"root": _hex})
+        keys = [key for key, _ in made]
+        if keys[:1] != [self.terms.keys[p["owner"]]] or len(set(keys)) != len(keys):
+            raise Bad("head", "not signed by its owner first, and by others once each")
+        for key, signature in made:
+            if key not in self.names:
+                raise Bad("head", f"signed by a key that does not stand in the charter: {_show(key)}")
+            _check_signature(self.report, key, HEAD_TYPE, payload, signature)
+        signers = tuple(self.names[key] for key in keys)
+        return Statement(p["owner"], p["length"], p["root"], signers, file, number, p["ledger_id"])
+
+    # closing checkpoints
+
+    def read_closing(self, root: Path, file: str, label: str) -> dict[str, Any]:
+        """What a good closing checkpoint says."""
+        payload, made = _file_of_one(root, file, CLOSING_TYPE)
+        for what in _everyone_signed(self.report, CLOSING_TYPE, payload, made, self.terms.keys):
+            raise Bad("closing", what)
+        p = _canonical(payload)
+        checks = {"v": _is(2), "run_id": _id, "charter_sha256": _is(self.terms.sha256), "model_sha256": _or_null(_hex)}
+        _fields(p, "checkpoint", checks | {"ledgers": _list})
+        stated = {"owner": _is(*self.books), "length": lambda v: _whole(v, 1), "root": _hex}
+        owners = [_fields(item, "ledger", stated)["owner"] for item in p["ledgers"]]
+        if sorted(owners) != sorted(self.books):
+            raise Bad("closing", "does not name every ledger of this bundle, once")
+        for item in p["ledgers"]:
+            signers = tuple(self.terms.keys)
+            made_of = Statement(item["owner"], item["length"], item["root"], signers, label, closing=p["run_id"])
+            self.statements[item["owner"]].append(made_of)
+        self.used += 1
+        return dict(p)
+
+    def check_closings(self, root: Path, runs: dict[str, Run]) -> str | None:
+        """Every run that was closed has its checkpoint. Returns the run of the newest good one, if there is one."""
+        latest: tuple[int, str | None] = (0, None)
+        coordinator, closed = self.books[self.terms.coordinator], set()
+        for name in _listing(root, "closing"):
+            file = f"closing/{name}"
+            try:
+                p = self.read_closing(root, file, file)
+                if name != f"{p['run_id']}.json":
+                    raise Bad("closing", "named after another run")
+                run, ends = runs.get(p["run_id"]), {item["owner"]: item["length"] for item in p["ledgers"]}
+                if run is None or run.close is None or run.closed_at > ends[self.terms.coordinator]:
+                    if coordinator.whole:
+                        raise Bad("closing", "of a run that the coordinator's ledger does not close before it")
+                elif run.close["model_sha256"] != p["model_sha256"]:
+                    raise Bad("closing", "names another model than the coordinator's ledger")
+                closed.add(p["run_id"])
+                latest = max(latest, (ends[self.terms.coordinator], p["run_id"]), key=lambda item: item[0])
+                self.closings.append({"run_id": p["run_id"], "ledgers": p["ledgers"]})
+            except Bad as bad:
+                self.report.wrong("file" if bad.code == "file" else "closing", file, 1, str(bad))
+        for run_id, run in runs.items():
+            if run.close is None:
+                self.report.warn("open_run", coordinator.file, run.line, f"run {run_id} was not closed (resume it)")
+            elif run_id not in closed:
+                what = "the run was closed, but its checkpoint is missing or not good (resume it)"
+                self.report.wrong("closing_missing", f"closing/{run_id}.json", None, what)
+        if not runs:
+            self.report.warn("no_runs", coordinator.file, None, "no run under this charter")
+        return latest[1]
+
+    # what was given to compare with
+
+    def read_given(self, given: Path) -> None:
+        """A copy of a ledger, a file of heads, a checkpoint, or a folder with such."""
+        before, path = self.used + len(self.report.violations), given.resolve()
+        if not path.is_dir():
+            self._copy(path.parent, path.name, str(given))
+        else:
+            files = [
+                str(Path(folder, name).relative_to(path))
+                for folder, _, names in os.walk(path)
+                for name in names
+                if name.endswith(".jsonl") or name == "closing.json" or Path(folder).name == "closing"
+            ]
+            for file in sorted(files)[:MAX_COPIES]:
+                self._copy(path, file, str(given / file))
+            if len(files) > MAX_COPIES:
+                self.report.wrong("more", str(given), None, f"more than {MAX_COPIES} files to compare with")
+        if before == self.used + len(self.report.violations):
+            self.report.wrong("copy", str(given), None, "nothing in it can be compared with this bundle")
+
+    def _copy(self, root: Path, file: str, label: str) -> None:
+        try:
+            with _open(root, file) as handle:
+                first = _json(handle.readline(MAX_LINE).removesuffix(b"\n"))
+            kind = first.get("payloadType", "ledger" if "envelope" in first else None)
+            if kind == HEAD_TYPE:
+                self.read_heads(root, file, label, label)
+            elif kind == CLOSING_TYPE:
+                if _json(base64.b64decode(first["payload"]))["charter_sha256"] == self.terms.sha256:
+                    self.read_closing(root, file, label)
+                else:
+                    self.report.warn("unrelated", label, None, "of another charter")
+            elif kind == "ledger":
+                owner, key = (first["body"]["data"][name] for name in ("owner", "key"))
+                if self.terms.keys.get(owner) == key and owner in self.books:
+                    self._ledger(root, file, label, self.books[owner])
+                else:
+                    self.report.warn("unrelated", label, 1, f"the ledger of {_show(owner)} with a key of its own")
+            else:
+                raise Bad("copy", "neither a ledger, nor heads, nor a closing checkpoint")
+        except (Bad, AttributeError, LookupError, TypeError, ValueError) as err:
+            self.report.wrong("copy", label, 1, str(err) if isinstance(err, Bad) else f"malformed ({_show(str(err))})")
+
+    def _ledger(self, root: Path, file: str, label: str, book: Book) -> None:
+        chain = Chain(self.report, self.terms.keys[book.owner])
+        try:
+            for line in _lines(root, file):
+                chain.take(line)
+        except Bad as bad:
+            if bad.code != "torn":  # it was written while it was copied; whole lines count
+                self.report.wrong("copy", label, chain.length + 1, f"not what {book.owner} signed: {bad}")
+        self.used += 1
+        self.report.checked["proofs"] += 1
+        pairs = zip(chain.roots, book.chain.roots, strict=False)
+        if fork := next((number for number, (copy, here) in enumerate(pairs) if copy != here), None):
+            what = f"another entry than in {label}:{fork}: {book.owner} signed both"
+            book.wrong("fork", fork, what)
+        else:
+            self.longer[book.owner] = max(self.longer.get(book.owner, (0, "")), (chain.length, label))
+
+    # all together
+
+    def compare(self) -> None:
+        """Every statement with its ledger; those that it keeps to are left."""
+        for owner, book in self.books.items():
+            good: list[Statement] = []
+            known: dict[int, Statement] = {}
+            wrong: Statement | None = None
+            for one in sorted(self.statements[owner], key=lambda one: one.length):
+                self.report.checked["proofs"] += 1
+                other = known.setdefault(one.length, one)
+                if one.root != other.root:
+                    what = f"another history of {owner}'s ledger of {one.length} entries than {other.source}: both signed by it"
+                    self.report.wrong("contradiction", one.file, one.line, what)
+                if one.length > book.length:
+                    self.longer[owner] = max(self.longer.get(owner, (0, "")), (one.length, one.source))
+                elif book.chain.roots[one.length] == one.root and one.ledger_id in (None, book.ledger_id):
+                    good.append(one)
+                elif wrong is None:
+                    wrong, first = one, 1 + max((before.length for before in good), default=0)
+                    what = f"entries {first} to {one.length} are not those that {', '.join(one.signers)} signed for "
+                    book.wrong("entry_differs", first, f"{what}({one.source})")
+            self.statements[owner] = good
+            length, source = self.longer.get(owner, (0, ""))
+            if length > book.length and book.whole:
+                what = f"entries {book.length + 1} to {length} are missing: {owner} signed for {length} ({source})"
+                book.wrong("entries_missing", book.length + 1, what)
+
+    def witnessed(self, owner: str) -> dict[str, Any]:
+        """How much of a ledger others vouch for: the coordinator and two partners (fewer where there are fewer)."""
+        reach = dict.fromkeys(self.terms.keys, 0)  # how far each signed
+        closed: dict[int, str | None] = {}
+        for one in self.statements[owner]:
+            reach.update({name: max(reach[name], one.length) for name in one.signers})
+            if one.closing:
+                closed[one.length] = one.closing
+        partners = sorted(reach[name] for name in self.terms.keys if name not in (owner, self.terms.coordinator))
+        length = min(reach[owner], reach[self.terms.coordinator], *partners[-2:][:1])
+        by = [name for name in self.terms.keys if name != owner and reach[name] >= length > 0]
+        book, last = self.books[owner], max(closed, default=0)
+        if (tail := book.length - length) and book.whole:
+            lines = f"entries {length + 1} to {book.length}" if tail > 1 else f"entry {book.length}"
+            what = f"{tail} not covered by a head that others signed, nor by a closing checkpoint: {lines}"
+            self.report.warn("tail", book.file, length + 1, what)
+        return {
+            "witnessed": {"length": length, "by": by, "closing": closed[last] if 0 < last >= length else None},
+            "tail": tail,
+        }
+
+
+# -- model and result ---------------------------------------------------------------------------------------
 
 
 def _last(runs: dict[str, Run]) -> dict[str, Any] | None:
@@ -1468,11 +2061,11 @@ def _check_model(root: Path, report: Report, last: dict[str, Any] | None) -> Non
     file = "model.safetensors"
     try:
         if last and _hash_of(root, file) != last["model_sha256"]:
-            raise Bad("not the model that the newest completed run ended with")
+            raise Bad("model", "not the model that the newest completed run ended with")
         if not last and os.path.lexists(root / file):
-            raise Bad("a model, but no run was completed")
+            raise Bad("model", "a model, but no run was completed")
     except Bad as bad:
-        report.wrong(file, None, str(bad))
+        report.wrong(bad.code, file, None, str(bad))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -1499,19 +2092,19 @@ def _check_result(
     try:
         result = _json(_read(root, file), floats=True)
         if not isinstance(result, dict) or result.get("charter_sha256") != terms.sha256:
-            raise Bad("names another charter")
+            raise Bad("result", "names another charter")
         privacy = result.get("privacy")
         if not isinstance(privacy, dict) or privacy.get("kind") != terms.kind:
-            raise Bad(f"privacy is not the charter's, {terms.kind}")
+            raise Bad("result", f"privacy is not the charter's, {terms.kind}")
         for key in ("epsilon", "delta", "noise_multiplier", "clip_norm"):
             _compare(report, f"privacy: {key}", privacy.get(key, ""), getattr(terms, key))
         said = result.get("partners")
         if not isinstance(said, dict) or set(said) != set(partners):
-            raise Bad("does not name the partners of this bundle")
+            raise Bad("result", "does not name the partners of this bundle")
         for name, claims in said.items():
             for key in ("declared_records", "epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds"):
                 if not isinstance(claims, dict) or (key not in claims and key != "epsilon_filter"):
-                    raise Bad(f"{name}: {key} is missing")
+                    raise Bad("result", f"{name}: {key} is missing")
                 wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
                 if key in claims and not (key == "epsilon" and name in coarse):
                     _compare(report, f"{name}: {key}", claims[key], wanted)
@@ -1519,16 +2112,16 @@ def _check_result(
         listed = result.get("refusals")
         keys = ("partner", "run_id", "round", "reason")
         if not isinstance(listed, list) or Counter(tuple(r[key] for key in keys) for r in listed) != refusals:
-            raise Bad("refusals are not those in the partners' ledgers")
+            raise Bad("result", "refusals are not those in the partners' ledgers")
     except Bad as bad:
-        report.wrong(file, None, str(bad))
+        report.wrong("result", file, None, str(bad))
     except (ArithmeticError, LookupError, TypeError, ValueError) as err:
-        report.wrong(file, None, f"malformed ({_show(str(err))})")
+        report.wrong("result", file, None, f"malformed ({_show(str(err))})")
 
 
 def _compare(report: Report, what: str, said: Any, wanted: float | None) -> None:
     if not _same(said, wanted):
-        report.wrong("result.json", None, f"{what} is {_show(said)}, here it is {wanted}")
+        report.wrong("result", "result.json", None, f"{what} is {_show(said)}, here it is {wanted}")
 
 
 def _check_rounds(result: dict[str, Any], runs: dict[str, Run]) -> None:
@@ -1536,19 +2129,19 @@ def _check_rounds(result: dict[str, Any], runs: dict[str, Run]) -> None:
     done = [run_id for run_id, run in runs.items() if run.close and run.close["why"] == "completed"]
     run_id = next(iter([*done, *runs]), None)
     if result.get("run_id") != run_id:
-        raise Bad(f"run_id is {_show(result.get('run_id'))}, in the coordinator's ledger it is {run_id}")
+        raise Bad("result", f"run_id is {_show(result.get('run_id'))}, in the coordinator's ledger it is {run_id}")
     rounds = [(b["round"], b["metrics"]) for b in runs[run_id].rounds] if run_id else []
     said = result.get("rounds")
     if not isinstance(said, list) or len(said) != len(rounds):
-        raise Bad(f"rounds are not the {len(rounds)} of the coordinator's ledger")
+        raise Bad("result", f"rounds are not the {len(rounds)} of the coordinator's ledger")
     for one, (number, metrics) in zip(said, rounds, strict=True):
         if not isinstance(one, dict) or type(one.get("round")) is not int or one["round"] != number:
-            raise Bad(f"round {number} is missing or out of order")
+            raise Bad("result", f"round {number} is missing or out of order")
         if not _same_metrics(one.get("metrics"), metrics):
-            raise Bad(f"round {number}: metrics are not those in the coordinator's ledger, {_show(metrics)}")
+            raise Bad("result", f"round {number}: metrics are not those in the coordinator's ledger, {_show(metrics)}")
     final = rounds[-1][1] if rounds else {}
     if not _same_metrics(result.get("final"), final):
-        raise Bad(f"final is not the metrics of the last round in the coordinator's ledger, {_show(final)}")
+        raise Bad("result", f"final is not the metrics of the last round in the coordinator's ledger, {_show(final)}")
 
 
 def _same_metrics(said: Any, metrics: dict[str, Any]) -> bool:
@@ -1579,7 +2172,7 @@ def _claim(terms: Terms) -> str:
 
 @dataclass
 class _Bill:
-    """Works out epsilons once for equal histories and remembers which are coarse."""
+    """Works out epsilons once for equal histories and remembers whose are coarse."""
 
     terms: Terms
     report: Report
@@ -1587,42 +2180,103 @@ class _Bill:
     coarse: set[str] = field(default_factory=set)
 
     def of(
-        self, file: str, names: list[str], budget: Budget | None, unbounded: bool, history: History
+        self, file: str, names: list[str], budget: Budget | None, unbounded: bool, spent: Mapping[Kind, int]
     ) -> dict[str, Any]:
         """epsilon, epsilon_filter, epsilon_cap and delta; None where there is no bound."""
-        cap, delta = self.terms.epsilon, self.terms.delta
-        if budget and cap is not None and delta is not None:
-            cap = min(cap, budget.epsilon) if budget.delta == delta else cap
-            budget = budget.at(cap, delta) if budget.delta != delta else budget
-        elif budget:
-            cap, delta = budget.epsilon, budget.delta
-        spent: float | None = None if unbounded or (budget is None and (history or cap is None)) else 0.0
-        tight = spent
-        if spent is not None and budget:
-            spent = filter_epsilon(budget, history)
+        cap, delta = (budget.epsilon, budget.delta) if budget else (self.terms.epsilon, self.terms.delta)
+        history = _history(spent)
+        coarse: float | None = None if unbounded or (budget is None and (history or cap is None)) else 0.0
+        tight = coarse
+        if coarse is not None and budget:
+            coarse = filter_epsilon(budget, history)
             tight = self.odometer.epsilon(history, budget.delta)
             if tight is None or not math.isfinite(tight):
                 self.coarse.update(names)
-                self.report.warn(
-                    file, None, f"{names[0]}: too long a history for the tight epsilon; the filter's is given"
-                )
-                tight = spent
-            tight = min(tight, spent)
-        return {"epsilon": tight, "epsilon_filter": spent, "epsilon_cap": cap, "delta": delta}
+                what = f"{names[0]}: too long a history for the tight epsilon; the filter's is given"
+                self.report.warn("coarse", file, None, what)
+                tight = coarse
+            tight = min(tight, coarse)
+        return {
+            "epsilon": tight,
+            "epsilon_filter": coarse,
+            "epsilon_cap": cap,
+            "delta": delta,
+            "unbounded": unbounded,
+        }
+
+    def of_charter(
+        self, file: str, names: list[str], budget: Budget | None, unbounded: bool, spent: Mapping[Kind, int]
+    ) -> dict[str, Any]:
+        """What the charter's own debits cost, by its filter at its delta."""
+        if budget and self.terms.epsilon is not None and self.terms.delta is not None:
+            budget = budget.at(self.terms.epsilon, self.terms.delta)
+        one = self.of(file, names, budget, unbounded, spent)
+        return {"epsilon": one["epsilon"], "epsilon_filter": one["epsilon_filter"], "cap": self.terms.epsilon}
+
+
+def _most(values: Iterable[float | None], none: float | None = None) -> float | None:
+    """The largest; None (no bound) is larger than any number."""
+    found = list(values)
+    return None if None in found else max((v for v in found if v is not None), default=none)
+
+
+def _merged(debits: Iterable[tuple[Event, bool]]) -> list[dict[str, Any]]:
+    """Equal events together, with how many there were."""
+    counts = Counter(debits)
+    order = sorted(counts.items(), key=lambda item: (item[0][0] or (0.0, 0.0, 0), item[0][1]))
+    return [
+        {
+            "mechanism": "none/1" if event is None else "poisson-gaussian/1",
+            **dict(zip(("q", "sigma", "steps"), event or (None, None, None), strict=True)),
+            "count": count,
+            "charter": "this" if own else "other",
+        }
+        for (event, own), count in order
+    ]
 
 
 def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
-    budget, unbounded = partner.budget, partner.unbounded is not None
-    summary = bill.of(partner.file, [partner.owner], budget, unbounded, _history(partner.spent))
-    debits = partner.acts["debit"]
-    return summary | {
+    names, used = [partner.owner], partner.used()
+    lineages, charter = {}, []
+    for lineage, account in used.items():
+        unbounded = account.unbounded is not None
+        lineages[lineage] = bill.of(partner.file, names, account.budget, unbounded, account.spent())
+        lineages[lineage]["datasets"] = [
+            {"dataset": dataset, "declared": b["declared"]}
+            for dataset, b in partner.datasets.items()
+            if b["lineage"] == lineage
+        ]
+        unprotected = any(own and event is None for _, event, own in account.debits)
+        charter.append(bill.of_charter(partner.file, names, account.budget, unprotected, account.spent(own=True)))
+    nothing = bill.of(partner.file, names, None, False, {})
+    charter = charter or [bill.of_charter(partner.file, names, None, False, {})]
+    figures = list(lineages.values()) or [nothing]
+    debits = [debit for account in used.values() for debit in account.debits]
+    first = next(iter(used.values()), Account())
+    return {
+        **{key: _most(one[key] for one in figures) for key in ("epsilon", "epsilon_filter", "epsilon_cap", "delta")},
+        "charter_epsilon": {key: _most(one[key] for one in charter) for key in ("epsilon", "epsilon_filter", "cap")},
+        "unbounded": any(one["unbounded"] for one in figures),
         "debits": len(debits),
-        "uncommitted_debits": len(set(debits) - set(partner.acts["commit"])),
+        "uncommitted_debits": len(set(partner.acts["debit"]) - set(partner.acts["commit"])),
         "rounds": len(partner.rounds),
         "refusals": len(partner.refusals),
-        "entries": len(partner.hashes),
-        "trajectory": [{"round": number, "epsilon_filter": spent} for _, number, spent in partner.trajectory],
+        "refusals_by_reason": dict(Counter(act.body["reason"] for act in partner.refusals)),
+        "entries": partner.length,
+        "undisclosed": partner.undisclosed,
+        "lineages": lineages,
+        "events": _merged((event, own) for _, event, own in debits),
+        "trajectory": _trajectory(used, bill),
+        "budget": first.agreed,
     }
+
+
+def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]]:
+    """Every debit in order; the odometer is read at some."""
+    points = []
+    for lineage, account in used.items():
+        points += [point | ({"lineage": lineage} if len(used) > 1 else {}) for point, _, _ in account.debits]
+    return sorted(points, key=lambda point: int(point["entry"]))
 
 
 def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
@@ -1630,34 +2284,60 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
     found: dict[int, dict[str, Any]] = {}
     for counts, ranges in book.groups().items():
         total = Counter[str]()
-        for (kind, _, purpose), n in zip(book.steps, counts, strict=True):
+        events: Counter[Event] = Counter()
+        for (kind, run_id, purpose), n in zip(book.steps, counts, strict=True):
             total[kind] += n
             total["rounds"] += n if (kind, purpose) == ("commit", "train") else 0
+            if kind == "debit":
+                events[book.plans[run_id][purpose][1]] += n
         members = [number for first, last in ranges for number in range(first, last + 1)]
         names = [f"client-{number:04d}" for number in members]
-        summary = bill.of(book.file, names, book.budget, book.unbounded is not None, _history(book.spent(counts)))
-        summary |= {
+        about = (book.file, names, book.budget, book.unbounded is not None, book.spent(counts))
+        summary = bill.of(*about) | {
+            "charter_epsilon": bill.of_charter(*about),
             "debits": total["debit"],
             "uncommitted_debits": total["debit"] - total["commit"],
             "rounds": total["rounds"],
             "refusals": 0,
+            "refusals_by_reason": {},
             "entries": total["debit"] + total["commit"],
+            "undisclosed": 0,
+            "events": _merged((event, True) for event in events.elements()),
             "trajectory": [],
+            "budget": book.agreed,
         }
         found |= dict.fromkeys(members, summary)
     if lost := sum(1 for summary in found.values() if summary["uncommitted_debits"]):
-        bill.report.warn(book.file, None, f"{lost} client(s) with a debit without a commit: it stays charged")
+        what = f"{lost} client(s) with a debit without a commit: it stays charged"
+        bill.report.warn("uncommitted", book.file, None, what)
     return {f"client-{number:04d}": found[number] for number in sorted(found)}
 
 
-def verify_bundle(folder: Path) -> dict[str, Any]:
-    """The verdict on a bundle; `violations` is empty exactly when `verified`.
+def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
+    """The verdict on a bundle; `violations` is empty exactly when `verified`. JSON throughout.
+
+    Args:
+        against: further copies of what is in the bundle, from whoever kept them: a ledger, a file of heads, a closing checkpoint, or
+            a folder with such (another bundle; what a partner's node kept). What the bundle lacks or has otherwise is a violation.
 
     Returns:
-        `verified`, `bundle`, `charter_sha256`, `simulated`, `claim`, `checked` {ledgers, entries, signatures},
-        `partners` {name: {epsilon (odometer; None: unbounded), epsilon_filter, epsilon_cap, delta, debits,
-        uncommitted_debits, rounds, refusals, entries, trajectory [{round, epsilon_filter}]}}, `violations` and
-        `warnings` [{file, line, what}], `limits` (sentences to show wherever a verdict is shown). JSON throughout.
+        `verified`, `bundle`, `charter_sha256`, `simulated`, `claim`,
+        `checked` {ledgers, entries, signatures, heads, proofs: signed statements and copies that ledgers were compared with},
+        `partners` {name: {
+            epsilon (odometer), epsilon_filter, epsilon_cap, delta: the most of any lineage used under this charter, over all that
+            was debited on it under any charter (None: no bound),
+            charter_epsilon {epsilon, epsilon_filter, cap}: of the debits under this charter alone, at its delta,
+            unbounded, debits, uncommitted_debits, rounds, refusals, refusals_by_reason {reason: count}, entries, undisclosed,
+            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, datasets [{dataset, declared}]}},
+            events [{mechanism, q, sigma, steps, count, charter "this" or "other"}]: what was debited on these lineages,
+            trajectory [{entry, time, run, round, charter, epsilon_filter, epsilon}] after each debit (time, run and round are None
+            where they are not shown; epsilon at some; with `lineage` where there is more than one),
+            budget {epsilon, delta, orders, gaussian_delta} of the first lineage (None: none was fixed),
+            witnessed {length, by [names], closing (run or None)}, tail: entries beyond it}} (of a population's clients: no
+            lineages, trajectory, witnessed and tail),
+        `coordinator` {entries, undisclosed, witnessed, tail},
+        `heads` [{owner, holder, length, signers}], `closings` [{run_id, ledgers [{owner, length, root}]}], `open_runs` [run_id],
+        `violations` and `warnings` [{code, file, line, what, means}], `limits` (sentences to show wherever a verdict is shown).
 
     Raises:
         Unreadable: the folder or its charter is missing or is none at all, so that nothing can be judged.
@@ -1683,14 +2363,22 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         _cross_check(report, book, partners)
     for name in _listing(root, "partners"):
         if name not in partners:
-            report.wrong(f"partners/{name}", None, "no partner of this charter")
-    books: dict[str, Book] = {**partners, terms.coordinator: book}
-    newest = _check_closings(root, report, terms, books, book.runs)
+            report.wrong("stranger", f"partners/{name}", None, "no partner of this charter")
+    others = Witnesses(report, terms, {**partners, terms.coordinator: book})
+    newest = others.check_closings(root, book.runs)
+    for name in _listing(root, "heads"):
+        if name.removesuffix(".jsonl") in terms.keys and name.endswith(".jsonl"):
+            others.read_heads(root, f"heads/{name}", name.removesuffix(".jsonl"), f"heads/{name}")
+        else:
+            report.wrong("stranger", f"heads/{name}", None, "heads kept by nobody in this charter")
+    for given in against:
+        others.read_given(Path(given))
+    others.compare()
     _check_model(root, report, _last(book.runs))
     if isinstance(book, Population):
         bills = _client_summaries(book, bill)
     else:
-        bills = {name: _partner_summary(partner, bill) for name, partner in partners.items()}
+        bills = {name: _partner_summary(one, bill) | others.witnessed(name) for name, one in partners.items()}
     refusals = Counter(
         (name, act.body["run_id"], act.body["round"], act.body["reason"])
         for name, partner in partners.items()
@@ -1698,10 +2386,10 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     )
     _check_result(root, report, terms, book.runs, refusals, bills, bill.coarse)
     complete = (
-        f"The bill is complete as of the newest closing checkpoint in this bundle, run {newest}: whoever made the bundle "
-        "could withhold later runs together with everybody's later entries."
+        f"The bill is complete as of the newest closing checkpoint in this bundle, run {newest}, and the newest heads: whoever made "
+        "the bundle could withhold later runs together with everybody's later entries."
         if newest
-        else "No good closing checkpoint is in this bundle: nobody vouches that any of it is complete."
+        else "No good closing checkpoint is in this bundle: beyond the newest heads nobody vouches that it is complete."
     )
     simulated = ["Simulated: all keys and data were on one machine, so the signatures bind nobody."]
     return {
@@ -1712,6 +2400,10 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         "claim": _claim(terms),
         "checked": dict(report.checked),
         "partners": bills,
+        "coordinator": {"entries": book.length, "undisclosed": book.undisclosed} | others.witnessed(terms.coordinator),
+        "heads": others.heads,
+        "closings": others.closings,
+        "open_runs": [run_id for run_id, run in book.runs.items() if run.close is None],
         "violations": report.violations,
         "warnings": report.warnings,
         "limits": [*LIMITS, complete] + (simulated if terms.simulated else []),
@@ -1719,12 +2411,13 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """`python verifier.py BUNDLE`."""
-    if len(arguments) != 1:
-        print("usage: python verifier.py BUNDLE", file=sys.stderr)
+    """`python verifier.py BUNDLE [--against PATH ...]`."""
+    folder, *rest = arguments or [""]
+    if not folder or len(rest) % 2 or any(flag != "--against" for flag in rest[::2]):
+        print("usage: python verifier.py BUNDLE [--against PATH ...]", file=sys.stderr)
         return 2
     try:
-        verdict = verify_bundle(Path(arguments[0]))
+        verdict = verify_bundle(Path(folder), [Path(path) for path in rest[1::2]])
     except Unreadable as err:
         print(ascii(str(err))[1:-1], file=sys.stderr)
         return 2

@@ -1,15 +1,18 @@
-"""Honest bundles, written from docs/ledger-format.md, and the means to make dishonest ones that are properly signed.
+"""Honest bundles, made from docs/ledger-format.md, and the means to make dishonest ones that are properly signed.
 
-A `Draft` holds every ledger as a list of (type, body). `write` seals, chains and countersigns whatever stands there,
-so a test changes a body first and gets a bundle in which everything fits but that.
+A `Draft` holds every ledger as a list of items. `write` seals, chains and countersigns whatever stands there, so a test changes
+an item's data first and gets a bundle in which everything fits but that: headers say what the data say, unless an item has a
+header of its own. `write_for_real` writes the same with the ledgers, heads and checkpoints that nodes and coordinators use.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,15 +20,21 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hansa.common.accounting import Budget
+from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter, SimulatedClients, draft
+from hansa.common.closing import closing_payload, sign_closing
 from hansa.common.config import Federation
+from hansa.common.heads import HEAD_TYPE, Head, KeptHeads, sign_head
 from hansa.common.identity import Envelope, Identity, canonical, public_pem, real, sha256, write_envelope
-from hansa.common.ledger import ENTRY_TYPE
+from hansa.common.ledger import ENTRY_TYPE, Ledger, redacted
+from hansa.common.merkle import EMPTY, Tree, consistency_proof, leaf_hash
 
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
 EPOCH = datetime(2026, 11, 22, 1, 50, tzinfo=UTC)
 MODEL = b"not really a model"
+COORDINATOR = "coordinator"
+OF_NO_CHARTER = ("genesis", "dataset", "recovered", "restored")
+NONE = {"mechanism": "none/1"}
 
 
 def identity(name: str, seed: int = 0) -> Identity:
@@ -38,78 +47,276 @@ def digest(*parts: object) -> str:
     return sha256(repr(parts).encode())
 
 
+def short(*parts: object) -> str:
+    """Some identifier of 32 hex digits."""
+    return digest(*parts)[:32]
+
+
+OTHER = digest("another charter")
+DERIVED = object()
+"""A header's privacy event that follows from the data."""
+
+
+@dataclass
+class Item:
+    """An entry before it is signed."""
+
+    kind: str
+    data: dict[str, Any]
+    charter: str | None = None
+    privacy: Any = DERIVED
+    shown: bool | None = None  # None: as the format says
+
+    @property
+    def of_no_charter(self) -> bool:
+        """Whether entries of this type are about no charter."""
+        return self.kind in OF_NO_CHARTER
+
+
+@dataclass
+class Kept:
+    """A signed head in somebody's file."""
+
+    holder: str
+    owner: str
+    length: int
+    signers: tuple[str, ...]  # the owner first
+
+
 @dataclass
 class Draft:
     """A bundle before it is signed; change anything in it, then `write` it."""
 
     signed: SignedCharter
     people: dict[str, Identity]
-    books: dict[str, list[tuple[str, dict[str, Any]]]]  # owner -> entries
+    books: dict[str, list[Item]]  # owner -> entries
     closings: list[tuple[str, str | None, dict[str, int]]] = field(default_factory=list)  # run, model, lengths
+    heads: list[Kept] = field(default_factory=list)
     result: dict[str, Any] | None = None
     model: bytes | None = MODEL
     start: datetime = EPOCH
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Draft:
+        """Keys and charter cannot be copied, and need not be."""
+        parts = (copy.deepcopy(part, memo) for part in (self.books, self.closings, self.heads, self.result))
+        return Draft(self.signed, dict(self.people), *parts, self.model, self.start)
+
+    def item(self, owner: str, kind: str, nth: int = 0) -> Item:
+        """The nth entry of that type under this charter, or under none."""
+        return self.books[owner][self.index(owner, kind, nth)]
+
     def entry(self, owner: str, kind: str, nth: int = 0) -> dict[str, Any]:
-        """The body of the nth entry of that type."""
-        return [body for name, body in self.books[owner] if name == kind][nth]
+        """Its data."""
+        return self.item(owner, kind, nth).data
 
     def index(self, owner: str, kind: str, nth: int = 0) -> int:
         """Its place in the ledger."""
-        return [i for i, (name, _) in enumerate(self.books[owner]) if name == kind][nth]
+        mine = (None, self.signed.sha256)
+        return [i for i, item in enumerate(self.books[owner]) if item.kind == kind and item.charter in mine][nth]
 
-    def insert(self, owner: str, at: int, kind: str, body: dict[str, Any]) -> None:
-        """One more entry; every checkpoint after it is of the longer ledger."""
-        self.books[owner].insert(at, (kind, body))
-        for _, _, lengths in self.closings:
-            lengths[owner] += lengths[owner] > at or at < 0
+    def add(self, owner: str, kind: str, charter: str | None = None, at: int | None = None, /, **data: Any) -> Item:
+        """One more entry at the end, or at some place; every statement after it is of the longer ledger.
+
+        Args:
+            charter: None: this one, where entries of that type are about one.
+        """
+        item = Item(kind, data, charter)
+        if not (charter or item.of_no_charter):
+            item.charter = self.signed.sha256
+        place = len(self.books[owner]) if at is None else at
+        self.books[owner].insert(place, item)
+        if at is not None:
+            self._moved(owner, place, 1)
+        return item
 
     def drop(self, owner: str, at: int) -> None:
         """One entry less, as if it had never been."""
         del self.books[owner][at]
+        self._moved(owner, at, -1)
+
+    def _moved(self, owner: str, at: int, by: int) -> None:
         for _, _, lengths in self.closings:
-            lengths[owner] -= lengths[owner] > at
+            lengths[owner] += by * (lengths[owner] > at)
+        for kept in self.heads:
+            kept.length += by * (kept.owner == owner and kept.length > at)
+
+    def close_later(self, owner: str) -> None:
+        """The last checkpoint is of the whole ledger."""
+        self.closings[-1][2][owner] = len(self.books[owner])
 
     def file(self, owner: str) -> str:
         """Where a ledger stands."""
-        return "coordinator/ledger.jsonl" if owner == "coordinator" else f"partners/{owner}/ledger.jsonl"
+        return "coordinator/ledger.jsonl" if owner == COORDINATOR else f"partners/{owner}/ledger.jsonl"
+
+    # writing
 
     def write(self, folder: Path) -> Path:
         """The bundle in a new folder (an old one is replaced)."""
         shutil.rmtree(folder, ignore_errors=True)
-        lines = {owner: self._lines(owner) for owner in self.books}
-        files = {"charter.json": self.signed.to_bytes()}
-        files |= {f"keys/{name}.pem": public_pem(person.key) for name, person in self.people.items()}
-        files |= {self.file(owner): b"".join(line + b"\n" for line in made) for owner, made in lines.items()}
-        for run_id, model, lengths in self.closings:
-            heads = [{"owner": o, "length": n, "head": sha256(lines[o][n - 1])} for o, n in lengths.items()]
-            files[f"closing/{run_id}.json"] = self.closing(run_id, model, heads)
-        if self.model is not None:
-            files["model.safetensors"] = self.model
-        if self.result is not None:
-            files["result.json"] = json.dumps(self.result).encode()
-        for name, data in files.items():
+        for name, data in self.files().items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         return folder
 
-    def closing(self, run_id: str, model: str | None, heads: list[dict[str, Any]], signers: Any = None) -> bytes:
+    def files(self) -> dict[str, bytes]:
+        """The bundle: path -> bytes."""
+        made = {owner: self.lines(owner) for owner in self.books}
+        files = {"charter.json": self.signed.to_bytes()}
+        files |= {f"keys/{name}.pem": public_pem(person.key) for name, person in self.people.items()}
+        files |= {self.file(owner): b"".join(line + b"\n" for line in lines) for owner, (lines, _) in made.items()}
+        for run_id, model, lengths in self.closings:
+            stated = [{"owner": o, "length": n, "root": made[o][1][n]} for o, n in lengths.items()]
+            files[f"closing/{run_id}.json"] = self.closing(run_id, model, stated)
+        for kept in self.heads:
+            sealed = self.head(kept.owner, kept.length, made[kept.owner][1][kept.length], kept.signers)
+            files[f"heads/{kept.holder}.jsonl"] = files.get(f"heads/{kept.holder}.jsonl", b"") + sealed + b"\n"
+        if self.model is not None:
+            files["model.safetensors"] = self.model
+        if self.result is not None:
+            files["result.json"] = json.dumps(self.result).encode()
+        return files
+
+    def closing(self, run_id: str, model: str | None, stated: list[dict[str, Any]], signers: Any = None) -> bytes:
         """A checkpoint, signed by all."""
-        body = {"v": 1, "run_id": run_id, "charter_sha256": self.signed.sha256, "model_sha256": model, "ledgers": heads}
+        body = {
+            "v": 2,
+            "run_id": run_id,
+            "charter_sha256": self.signed.sha256,
+            "model_sha256": model,
+            "ledgers": stated,
+        }
         payload = canonical(body)
         people = self.people.values() if signers is None else signers
         made = tuple((person.key, person.sign(CLOSING_TYPE, payload)) for person in people)
         return write_envelope(Envelope(CLOSING_TYPE, payload, made)) + b"\n"
 
-    def _lines(self, owner: str) -> list[bytes]:
-        lines: list[bytes] = []
-        prev = "0" * 64
-        for seq, (kind, body) in enumerate(self.books[owner]):
+    def head(self, owner: str, length: int, root: str, signers: tuple[str, ...], **other: Any) -> bytes:
+        """A signed head, without a line break."""
+        ledger_id = self.books[owner][0].data.get("ledger_id", "x")
+        payload = canonical({"v": 1, "owner": owner, "ledger_id": ledger_id, "length": length, "root": root} | other)
+        made = tuple((self.people[name].key, self.people[name].sign(HEAD_TYPE, payload)) for name in signers)
+        return write_envelope(Envelope(HEAD_TYPE, payload, made))
+
+    def lines(self, owner: str, full: bool = False) -> tuple[list[bytes], list[str]]:
+        """A ledger's lines, and its roots by length.
+
+        Args:
+            full: as its owner has it, with everything shown.
+        """
+        lines, roots, tree = [], [EMPTY.hex()], Tree()
+        charges = self.charges(owner)
+        for seq, (item, privacy) in enumerate(zip(self.books[owner], charges, strict=True)):
             time = (self.start + timedelta(seconds=seq)).strftime("%Y-%m-%dT%H:%M:%SZ")
-            payload = canonical({"v": 1, "seq": seq, "prev": prev, "time": time, "type": kind, "body": body})
-            lines.append(self.people[owner].seal(ENTRY_TYPE, payload))
-            prev = sha256(lines[-1])
-        return lines
+            body = {"salt": short(owner, seq), "time": time, "type": item.kind, "charter": item.charter}
+            whole = canonical(body | {"data": item.data})
+            header = {"v": 2, "seq": seq, "root": roots[-1], "body_sha256": sha256(whole), "privacy": privacy}
+            payload = canonical(header)
+            sealed = self.people[owner].seal(ENTRY_TYPE, payload)
+            shown = full or self.shown(owner, item)
+            lines.append((b'{"body":' + whole + b"," if shown else b"{") + b'"envelope":' + sealed + b"}")
+            tree.append(leaf_hash(payload))
+            roots.append(tree.root().hex())
+        return lines, roots
+
+    def shown(self, owner: str, item: Item) -> bool:
+        """Whether an auditor of this charter gets the body."""
+        if item.shown is not None:
+            return item.shown
+        if item.kind == "dataset" and owner != COORDINATOR:
+            return item.data.get("lineage") in self.held_lineages(owner)
+        return item.charter in (None, self.signed.sha256)
+
+    def held_lineages(self, owner: str) -> set[Any]:
+        """Those of the data sets that this charter's holds name."""
+        of = {i.data.get("dataset"): i.data.get("lineage") for i in self.books[owner] if i.kind == "dataset"}
+        holds = [i for i in self.books[owner] if i.kind == "hold" and i.charter == self.signed.sha256]
+        return {of.get(hold.data.get("dataset")) for hold in holds} or set(list(of.values())[:1])
+
+    def charges(self, owner: str) -> list[Any]:
+        """Each entry's privacy event, by its data and those before it."""
+        of: dict[Any, Any] = {}
+        left: dict[Any, tuple[Any, dict[Any, list[Any]]]] = {}  # of a run: lineage, purpose -> [event, count]
+        found = []
+        for item in self.books[owner]:
+            try:
+                derived = None if owner == COORDINATOR else _charge(item, of, left)
+            except (AttributeError, LookupError, TypeError):  # nonsense that a test wrote
+                derived = None
+            found.append(derived if item.privacy is DERIVED else item.privacy)
+        return found
+
+    def write_for_real(self, folder: Path) -> Path:
+        """The same bundle by our own writers: ledgers, heads that are witnessed, checkpoints, redacted copies."""
+        shutil.rmtree(folder, ignore_errors=True)
+        own = folder.with_name(folder.name + "-own")
+        shutil.rmtree(own, ignore_errors=True)
+        keys = {name: person.key for name, person in self.people.items()}
+        ledgers, heads = {}, dict[tuple[str, int], Head]()
+        wanted = {(kept.owner, kept.length) for kept in self.heads}
+        for owner, book in self.books.items():
+            ledger = Ledger(own / f"{owner}.jsonl", self.people[owner], book[0].data)
+            for item, privacy in list(zip(book, self.charges(owner), strict=True))[1:]:
+                ledger.append(item.kind, item.data, charter=item.charter, privacy=privacy)
+                if (owner, ledger.length) in wanted:
+                    heads[owner, ledger.length] = sign_head(self.people[owner], ledger)
+            ledger.close()
+            ledgers[owner] = ledger
+        for name, data in self.files().items():
+            if name.startswith(("charter", "keys", "model", "result")):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(data)
+        for owner in self.books:
+            shown = {n for n, item in enumerate(self.books[owner]) if self.shown(owner, item)}
+            data = redacted((own / f"{owner}.jsonl").read_bytes(), lambda e, s=shown: e.seq in s, keys[owner])
+            (folder / self.file(owner)).parent.mkdir(parents=True)
+            (folder / self.file(owner)).write_bytes(data)
+        for holder in {kept.holder for kept in self.heads}:
+            store = KeptHeads(folder / "heads" / f"{holder}.jsonl", self.people[holder], keys)
+            for kept in (kept for kept in self.heads if kept.holder == holder):
+                head, before = heads[kept.owner, kept.length], store.newest(kept.owner)
+                leaves = [entry.leaf for entry in ledgers[kept.owner].entries[: kept.length]]
+                proof = [step.hex() for step in consistency_proof(leaves, before.length)] if before else []
+                assert kept.owner == holder or kept.owner in store.witness([(head, proof)])
+                for name in kept.signers:
+                    head = head.countersigned(self.people[name])
+                store.keep([head])
+            store.close()
+        (folder / "closing").mkdir()
+        for run_id, model, lengths in self.closings:
+            ends = {o: {"length": n, "root": ledgers[o].entries[n - 1].root} for o, n in lengths.items()}
+            payload = closing_payload(run_id, self.signed.sha256, model, ends)
+            made = tuple(
+                (p.key, sign_closing(p, payload, run_id, self.signed.sha256, list(ends), ends[name]))
+                for name, p in self.people.items()
+            )
+            (folder / f"closing/{run_id}.json").write_bytes(
+                write_envelope(Envelope(CLOSING_TYPE, payload, made)) + b"\n"
+            )
+        shutil.rmtree(own)
+        return folder
+
+
+def _charge(item: Item, of: dict[Any, Any], left: dict[Any, Any]) -> Any:
+    data, run = item.data, (item.charter, item.data.get("run_id"))
+    match item.kind:
+        case "dataset":
+            of[data["dataset"]] = data["lineage"]
+            kind = data["declared"]["kind"]
+            return {"lineage": data["lineage"], "open": kind} if kind in ("first", "disjoint") else None
+        case "budget":
+            return {"lineage": data["lineage"], "budget": data["budget"]}
+        case "hold":
+            lineage = of.get(data["dataset"])
+            left[run] = (lineage, {i["purpose"]: [i["event"], i["count"]] for i in data["plan"]})
+            return {"lineage": lineage, "hold": [[i["event"], i["count"]] for i in data["plan"]]}
+        case "debit":
+            if run in left and data["purpose"] in left[run][1]:
+                left[run][1][data["purpose"]][1] -= 1
+            return {"lineage": of.get(data["dataset"]), "debit": data["event"]}
+        case "release":
+            lineage, plan = left[run]
+            return {"lineage": lineage, "release": [[event, count] for event, count in plan.values() if count > 0]}
+    return None
 
 
 @dataclass
@@ -124,16 +331,20 @@ class Shape:
     evaluation: str = "public"
     refused_run: bool = False
     crashes: int | None = None  # seed of crashes at random places
+    others: float = 0.0  # how often something happens under another charter, or a data set is registered
+    runs: int = 1  # completed ones
+    unfinished: bool = False  # the last run stops in its middle
     sigma: float | None = None  # else calibrated: the run spends the whole budget
     clients: int = 0  # a population
     participation: float = 1.0
+    heads: bool = True
     seed: int = 0
 
 
 def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
     """A charter that everyone signed, and everyone's keys (partners in order, then the coordinator)."""
     names = [] if shape.clients else [f"hospital-{i}" for i in range(shape.partners)]
-    people = {name: identity(name, shape.seed) for name in [*names, "coordinator"]}
+    people = {name: identity(name, shape.seed) for name in [*names, COORDINATOR]}
     privacy = {"kind": "none"} if shape.kind == "none" else {"epsilon": 1.0, "delta": 1e-4, "clip_norm": 0.5}
     config: dict[str, Any] = {
         "name": "test",
@@ -160,12 +371,12 @@ def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
     charter = draft(
         Federation.model_validate(config),
         task_sha256=digest("task"),
-        coordinator_key=people["coordinator"].key,
+        coordinator_key=people[COORDINATOR].key,
         partner_keys={name: people[name].key for name in names},
         noise_multiplier=sigma,
         simulated=True,
         population=SimulatedClients(clients=shape.clients, declared_records=100) if shape.clients else None,
-    ).model_copy(update={"created": EPOCH, "expires": EPOCH + timedelta(days=365)})
+    ).model_copy(update={"created": EPOCH, "expires": EPOCH + timedelta(days=36500)})
     signed = SignedCharter.unsigned(charter)
     for person in people.values():
         signed = signed.sign(person)
@@ -176,41 +387,182 @@ def honest(shape: Shape | None = None) -> Draft:
     """A whole run by honest parties, with the crashes that were asked for."""
     shape = shape or Shape()
     signed, people = signed_charter(shape)
-    made = Draft(signed, people, {})
-    genesis = {"ledger_id": "x", "simulated": True, "software": "hansa 0.1.0"}
+    made = Draft(signed, people, {name: [] for name in people})
+    agreed = {"name": "test", "expires": signed.charter.expires.isoformat()}
     for name, person in people.items():
-        role = "partner" if name != "coordinator" else "population" if shape.clients else "coordinator"
-        some = shape.evaluation != "none"
-        held_out = {"kind": shape.evaluation, "commitment": digest(name, "held out") if some else None}
-        data = {"id": f"{name}/train", "commitment": digest(name), "held_out": held_out} if role == "partner" else None
-        made.books[name] = [
-            ("genesis", {**genesis, "owner": name, "role": role, "key": person.key, "dataset": data}),
-            (
-                "charter",
-                {"charter_sha256": signed.sha256, "name": "test", "expires": signed.charter.expires.isoformat()},
-            ),
-        ]
+        role = "partner" if name != COORDINATOR else "population" if shape.clients else "coordinator"
+        genesis = {"owner": name, "role": role, "key": person.key, "ledger_id": short(name), "simulated": True}
+        made.add(name, "genesis", **genesis, software="hansa 0.1.0")
+        if role == "partner":
+            made.add(name, "dataset", **dataset(name, shape))
+        made.add(name, "charter", **agreed)
     if shape.clients:
         _population(made, shape)
     else:
         _Honest(made, shape).play()
+    if not any(item.kind == "close" and item.data["why"] == "completed" for item in made.books[COORDINATOR]):
+        made.model = None
     return made
+
+
+def dataset(name: str, shape: Shape, number: int = 0, kind: str = "first", of: Any = None) -> dict[str, Any]:
+    """A registered data set, the first or a later one."""
+    some = shape.evaluation != "none"
+    lineage = short(name, "lineage", number) if of is None else of["lineage"]
+    declared = {"kind": kind, "of": None if of is None else of["dataset"]}
+    return {
+        "dataset": short(name, "dataset", number),
+        "lineage": lineage,
+        "task": "heart-disease",
+        "commitment": digest(name, number),
+        "held_out": {
+            "kind": shape.evaluation if some else "none",
+            "commitment": digest(name, number, "held out") if some else None,
+        },
+        "declared": declared | {"cutoff": "2026-11-01" if kind == "disjoint" else None},
+    }
+
+
+class _Site:
+    """What a partner's gate knows."""
+
+    def __init__(self, first: dict[str, Any]) -> None:
+        self.datasets = [first]
+        self.using = first  # for this charter
+        self.budgets: dict[str, Budget] = {}
+        self.taken: dict[
+            str, Counter[tuple[str, PrivacyEvent]]
+        ] = {}  # lineage -> (charter, event) that is spent or held
+        self.unbounded: set[str] = set()
+        self.runs = 0  # under the other charter
+        self.open: tuple[str, dict[str, Any], list[dict[str, Any]]] | None = None  # of the other: run, data set, plan
+
+    def admits(self, lineage: str, charter: str, plan: list[dict[str, Any]], agreed: Budget) -> bool:
+        if lineage in self.unbounded:
+            return False
+        asked = [e for item in plan for e in self.events(item, item["count"])]
+        taken = self.taken.get(lineage, Counter())
+        own = [e for (of, event), n in taken.items() if of == charter for e in [event] * n]
+        return self.budgets.get(lineage, agreed).admits([*_all(taken), *asked]) and agreed.admits([*own, *asked])
+
+    def take(self, lineage: str, charter: str, item: dict[str, Any], count: int) -> None:
+        for event in self.events(item, 1):
+            self.taken.setdefault(lineage, Counter())[charter, event] += count
+
+    @staticmethod
+    def events(item: dict[str, Any], count: int) -> list[PrivacyEvent]:
+        return [] if item["event"] == NONE else [PrivacyEvent.from_fields(item["event"])] * count
+
+
+def _all(taken: Counter[tuple[str, PrivacyEvent]]) -> list[PrivacyEvent]:
+    return [event for (_, event), n in taken.items() for _ in range(n)]
 
 
 class _Honest:
     def __init__(self, made: Draft, shape: Shape) -> None:
         self.made, self.shape = made, shape
-        self.names = [name for name in made.people if name != "coordinator"]
+        self.names = [name for name in made.people if name != COORDINATOR]
         self.crash = random.Random(shape.crashes) if shape.crashes is not None else None
         self.rng = random.Random(shape.seed)
+        self.chance = random.Random(f"others {shape.seed}")
+        self.sites = {name: _Site(made.entry(name, "dataset")) for name in self.names}
 
     def happens(self) -> bool:
         return self.crash is not None and self.crash.random() < 0.15
 
-    def add(self, owner: str, kind: str, **body: Any) -> None:
-        self.made.books[owner].append((kind, body))
+    def add(self, owner: str, kind: str, charter: str | None = None, /, **data: Any) -> None:
+        self.made.add(owner, kind, charter, **data)
         if self.happens():
-            self.made.books[owner].append(("recovered", {"torn_bytes": 17, "torn_sha256": digest("torn")}))
+            self.made.add(owner, "recovered", torn_bytes=17, torn_sha256=digest("torn"))
+
+    # other charters
+
+    def elsewhere(self, name: str) -> None:
+        """Something that is not this charter's business, perhaps."""
+        while self.chance.random() < self.shape.others:
+            site, book = self.sites[name], self.made.books[name]
+            if self.chance.random() < 0.2 and len(site.datasets) < 4:
+                kind = self.chance.choice(["version", "overlap", "disjoint"])
+                of = None if kind == "disjoint" else self.chance.choice(site.datasets)
+                site.datasets.append(dataset(name, self.shape, len(site.datasets), kind, of))
+                self.add(name, "dataset", **site.datasets[-1])
+            elif self.chance.random() < 0.05:
+                self.add(name, "restored", length=len(book))
+            elif not any(item.charter == OTHER for item in book):
+                self.add(name, "charter", OTHER, name="other", expires="2100-01-01T00:00:00+00:00")
+            elif site.open is None:
+                self.other_run(name, site)
+            elif self.chance.random() < 0.3:
+                self.other_release(name, site)
+            else:
+                self.other_round(name, site)
+
+    def other_run(self, name: str, site: _Site) -> None:
+        site.runs += 1
+        run, of = f"other-{site.runs}", self.chance.choice(site.datasets)
+        protected = self.chance.random() < 0.9
+        event = PrivacyEvent(self.chance.choice([1.0, 0.1]), self.chance.choice([15.0, 40.0, 90.0]), 2).to_fields()
+        plan = [{"purpose": "train", "count": self.chance.randint(1, 3), "event": event if protected else NONE}]
+        agreed = Budget.create(self.chance.choice([0.5, 2.0]), 1e-5)
+        request = {"request_id": f"{run}-open", "request_sha256": digest(run), "run_id": run}
+        if protected and not site.admits(of["lineage"], OTHER, plan, agreed):
+            self.add(name, "refuse", OTHER, **request, round=None, reason="budget", detail="spent")
+            return
+        if protected:
+            self.budget(name, OTHER, of["lineage"], agreed)
+        self.add(
+            name,
+            "hold",
+            OTHER,
+            **request,
+            dataset=of["dataset"],
+            plan=plan,
+            plan_sha256=sha256(canonical(plan)),
+            software="hansa test",
+        )
+        site.take(of["lineage"], OTHER, plan[0], plan[0]["count"])
+        site.open = (run, of, [dict(item) for item in plan])
+
+    def other_round(self, name: str, site: _Site) -> None:
+        assert site.open is not None
+        run, of, ((item),) = site.open
+        if not item["count"]:
+            self.other_release(name, site)
+            return
+        number = len(self.made.books[name])
+        request = {"request_id": f"{run}-{number}", "request_sha256": digest(run, number), "run_id": run, "round": 1}
+        item["count"] -= 1
+        if item["event"] == NONE:
+            site.unbounded.add(of["lineage"])
+        self.add(
+            name,
+            "debit",
+            OTHER,
+            **request,
+            purpose="train",
+            plan_sha256=digest(run),
+            dataset=of["dataset"],
+            event=item["event"],
+            clip_norm=None if item["event"] == NONE else "1.0",
+            declared_records=200,
+        )
+        if not self.happens():
+            self.add(name, "commit", OTHER, **request, reply_sha256=digest("reply", request))
+
+    def other_release(self, name: str, site: _Site) -> None:
+        assert site.open is not None
+        run, of, ((item),) = site.open
+        site.take(of["lineage"], OTHER, item, -item["count"])
+        self.add(name, "release", OTHER, run_id=run, why=self.chance.choice(["closed", "expired", "cancelled"]))
+        site.open = None
+
+    def budget(self, name: str, charter: str, lineage: str, agreed: Budget) -> None:
+        if lineage not in self.sites[name].budgets:
+            self.sites[name].budgets[lineage] = agreed
+            fields = {"unit": "record", "adjacency": "add-or-remove-one", "budget": agreed.to_fields()}
+            self.add(name, "budget", charter, lineage=lineage, **fields)
+
+    # this charter
 
     def exchange(self, run: str, number: int, purpose: str, names: list[str], act: Any) -> list[str]:
         """Ask, let each partner act, record answers; a crash asks again. Returns who answered ok."""
@@ -221,9 +573,10 @@ class _Honest:
         body = {"run_id": run, "round": number, "purpose": purpose}
         answered: dict[str, dict[str, Any]] = {}
         while True:
-            self.add("coordinator", "ask", **body, requests=requests)
+            self.add(COORDINATOR, "ask", **body, requests=requests)
             for name in names:
                 request = {**requests[name], "run_id": run}
+                self.elsewhere(name)
                 if self.happens() and len(answered) > 1:  # its answer is lost; what it did before still stands
                     outcome, reply = "timeout", None
                 else:
@@ -233,51 +586,44 @@ class _Honest:
                 answered[name] = {"request_id": request["request_id"], "outcome": outcome, "reply_sha256": reply}
             if self.happens():
                 continue  # crashed before the answers were recorded
-            self.add("coordinator", "answers", **body, replies=answered)
+            self.add(COORDINATOR, "answers", **body, replies=answered)
             ok = [name for name in names if answered[name]["outcome"] == "ok"]
             refused = [name for name in names if answered[name]["outcome"].startswith("refused")]
             if (ok or refused) and not self.happens():
                 return ok
 
     def known(self, name: str, kind: str, request: dict[str, Any]) -> dict[str, Any] | None:
-        bodies = [b for k, b in self.made.books[name] if k == kind and b["request_id"] == request["request_id"]]
-        return bodies[0] if bodies else None
+        found = [i.data for i in self.made.books[name] if i.kind == kind and i.charter == self.made.signed.sha256]
+        return next((data for data in found if data["request_id"] == request["request_id"]), None)
 
     def open(self, name: str, request: dict[str, Any]) -> tuple[str, str | None]:
-        signed, charter = self.made.signed, self.made.signed.charter
+        signed, charter, site = self.made.signed, self.made.signed.charter, self.sites[name]
         reply = digest("reply", request)
         if self.known(name, "hold", request):
             return "ok", reply
-        book = self.made.books[name]
-        if charter.privacy.kind == "local" and not any(kind == "budget" for kind, _ in book):
-            budget = Budget.create(charter.privacy.epsilon, charter.privacy.delta).to_fields()
-            self.add(
-                name,
-                "budget",
-                dataset=f"{name}/train",
-                charter_sha256=signed.sha256,
-                unit="record",
-                adjacency="add-or-remove-one",
-                budget=budget,
-            )
-        if any(kind == "hold" for kind, _ in book):
-            if not self.known(name, "refuse", request):
-                self.add(name, "refuse", **request, round=None, reason="budget", detail="spent")
-            return "refused: budget", reply
+        plan, lineage = plan_fields(self.shape, signed), site.using["lineage"]
+        if charter.privacy.kind == "local":
+            agreed = Budget.create(charter.privacy.epsilon, charter.privacy.delta)
+            if not site.admits(lineage, signed.sha256, plan, agreed):
+                if not self.known(name, "refuse", request):
+                    self.add(name, "refuse", **request, round=None, reason="budget", detail="spent")
+                return "refused: budget", reply
+            self.budget(name, signed.sha256, lineage, agreed)
         self.add(
             name,
             "hold",
             **request,
-            charter_sha256=signed.sha256,
-            dataset=f"{name}/train",
-            plan=plan_fields(self.shape, signed),
+            dataset=site.using["dataset"],
+            plan=plan,
             plan_sha256=plan_sha256(self.shape, signed),
             software="hansa test",
         )
+        for item in plan:
+            site.take(lineage, signed.sha256, item, item["count"])
         return "ok", reply
 
     def work(self, name: str, request: dict[str, Any], number: int, purpose: str) -> tuple[str, str | None]:
-        charter = self.made.signed.charter
+        charter, site = self.made.signed.charter, self.sites[name]
         reply = digest("reply", request)
         if purpose == "evaluate" and self.shape.evaluation == "public":
             if not self.known(name, "public", request):
@@ -288,15 +634,16 @@ class _Honest:
             member = charter.member(name)
             assert member is not None
             clip = charter.privacy.clip_norm if purpose == "train" else None
+            if event == NONE:
+                site.unbounded.add(site.using["lineage"])
             self.add(
                 name,
                 "debit",
                 **request,
                 round=number,
                 purpose=purpose,
-                charter_sha256=self.made.signed.sha256,
                 plan_sha256=plan_sha256(self.shape, self.made.signed),
-                dataset=f"{name}/train",
+                dataset=site.using["dataset"],
                 event=event,
                 clip_norm=None if clip is None else real(clip),
                 declared_records=member.declared_records,
@@ -310,44 +657,83 @@ class _Honest:
         return "ok", reply
 
     def close(self, run: str, rounds: int, why: str) -> None:
-        model = sha256(MODEL) if rounds else None
-        self.add("coordinator", "close", run_id=run, rounds=rounds, model_sha256=model, why=why)
+        signed = self.made.signed.sha256
         for name in self.names:
-            if any(kind == "hold" and body["run_id"] == run for kind, body in self.made.books[name]):
+            book = self.made.books[name]
+            holds = [i.data for i in book if i.kind == "hold" and i.charter == signed and i.data["run_id"] == run]
+            for hold in holds:
+                spent = Counter(
+                    i.data["purpose"]
+                    for i in book
+                    if i.kind == "debit" and i.charter == signed and i.data["run_id"] == run
+                )
+                for item in hold["plan"]:
+                    of = next(d["lineage"] for d in self.sites[name].datasets if d["dataset"] == hold["dataset"])
+                    self.sites[name].take(of, signed, item, spent[item["purpose"]] - item["count"])
                 self.add(name, "release", run_id=run, why="closed")
+        model = sha256(MODEL) if rounds else None
+        self.add(COORDINATOR, "close", run_id=run, rounds=rounds, model_sha256=model, why=why)
         self.made.closings.append((run, model, {owner: len(book) for owner, book in self.made.books.items()}))
 
+    def witness(self) -> None:
+        """Everybody's head as it is now, signed by two others and the coordinator."""
+        for at, owner in enumerate([*self.names, COORDINATOR] if self.shape.heads else []):
+            others = [name for name in self.names[at + 1 :] + self.names[:at] if name != owner][:2]
+            signers = (owner, *([COORDINATOR] if owner != COORDINATOR else []), *others)
+            for holder in signers[1:]:
+                signed = signers if holder == signers[1] else (owner, *dict.fromkeys([signers[1], holder]))
+                self.made.heads.append(Kept(holder, owner, len(self.made.books[owner]), signed))
+
     def play(self) -> None:
-        self.add("coordinator", "run", run_id="run-1", charter_sha256=self.made.signed.sha256)
-        held = self.exchange("run-1", 0, "open", self.names, self.open)
+        for run in range(1, self.shape.runs + 1):
+            if not self.run(f"run-{run}", run == self.shape.runs and self.shape.unfinished):
+                return
+        if self.shape.refused_run:
+            run_id = f"run-{self.shape.runs + 1}"
+            self.add(COORDINATOR, "run", run_id=run_id)
+            self.exchange(run_id, 0, "open", self.names[:1], self.open)
+            self.close(run_id, 0, "refused")
+
+    def run(self, run: str, unfinished: bool) -> bool:
+        for site in self.sites.values():  # the charter may be given to another data set between runs
+            if self.shape.others and self.chance.random() < 0.3:
+                site.using = self.chance.choice(site.datasets)
+        self.add(COORDINATOR, "run", run_id=run)
+        held = self.exchange(run, 0, "open", self.names, self.open)
+        if not held:
+            self.close(run, 0, "refused")
+            return True
         for number in range(1, self.shape.rounds + 1):
             cohort = sorted(self.rng.sample(held, max(1, round(self.shape.participation * len(held)))))
-            ok = self.exchange("run-1", number, "train", cohort, lambda n, r, i=number: self.work(n, r, i, "train"))
+            ok = self.exchange(run, number, "train", cohort, lambda n, r, i=number: self.work(n, r, i, "train"))
+            if unfinished and self.chance.random() < 0.6:
+                return False
             if self.shape.evaluation == "public" or (
                 self.shape.evaluation == "private" and number == self.shape.rounds
             ):
-                self.exchange("run-1", number, "evaluate", held, lambda n, r, i=number: self.work(n, r, i, "evaluate"))
+                self.exchange(run, number, "evaluate", held, lambda n, r, i=number: self.work(n, r, i, "evaluate"))
             last = number == self.shape.rounds
             body = {
-                "run_id": "run-1",
+                "run_id": run,
                 "round": number,
-                "model_sha256": sha256(MODEL) if last else digest("model", number),
+                "model_sha256": sha256(MODEL) if last else digest("model", run, number),
                 "partners": ok,
                 "metrics": {"auc": real(0.7 + number / 100)} if self.shape.evaluation != "none" else {},
             }
             for _ in range(1 + self.happens()):
-                self.add("coordinator", "round", **body)
-        self.close("run-1", self.shape.rounds, "completed")
-        if self.shape.refused_run:
-            self.add("coordinator", "run", run_id="run-2", charter_sha256=self.made.signed.sha256)
-            self.exchange("run-2", 0, "open", self.names[:1], self.open)
-            self.close("run-2", 0, "refused")
+                self.add(COORDINATOR, "round", **body)
+            if not last:
+                self.witness()
+        if unfinished:
+            return False
+        self.close(run, self.shape.rounds, "completed")
+        return True
 
 
 def plan_fields(shape: Shape, signed: SignedCharter) -> list[dict[str, Any]]:
     """The plan of one run as a hold has it."""
     sigma = signed.charter.privacy.noise_multiplier
-    event: dict[str, Any] = {"mechanism": "none/1"}
+    event: dict[str, Any] = dict(NONE)
     if sigma is not None:
         event = {"mechanism": "poisson-gaussian/1", "q": real(shape.q), "sigma": real(sigma), "steps": shape.steps}
     plan = [{"purpose": "train", "count": shape.rounds, "event": event}]
@@ -375,20 +761,13 @@ def _ranges(numbers: list[int]) -> list[list[int]]:
 def _population(made: Draft, shape: Shape) -> None:
     rng, charter = random.Random(shape.seed), made.signed.charter
     crash = random.Random(shape.crashes) if shape.crashes is not None else None
-    book = made.books["coordinator"]
     plan = plan_fields(shape, made.signed)
-    book.append(("run", {"run_id": "run-1", "charter_sha256": made.signed.sha256}))
+    made.add(COORDINATOR, "run", run_id="run-1")
     if charter.privacy.kind == "local":
-        budget = {
-            "dataset": None,
-            "charter_sha256": made.signed.sha256,
-            "unit": "record",
-            "adjacency": "add-or-remove-one",
-            "clients": shape.clients,
-            "budget": Budget.create(charter.privacy.epsilon, charter.privacy.delta).to_fields(),
-        }
-        book.append(("budget", budget))
-    book.append(("cohort-hold", {"run_id": "run-1", "plan": plan}))
+        agreed = Budget.create(charter.privacy.epsilon, charter.privacy.delta).to_fields()
+        fields = {"clients": shape.clients, "unit": "record", "adjacency": "add-or-remove-one", "budget": agreed}
+        made.add(COORDINATOR, "budget", **fields)
+    made.add(COORDINATOR, "cohort-hold", run_id="run-1", plan=plan)
     for number in range(1, shape.rounds + 1):
         cohort = rng.sample(range(shape.clients), max(2, round(shape.participation * shape.clients)))
         at = {"run_id": "run-1", "round": number, "purpose": "train"}
@@ -400,26 +779,21 @@ def _population(made: Draft, shape: Shape) -> None:
             "clients": _ranges(cohort),
         }
         for _ in range(2 if crash and crash.random() < 0.4 else 1):
-            book.append(("cohort-debit", dict(debit)))
-            book.append(("cohort-commit", at | {"clients": _ranges(cohort[: max(1, len(cohort) - 1)])}))
+            made.add(COORDINATOR, "cohort-debit", **debit)
+            made.add(COORDINATOR, "cohort-commit", **at, clients=_ranges(cohort[: max(1, len(cohort) - 1)]))
         last = number == shape.rounds
         model = sha256(MODEL) if last else digest("model", number)
-        book.append(
-            (
-                "round",
-                {
-                    "run_id": "run-1",
-                    "round": number,
-                    "model_sha256": model,
-                    "partners": None,
-                    "metrics": {"auc": "0.7"},
-                },
-            )
+        made.add(
+            COORDINATOR,
+            "round",
+            run_id="run-1",
+            round=number,
+            model_sha256=model,
+            partners=None,
+            metrics={"auc": "0.7"},
         )
-    book.append(
-        ("close", {"run_id": "run-1", "rounds": shape.rounds, "model_sha256": sha256(MODEL), "why": "completed"})
-    )
-    made.closings.append(("run-1", sha256(MODEL), {"coordinator": len(book)}))
+    made.add(COORDINATOR, "close", run_id="run-1", rounds=shape.rounds, model_sha256=sha256(MODEL), why="completed")
+    made.closings.append(("run-1", sha256(MODEL), {COORDINATOR: len(made.books[COORDINATOR])}))
 
 
 def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
@@ -427,7 +801,7 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
     keys = ("epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds")
     charter = made.signed.charter
     declared = {m.name: m.declared_records for m in charter.partners}
-    rounds = {b["round"]: b["metrics"] for kind, b in made.books["coordinator"] if kind == "round"}
+    rounds = {i.data["round"]: i.data["metrics"] for i in made.books[COORDINATOR] if i.kind == "round"}
     listed = [
         {"round": n, "metrics": {name: float(value) for name, value in metrics.items()}}
         for n, metrics in rounds.items()
@@ -446,9 +820,31 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
         "rounds": listed,
         "final": listed[-1]["metrics"],
         "refusals": [
-            {"partner": name, **{field: body[field] for field in fields}}
+            {"partner": name, **{field: item.data[field] for field in fields}}
             for name, book in made.books.items()
-            for kind, body in book
-            if kind == "refuse"
+            for item in book
+            if item.kind == "refuse"
         ],
     }
+
+
+def any_shape(seed: int) -> Shape:
+    """Some honest history: crashes, refusals, dropouts, other charters, several lineages, runs that nobody finished."""
+    rng = random.Random(f"shape {seed}")
+    kind = rng.choice(["local", "local", "local", "none"])
+    return Shape(
+        partners=rng.randint(2, 4),
+        rounds=rng.randint(1, 4),
+        q=rng.choice([1.0, 1.0, 0.2]),
+        evaluation=rng.choice(["none", "public", "private"]),
+        kind=kind,
+        sigma=rng.choice([None, 25.0, 60.0]) if kind == "local" else None,
+        refused_run=rng.random() < 0.5,
+        crashes=seed if rng.random() < 0.7 else None,
+        others=rng.choice([0.0, 0.3, 0.6]),
+        runs=rng.randint(1, 3),
+        unfinished=rng.random() < 0.3,
+        participation=rng.choice([1.0, 0.6]),
+        heads=rng.random() < 0.8,
+        seed=seed,
+    )
