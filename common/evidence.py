@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import log_ndtr
 
 from .accounting import PrivacyEvent, odometer
-from .page import Axis, environment, up
+from .page import Axis, environment
 
 __all__ = [
     "LIMITS",
@@ -212,8 +212,8 @@ def _rounds_as_epochs() -> list[Example]:
                 claimed_steps=counted,
                 steps=steps,
                 delta=FLAMBY_DELTA,
-                note=f"{FLAMBY_ROUNDS} rounds of {FLAMBY_UPDATES} steps; {FLAMBY_ROUNDS} epochs of {length} are counted. Taken as "
-                "Poisson batches here; the code takes them from the shuffled loader, so the truth may be worse",
+                note=f"{FLAMBY_ROUNDS} rounds of {FLAMBY_UPDATES} steps; {FLAMBY_ROUNDS} epochs of {length} are counted. Computed for "
+                "Poisson batches; the code deals them from a shuffled loader",
                 source=_FLAMBY,
             )
         )
@@ -357,7 +357,10 @@ def page(found: list[Example], made: str, software: str) -> str:
 def _pick(found: list[Example]) -> list[dict[str, Any]]:
     """The widest of each kind, for the top of the page."""
     return [
-        {"title": MISTAKES[key].title, "row": max((e for e in found if e.mistake == key), key=lambda e: e.factor)}
+        {
+            "title": MISTAKES[key].title,
+            "row": max((e for e in found if e.mistake == key), key=lambda e: e.true - e.basis),
+        }
         for key in MISTAKES
         if any(e.mistake == key for e in found)
     ]
@@ -373,7 +376,7 @@ def _chart(rows: list[Example]) -> dict[str, Any]:
             "name": e.where,
             "claimed": x(e.basis) - left,
             "true": x(e.true) - left,
-            "claimed_text": up(e.basis, 2) if e.stated is None else f"{e.stated:g}",
+            "claimed_text": f"{e.basis:.2f}" if e.stated is None else f"{e.stated:g}",
             "true_text": ("≥ " if e.bound == "at least" else "") + f"{e.true:.2f}",
         }
         for number, e in enumerate(rows)

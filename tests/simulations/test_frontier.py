@@ -1,0 +1,129 @@
+"""`hansa plan --simulate`: points that a charter would enforce, scores of real runs, honest about seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e_support import call, federation, write
+from hansa.common import plan_cli
+from hansa.common.config import load_config
+from hansa.common.errors import ConfigError, RunFailed
+from hansa.common.plan import calibrated
+from hansa.simulations import frontier
+from hansa.simulations.frontier import Frontier
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("frontier") / "c.yaml", federation(rounds=2))
+
+
+@pytest.fixture(scope="module")
+def report(config: Path) -> dict[str, Any]:
+    done = call(
+        "plan", config, "--simulate", "--epsilons", "8,0.5", "--rounds", "1,2", "--seeds", "2", "--format", "json"
+    ).expect(0)
+    assert done.err == ""
+    return done.json()["frontier"]
+
+
+def test_every_point_is_what_a_charter_would_enforce(report: dict[str, Any], config: Path) -> None:
+    loaded = load_config(config)
+    assert [(p["rounds"], p["epsilon_cap"]) for p in report["points"]] == [(1, 0.5), (1, 8.0), (2, 0.5), (2, 8.0)]
+    for p in report["points"]:
+        privacy = loaded.privacy.model_copy(update={"epsilon": p["epsilon_cap"]})
+        algorithm = loaded.algorithm.model_copy(update={"rounds": p["rounds"]})
+        assert p["noise_multiplier"] == calibrated(algorithm, privacy, loaded.evaluation)
+        assert p["epsilon_odometer"] <= p["epsilon_filter"] <= p["epsilon_cap"]
+        assert 0.4 < p["mean"] < 1
+        assert (p["n"], p["refused"]) == (2, "")
+        assert p["sd"] > 0
+    assert {"unit", "adjacency", "delta", "adversary", "noise_placement"} <= set(report)
+    assert set(report["without_privacy"]) == {
+        f"{who}, no privacy, {n} rounds" for who in ("all data pooled", "federated") for n in (1, 2)
+    }
+
+
+def test_one_run_has_no_standard_deviation() -> None:
+    assert frontier._spread([0.5]) == {"mean": 0.5, "sd": None, "n": 1}
+    assert frontier._spread([]) == {"mean": None, "sd": None, "n": 0}
+    assert frontier._spread([0.4, 0.6])["sd"] == statistics.stdev([0.4, 0.6])
+
+
+def test_a_cap_that_no_noise_meets_is_a_row_that_says_so(config: Path) -> None:
+    found = Frontier().run(load_config(config), config.parent, [1e-7], [2], 1, lambda *_: None)
+    assert [(p["refused"], p["mean"], p["n"]) for p in found["points"]] == [("no noise is enough", None, 0)]
+    assert found["without_privacy"]
+
+
+def test_a_run_that_spends_something_else_is_no_point(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "_costs", lambda agreed: ({"epsilon_cap": 1.0, "rounds": 2, "refused": ""}, 3.0))
+    with pytest.raises(RunFailed, match="something else than planned"):
+        Frontier().run(load_config(config), config.parent, [1.0], [2], 1, lambda *_: None)
+
+
+def test_nothing_is_simulated_that_would_not_be_measured(config: Path) -> None:
+    loaded = load_config(config)
+    blind = loaded.model_copy(update={"evaluation": loaded.evaluation.model_copy(update={"kind": "none"})})
+    with pytest.raises(ConfigError, match="measure nothing"):
+        Frontier().run(blind, config.parent, [1.0], [2], 1, lambda *_: None)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "csv"])
+def test_the_frontier_is_written(config: Path, ending: str, tmp_path: Path) -> None:
+    to = tmp_path / f"f.{ending}"
+    done = call("plan", config, "--simulate", "--epsilons", "1", "--seeds", "1", "--out", to).expect(0)
+    done.says(
+        "Record level, add-or-remove-one, local noise, delta 0.0001; adversary: everyone but", "fewer than 5 seeds"
+    )
+    data = to.read_bytes()
+    if ending == "csv":
+        rows = list(csv.DictReader(to.open()))
+        assert [r["setting"] for r in rows] == ["federated", "all data pooled, no privacy", "federated, no privacy"]
+        assert (rows[0]["unit"], rows[0]["adjacency"], rows[1]["epsilon_cap"]) == ("record", "add-or-remove-one", "inf")
+    else:
+        assert data.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "f.png"], "Add --simulate"),
+        (["--simulate", "--out", "f.txt"], ".csv"),
+        (["--simulate", "--out", "nowhere/f.png"], "no such folder"),
+        (["--simulate", "--epsilons", "1,x"], "'x' is no number"),
+        (["--simulate", "--epsilons", "0"], "above 0"),
+        (["--simulate", "--epsilons", "nan"], "above 0"),
+        (["--simulate", "--rounds", "0"], "whole number from 1"),
+        (["--simulate", "--ledger", "l.jsonl"], "unspent budget"),
+    ],
+)
+def test_options_that_make_no_sense(config: Path, options: list[str], words: str) -> None:
+    call("plan", config, *options).expect(2).says(words)
+
+
+def test_no_privacy_has_no_frontier(tmp_path: Path) -> None:
+    bare = write(tmp_path / "c.yaml", federation(privacy=None))
+    call("plan", bare, "--simulate").expect(2).says("epsilon is unbounded")
+
+
+def test_without_the_training_packages_it_says_what_to_install(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> Any:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(plan_cli, "_simulator", missing)
+    call("plan", config, "--simulate").expect(2).says("torch is not installed", "pip install 'hansa[train]'")
+    monkeypatch.setattr(plan_cli, "_simulator", lambda: Frontier())
+    monkeypatch.setattr(Frontier, "draw", missing)
+    assert json.dumps({})  # nothing else is needed for the table
+    call("plan", config, "--simulate", "--epsilons", "1", "--seeds", "1", "--out", "f.png").expect(2).says(
+        "hansa[train]"
+    )
