@@ -1,61 +1,118 @@
-"""`hansa node budget`: what this dataset has spent, as its own ledger has it, beside every cap that holds for it."""
+"""`hansa node budget`: what each lineage of data sets has spent, holds and has left, as this node's own ledger has it.
+
+Every ε is of one record of this partner, add or remove one, at a stated δ, with the noise that the partner adds itself, against everyone
+else. The *filter* decides; the *odometer* is the tight figure beside it and decides nothing.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from ..common.accounting import Budget
+from ..common.accounting import Budget, PrivacyEvent, odometer
 from ..common.charter import ADVERSARY, Charter, SignedCharter
-from ..common.cli import plain
-from ..common.errors import LedgerError, Refusal
+from ..common.config import Privacy, load_config
+from ..common.errors import ConfigError, LedgerError, Refusal
 from ..common.home import Home
-from ..common.ledger import read_ledger
+from ..common.identity import real
+from ..common.ledger import Entry, read_ledger
+from ..common.plan import budget_of, calibrated, events_of, plan_of
 from .law import Control
+from .registry import Registered, Registry, fitting, serving
 from .settings import NodeSettings
-from .standing import Standing
+from .standing import Account, Standing
+
+POINTS = 120
+"""Points of a history, at most: one is a filter's work over all events before it."""
+ODOMETERS = 12
+"""Of these, how many have the tight figure as well."""
+_MANY = 1_000_000
+_MOST_STEPS = 10**9
 
 
-def budget_report(settings: NodeSettings) -> dict[str, Any]:
-    """Caps, what was spent and is held, by filter and odometer; every run; refusals by reason. Takes no lock.
+@dataclass(frozen=True)
+class Books:
+    """All that a report is made from. Takes no lock; the node may be running."""
+
+    settings: NodeSettings
+    partner: str
+    entries: Sequence[Entry]
+    standing: Standing
+    charters: Mapping[str, Charter]
+    known: list[Registered]
+    control: Control
+
+    @classmethod
+    def read(cls, settings: NodeSettings) -> Books:
+        """Replay the ledger, and read what node.yaml lists.
+
+        Raises:
+            LedgerError: there is no ledger yet, or it does not verify.
+        """
+        home = Home(settings.home)
+        if not settings.ledger.exists():
+            raise LedgerError(f"{settings.ledger}: no such file", "The node makes it when it first starts.")
+        entries, _ = read_ledger(settings.ledger, home.key())
+        listed = [SignedCharter.load(entry.charter) for entry in settings.federations]
+        return cls(
+            settings,
+            home.name(),
+            entries,
+            Standing(entries),
+            {signed.sha256: signed.charter for signed in listed},
+            Registry(settings.state).all(),
+            Control(settings.control),
+        )
+
+    def account(self, lineage: str) -> Account:
+        """Of a lineage; an empty one where the ledger has none yet."""
+        return self.standing.accounts.get(lineage) or Account()
+
+    def taken(self, lineage: str, charter_sha256: str | None = None) -> list[PrivacyEvent]:
+        """Spent and held."""
+        if lineage not in self.standing.accounts:
+            return []
+        return [*self.standing.spent(lineage, charter_sha256), *self.standing.held(lineage, charter_sha256)]
+
+
+def budget_report(settings: NodeSettings, plan: Path | None = None) -> dict[str, Any]:
+    """Spent, held and left of every lineage, over time and by charter; every run; refusals by reason.
+
+    Args:
+        plan: a charter or configuration: what one more run would cost, and how many fit.
 
     Raises:
         LedgerError: there is no ledger yet, or it does not verify.
+        ConfigError: `plan` is neither.
     """
-    home = Home(settings.home)
-    if not settings.ledger.exists():
-        raise LedgerError(f"{settings.ledger}: no such file", "The node makes it when it first starts.")
-    standing = Standing(read_ledger(settings.ledger, home.key())[0])
-    charters = {}
-    for entry in settings.federations:
-        signed = SignedCharter.load(entry.charter)
-        charters[signed.sha256] = signed.charter
-    control = Control(settings.control)
+    books = Books.read(settings)
+    standing, control = books.standing, books.control
     refused = [body for _, body in standing.refused.values()]
     waiting = {
         body["run_id"]
         for body in refused
         if body["reason"] == Refusal.NOT_APPROVED.value
         and body["round"] is None
-        and not any(control.approved(body["run_id"], sha) for sha in charters)
+        and not any(control.approved(body["run_id"], sha) for sha in books.charters)
     }
     return {
-        "partner": home.name(),
+        "partner": books.partner,
         "unit": "record",
         "adjacency": "add-or-remove-one",
         "noise": "local",
         "adversary": ADVERSARY,
         "restored_not_proved": control.restored.exists(),
         "paused": control.paused(),
-        "lineages": [_lineage(settings, standing, charters, lineage) for lineage in standing.accounts],
+        "lineages": [_lineage(books, lineage) for lineage in standing.accounts],
+        "plan": None if plan is None else plan_report(books, plan),
         "runs": [
             {
                 "run": hold.run_id,
                 "charter": standing.charters[hold.charter_sha256][0],
+                "charter_sha256": hold.charter_sha256,
                 "lineage": hold.lineage,
                 "state": hold.ended or "open",
                 "rounds": sum(purpose == "train" for purpose, _ in hold.rounds),
@@ -67,69 +124,206 @@ def budget_report(settings: NodeSettings) -> dict[str, Any]:
     }
 
 
-def _lineage(
-    settings: NodeSettings, standing: Standing, charters: Mapping[str, Charter], lineage: str
-) -> dict[str, Any]:
-    """One budget: over everything, and for each charter its own cap and the site's."""
-    account, control, cap = standing.accounts[lineage], Control(settings.control), settings.site.epsilon_cap
+def _lineage(books: Books, lineage: str) -> dict[str, Any]:
+    """One budget: over everything, over time, and for each charter what it took, its own cap and the site's."""
+    standing, account, cap = books.standing, books.standing.accounts[lineage], books.settings.site.epsilon_cap
+    names = {one.dataset.dataset_id: one.name for one in books.known}
     agreed = []
-    for sha, (name, expires) in standing.charters.items():
-        privacy = charters[sha].privacy if sha in charters else None
+    for sha in _concerned(books, lineage):
+        name, expires = standing.charters[sha]
+        privacy = books.charters[sha].privacy if sha in books.charters else None
         one: dict[str, Any] = {"charter": name, "sha256": sha, "expires": f"{expires:%Y-%m-%dT%H:%M:%SZ}"}
-        one |= {"withdrawn": control.withdrawn(sha), "own": None, "site": None}
+        one |= {"withdrawn": books.control.withdrawn(sha), "share": None, "own": None, "site": None}
+        if account.budget is not None:
+            one["share"] = standing.epsilons(lineage, account.budget, sha)
         if privacy is not None and privacy.epsilon is not None and privacy.delta is not None:
-            one["own"] = standing.epsilons(lineage, Budget.create(privacy.epsilon, privacy.delta), sha)
+            one["own"] = standing.epsilons(lineage, budget_of(privacy), sha)
             one["site"] = None if cap is None else standing.epsilons(lineage, Budget.create(cap, privacy.delta))
         agreed.append(one)
     return {
         "lineage": lineage,
-        "datasets": [dataset for dataset, of in standing.datasets.items() if of == lineage],
+        "datasets": [
+            {
+                "dataset": dataset,
+                "name": names.get(dataset),
+                "task": standing.registered[dataset]["task"],
+                "declared": standing.registered[dataset]["declared"],
+            }
+            for dataset, of in standing.datasets.items()
+            if of == lineage
+        ],
         "unbounded": account.unbounded,
         "budget": None if account.budget is None else standing.epsilons(lineage, account.budget),
         "charters": agreed,
+        "history": [] if account.budget is None else history(books.entries, lineage, account.budget),
     }
 
 
-def print_budget(console: Console, report: dict[str, Any]) -> None:
-    """For a terminal. No epsilon without what it is about."""
-    console.print(plain(f"{report['partner']}: epsilon of one record of this partner, add or remove one, local noise,"))
-    console.print(plain(f"against {report['adversary']}"))
-    if report["restored_not_proved"]:
-        console.print("[bold red]EXHAUSTED[/]: restored from a backup, spending not proved; every run is refused.")
-    if report["paused"]:
-        console.print("[yellow]paused[/]: every run is refused until `hansa node resume`")
-    for one in report["lineages"]:
-        _print_lineage(console, report, one)
-    for one in report["runs"]:
-        console.print(plain(f"run {one['run']} ({one['charter']}): {one['state']}, {one['rounds']} round(s) debited"))
-    for reason, count in report["refusals"].items():
-        console.print(plain(f"refused {count} x: {reason}"))
-    for run_id in report["waiting_for_approval"]:
-        console.print(plain(f"waits for you: hansa node approve {run_id}"))
+def _concerned(books: Books, lineage: str) -> list[str]:
+    """The charters that held something of this lineage, or would be served from it."""
+    found = []
+    entries = {SignedCharter.load(entry.charter).sha256: entry for entry in books.settings.federations}
+    for sha in books.standing.charters:
+        touched = any(h.charter_sha256 == sha and h.lineage == lineage for h in books.standing.holds.values())
+        if not touched and sha in books.charters:
+            fits = fitting(books.known, books.charters[sha].task.name)
+            named = entries[sha].dataset
+            served = fits if named is None else [serving(books.known, books.charters[sha].task.name, named)]
+            touched = [one.dataset.lineage for one in served] == [lineage]
+        if touched:
+            found.append(sha)
+    return found
 
 
-def _print_lineage(console: Console, report: dict[str, Any], one: dict[str, Any]) -> None:
-    if one["unbounded"]:
-        console.print(
-            "[bold red]UNBOUNDED[/]: an unprotected round was trained; no finite epsilon holds for this dataset."
+# -- over time -----------------------------------------------------------------------------------------------------------
+
+
+def history(entries: Sequence[Entry], lineage: str, budget: Budget) -> list[dict[str, Any]]:
+    """What was spent and held of one lineage after its holds, debits and releases; of many, some, evenly, and the last.
+
+    The odometer is told at the ends of runs, of many at some, and at the last point; None elsewhere.
+    """
+    moves = [e for e in entries if e.privacy and e.privacy["lineage"] == lineage and _moves(e)]
+    shown = _some(moves, POINTS)
+    ends = _some([e for e in shown if e.type == "release"], ODOMETERS - 1) + shown[-1:]
+    wanted, tight = {e.seq for e in shown}, {e.seq for e in ends}
+    standing, points = Standing(), []
+    for entry in entries:
+        standing.apply(entry)
+        if entry.seq not in wanted:
+            continue
+        spent = standing.spent(lineage)
+        points.append(
+            {
+                "time": entry.time,
+                "what": entry.type,
+                "run": entry.body["run_id"],
+                "charter": entry.charter,
+                "spent_filter": budget.spent(spent),
+                "spent_odometer": odometer(spent, budget.delta) if entry.seq in tight else None,
+                "with_held_filter": budget.spent([*spent, *standing.held(lineage)]),
+            }
         )
-    table = Table(box=None, pad_edge=False)
-    for title in ("budget", "cap", "delta", "spent (filter)", "spent (odometer)", "with open runs (filter)", "left"):
-        table.add_column(title, justify="left" if title == "budget" else "right")
-    rows = [("dataset, over everything", one["budget"])]
-    for agreed in one["charters"]:
-        rows.append((f"charter {agreed['charter']}" + (" (withdrawn)" if agreed["withdrawn"] else ""), agreed["own"]))
-        rows.append((f"site's own cap, at the delta of {agreed['charter']}", agreed["site"]))
-    for name, numbers in rows:
-        if numbers is not None:
-            cells = ("spent_filter", "spent_odometer", "with_held_filter", "left_filter")
-            known = [f"{numbers[cell]:.4f}" for cell in cells]
-            if one["unbounded"]:
-                known = ["unbounded"] * 3 + ["0"]
-            elif report["restored_not_proved"]:
-                known = ["unknown"] * 3 + ["0"]
-            table.add_row(plain(name), f"{numbers['epsilon_cap']:g}", f"{numbers['delta']:g}", *known)
-    if table.row_count:
-        console.print(table)
-    else:
-        console.print("nothing was asked for yet: the first run that is accepted fixes the dataset's budget")
+    return points
+
+
+def _moves(entry: Entry) -> bool:
+    return entry.type in ("hold", "debit", "release")
+
+
+def _some(entries: list[Entry], most: int) -> list[Entry]:
+    if len(entries) <= most:
+        return entries
+    return [entries[round(n * (len(entries) - 1) / (most - 1))] for n in range(most)]
+
+
+# -- what a run would cost -----------------------------------------------------------------------------------------------
+
+
+def plan_report(books: Books, path: Path) -> dict[str, Any]:
+    """What one more run would cost every lineage that could serve it, and how many such runs fit.
+
+    Three caps hold: the lineage's own over everything, the charter's over what is spent under it, and the site's.
+
+    Raises:
+        ConfigError, CharterError: not a charter and not a configuration.
+    """
+    sha, name, task, privacy, plan = _planned(path)
+    events = events_of(plan)
+    protected = privacy.kind == "local"
+    named = next((e.dataset for e in books.settings.federations if SignedCharter.load(e.charter).sha256 == sha), None)
+    served = fitting(books.known, task) if named is None else [serving(books.known, task, named)]
+    if not served:
+        raise ConfigError(f"{path}: no data is registered for its task, {task}", "See: hansa node dataset list")
+    return {
+        "file": str(path),
+        "name": name,
+        "sha256": sha,
+        "task": task,
+        "protected": protected,
+        "plan": [item.to_fields() for item in plan],
+        "lineages": [
+            {
+                "lineage": one.dataset.lineage,
+                "data": one.name,
+                **_cost(books, one.dataset.lineage, sha, privacy, events),
+            }
+            for one in served
+        ],
+    }
+
+
+def _planned(path: Path) -> tuple[str | None, str, str, Privacy, Any]:
+    try:
+        head = path.read_bytes()[:1_000_000]
+    except OSError as err:
+        raise ConfigError(f"{path}: {err.strerror}", "Give a charter.json or a configuration.") from err
+    if b'"payloadType"' in head:
+        signed = SignedCharter.load(path)
+        agreed = signed.charter
+        plan = plan_of(agreed.algorithm, agreed.privacy, agreed.evaluation)
+        return signed.sha256, agreed.name, agreed.task.name, agreed.privacy, plan
+    config = load_config(path)
+    noise = calibrated(config.algorithm, config.privacy, config.evaluation)
+    privacy = config.privacy.model_copy(update={"noise_multiplier": noise})
+    return None, config.name, config.task, privacy, plan_of(config.algorithm, privacy, config.evaluation)
+
+
+def _cost(books: Books, lineage: str, sha: str | None, privacy: Privacy, events: list[PrivacyEvent]) -> dict[str, Any]:
+    account, site = books.account(lineage), books.settings.site
+    if privacy.kind != "local":
+        stops = [] if site.allow_unprotected else ["the site: no training without privacy"]
+        return {"before": None, "after": None, "stops": stops, "fits": None if not stops else 0}
+    agreed = budget_of(privacy)
+    own = agreed if account.budget is None else account.budget
+    taken = books.taken(lineage)
+    caps: dict[str, tuple[Budget, list[PrivacyEvent]]] = {
+        "the lineage's budget": (own, taken),
+        "the charter's own cap": (agreed, [] if sha is None else books.taken(lineage, sha)),
+    }
+    if site.epsilon_cap is not None:
+        caps["the site's cap"] = (Budget.create(site.epsilon_cap, agreed.delta), taken)
+    stops = [name for name, (budget, before) in caps.items() if not budget.admits([*before, *events])]
+    stops += ["an unprotected run made it unbounded"] if account.unbounded else []
+    stops += ["restored from a backup, spending not proved"] if books.control.restored.exists() else []
+
+    def admitted(count: int) -> bool:
+        more = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * count) for e in events]
+        return all(budget.admits([*before, *more]) for budget, before in caps.values())
+
+    most = min([_MANY, *(_MOST_STEPS // e.steps for e in events)])
+    return {
+        "epsilon_cap": own.epsilon,
+        "delta": own.delta,
+        "before": _figures(own, taken),
+        "after": _figures(own, [*taken, *events]),
+        "stops": stops,
+        "fits": 0 if stops else _largest(admitted, most),
+    }
+
+
+def _figures(budget: Budget, events: list[PrivacyEvent]) -> dict[str, float]:
+    return {"filter": budget.spent(events), "odometer": odometer(events, budget.delta)}
+
+
+def _largest(admitted: Callable[[int], bool], most: int) -> int:
+    """The largest count that is admitted, from 1 on."""
+    low, high = 0, 1
+    while high <= most and admitted(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if admitted(middle) else (low, middle)
+    return low
+
+
+def noise_of(item: Mapping[str, Any]) -> str:
+    """An item of a plan in words."""
+    event = item["event"]
+    if "sigma" not in event:
+        return f"{item['count']} x {item['purpose']}, without protection"
+    return (
+        f"{item['count']} x {item['purpose']}: {event['steps']} step(s), noise multiplier {real(float(event['sigma']))}, "
+        f"sampling rate {real(float(event['q']))}"
+    )

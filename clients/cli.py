@@ -15,7 +15,8 @@ from ..common.errors import ConfigError, HansaError
 from ..common.home import Home
 from ..common.identity import write_whole
 from . import dataset_cli
-from .bill import budget_report, print_budget
+from .bill import budget_report
+from .bill_show import plot_budget, print_budget
 from .dataset_cli import SettingsArgument, YesOption
 from .law import Control
 from .settings import TEMPLATE, NodeSettings, load_settings
@@ -112,14 +113,26 @@ def run(settings: SettingsArgument = _HERE) -> None:
         raise
 
 
-def budget(settings: SettingsArgument = _HERE, form: FormatOption = Format.TEXT) -> None:
-    """What this dataset has spent, holds for open runs, and has left; every run, and every refusal.
+def budget(
+    settings: SettingsArgument = _HERE,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="a charter or configuration: what one more run costs, and how many fit"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw spending over time against the cap: .svg or .png")
+    ] = None,
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """What each lineage of data sets has spent, holds for open runs, and has left: over time and by charter.
 
-    Read from the ledger; the node may be running.
+    Read from the ledger; the node may be running. The filter decides; the odometer is the tight figure beside it.
 
-    Example: hansa node budget --format json
+    Example: hansa node budget --plan charter.json --plot budget.svg
     """
-    report = budget_report(load_settings(settings))
+    report = budget_report(load_settings(settings), plan)
+    if plot is not None:
+        plot_budget(report, plot)
     if form is Format.JSON:
         show_json(report)
     else:
@@ -203,14 +216,20 @@ def _passphrase(settings: NodeSettings) -> str | None:
 def export(
     to: Annotated[Path, typer.Option("--out", help="the bundle's folder, whoever wrote into it before")],
     settings: SettingsArgument = _HERE,
+    charter: Annotated[
+        Path | None, typer.Option(help="for an auditor of this charter, when node.yaml lists several")
+    ] = None,
 ) -> None:
-    """Add this partner's ledger and public key to an auditor's bundle. There is nothing in them that may not leave.
+    """Add this partner's part to an auditor's bundle: ledger, public key, countersigned heads, closing checkpoints.
+
+    Of what the node did under other charters the auditor sees what it did to the budget, and not whose run it was. Nothing
+    else is in it that may not leave.
 
     Example: hansa node export --out bundle
     """
     from .bundle import export as export_bundle
 
-    _console.print(plain(f"{to}: {', '.join(export_bundle(load_settings(settings), to))}"))
+    _console.print(plain(f"{to}: {', '.join(export_bundle(load_settings(settings), to, charter))}"))
 
 
 def backup(

@@ -9,7 +9,8 @@ that nothing is missing (docs/adr/0008-restore-is-a-rollback.md):
      head that it has: one that it has not shows that entries are lost;
   2. behind the newest of them, the ledger that was restored has nothing but refusals, accepted charters and repairs;
   3. no run was open in it;
-  4. each charter under which it ever held a run is represented: every federation was asked.
+  4. each charter under which it ever held a run is represented: every federation was asked;
+  5. neither the models that this node kept, nor its counter, know of entries that are not there.
 
 What that proves: when the newest of these runs was closed, this ledger was all there was, and nothing was spent in what was
 restored since. What it does not prove: that no run was opened and debited after that checkpoint, of which the backup knows
@@ -42,7 +43,7 @@ from ..common.errors import DataError, IdentityError, LedgerError, MessageError,
 from ..common.home import Home
 from ..common.identity import TEMPORARY, canonical, fsync_folder, output_error, read_envelope, strict_json, write_whole
 from ..common.ledger import Counter, Entry, read_ledger
-from .law import Control, restored_length
+from .law import Control, restored_counted, restored_length
 from .settings import NodeSettings
 from .standing import SPENDS_NOTHING, Standing
 
@@ -50,6 +51,8 @@ _HOME = re.compile(
     r"identity\.key|identity\.json|tls\.key|tls\.key\.new|tls\.crt|ca\.crt|revoked\.crl|[a-z0-9-]+\.(csr|pem)"
 )
 """Files of an identity; its folder may hold anything else."""
+_PASSING = ("inbox", "counter", "datasets.lock")
+"""What of a state folder is of this machine alone: the counter of a restored ledger is written anew."""
 _LEDGER = "state/ledger.jsonl"
 _MARKER = "state/control/restored.json"
 
@@ -103,8 +106,8 @@ def _files(settings: NodeSettings) -> Iterator[tuple[str, Path]]:
             yield f"home/{path.name}", path
     for path in sorted(settings.state.rglob("*")):
         relative = path.relative_to(settings.state)
-        passing = relative.parts[0] == "inbox" or any(part.startswith(TEMPORARY) for part in relative.parts)
-        if path.is_file() and not path.is_symlink() and not passing and path not in (settings.ledger, settings.counter):
+        passing = relative.parts[0] in _PASSING or any(part.startswith(TEMPORARY) for part in relative.parts)
+        if path.is_file() and not path.is_symlink() and not passing and path != settings.ledger:
             yield f"state/{relative.as_posix()}", path
 
 
@@ -139,12 +142,15 @@ def restore(settings: NodeSettings, archive: Path, closings: Sequence[Path]) -> 
             staged = Path(temporary)
             names = _unpack(archive, staged)
             entries = _fitting(settings, staged, archive)
-            old = [restored_length(m) for m in (staged / _MARKER, Control(settings.control).restored) if m.exists()]
+            markers = [m for m in (staged / _MARKER, Control(settings.control).restored) if m.exists()]
             # A backup of a state that was never proved is no better than what was restored then.
-            marker = canonical({"length": min([len(entries), *old])})
-            write_whole(Control(settings.control).restored, marker, mode=0o600)
+            length = min([len(entries), *(restored_length(marker) for marker in markers)])
+            counted = max([_here(settings), *(restored_counted(marker) for marker in markers)])
+            said = {"length": length, "counted": list(counted)}
+            write_whole(Control(settings.control).restored, canonical(said), mode=0o600)
             for name in [*sorted(names - {_MARKER, _LEDGER}), _LEDGER]:
-                _place(staged / name, settings, PurePosixPath(name))
+                if not _is_newer_here(staged / name, settings, name):
+                    _place(staged / name, settings, PurePosixPath(name))
             # It counts from what was restored: that this may be too little is what the marker says.
             Counter(settings.counter).renew(entries)
     except OSError as err:
@@ -175,7 +181,7 @@ def _settle(settings: NodeSettings, charters: Mapping[str, Charter], closings: S
     for path in sorted(settings.models.glob("*/closing.json")):
         with contextlib.suppress(MessageError):  # of a charter that node.yaml no longer lists: it cannot be read
             kept.append(_statement(path, charters, home.name()))
-    doubt = doubts(entries, restored_length(marker), given, kept)
+    doubt = doubts(entries, restored_length(marker), given, kept, restored_counted(marker))
     if doubt is None:
         marker.unlink()
         fsync_folder(marker.parent)
@@ -186,16 +192,29 @@ Statement = tuple[str, int, str]
 """What a closing checkpoint says of one ledger: under which charter, its length, its head."""
 
 
-def doubts(entries: Sequence[Entry], at: int, given: Sequence[Statement], kept: Sequence[Statement] = ()) -> str | None:
+def doubts(
+    entries: Sequence[Entry],
+    at: int,
+    given: Sequence[Statement],
+    kept: Sequence[Statement] = (),
+    counted: tuple[int, str] = (0, ""),
+) -> str | None:
     """Why the first `at` entries, as they were restored, may not be all; None when they are, by the rules above.
 
     Args:
         entries: the ledger as it is now.
         given: from peers.
         kept: this node's own; they can only speak against it.
+        counted: length and root that this machine counted before the restore; they can only speak against it, too.
     """
     if at > len(entries):
         return "the restore was not finished: restore the same backup again"
+    length, head = counted
+    if length and not (length <= len(entries) and entries[length - 1].root == head):
+        return (
+            f"this machine had counted {length} entries, and these are not they: entries are lost; restore the backup that has "
+            "them, into another state folder"
+        )
     for _, length, head in (*given, *kept):
         if not (1 <= length <= len(entries) and entries[length - 1].root == head):
             return (
@@ -279,7 +298,7 @@ def _expected(name: str) -> bool:
     whole = bool(rest) and all(part not in ("", ".", "..") and "\0" not in part for part in rest)
     if folder == "home":
         return whole and len(rest) == 1 and _HOME.fullmatch(rest[0]) is not None
-    return whole and folder == "state" and rest[0] not in ("inbox", "counter")
+    return whole and folder == "state" and rest[0] not in _PASSING
 
 
 def _fitting(settings: NodeSettings, staged: Path, archive: Path) -> list[Entry]:
@@ -324,6 +343,18 @@ def _dataset(path: Path) -> object:
         return json.loads(path.read_bytes())["dataset_id"]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise DataError(f"{path}: not a registration that can be read", "Restore another backup.") from err
+
+
+def _here(settings: NodeSettings) -> tuple[int, str]:
+    """What this machine counted of its ledger; nothing where the counter is lost as well."""
+    return Counter(settings.counter).counted() or (0, "")
+
+
+def _is_newer_here(staged: Path, settings: NodeSettings, name: str) -> bool:
+    """Whether this folder has more of a file to which is only ever added, heads that were countersigned."""
+    parts = PurePosixPath(name).parts
+    here = settings.state.joinpath(*parts[1:])
+    return parts[:2] == ("state", "heads") and here.exists() and here.stat().st_size >= staged.stat().st_size
 
 
 def _place(staged: Path, settings: NodeSettings, name: PurePosixPath) -> None:

@@ -167,6 +167,15 @@ def restored_length(marker: Path) -> int:
         return 0
 
 
+def restored_counted(marker: Path) -> tuple[int, str]:
+    """Length and root that the machine had counted before it was restored; (0, "") where it knew nothing."""
+    try:
+        length, root = json.loads(marker.read_bytes())["counted"]
+        return int(length), str(root)
+    except (ValueError, KeyError, TypeError):
+        return 0, ""
+
+
 def _within(hours: str) -> bool:
     now = datetime.now(UTC).time()
     start, end = window(hours)

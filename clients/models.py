@@ -2,6 +2,8 @@
 
     KEEP/<run id>/   model.safetensors, closing.json (signed by everyone), model.json (what is said of the model)
 
+Two coordinators may choose the same run id: what comes second, under another charter, is in KEEP/<run id>@<charter, 16 digits>.
+
 What the closing checkpoint proves: these are the bytes that everyone's signatures name, at the end of this run, under this
 charter. The manifest follows from the charter, but for rounds and metrics, which are the coordinator's word.
 """
@@ -21,7 +23,7 @@ from safetensors.numpy import load_file
 
 from ..common.charter import Charter, SignedCharter
 from ..common.closing import CLOSING_TYPE, read_closing
-from ..common.errors import ConfigError, DataError, MessageError, TaskError
+from ..common.errors import ConfigError, DataError, MessageError, OutputError, TaskError
 from ..common.identity import canonical, read_envelope, strict_json, write_whole
 from ..common.ledger import Ledger
 from ..common.messages import Tensors, is_finite
@@ -42,11 +44,13 @@ class Delivery:
     """A closing message that was verified.
 
     Attributes:
+        charter_sha256: under which the run was.
         sealed: the closing checkpoint's file.
         manifest: what is said of the model; None, with no model, when the run was refused.
     """
 
     run_id: str
+    charter_sha256: str
     sealed: bytes
     manifest: Mapping[str, Any] | None
 
@@ -54,14 +58,28 @@ class Delivery:
         """Write it all, each file whole, the manifest last; returns when it is on disk. Again is fine.
 
         Raises:
-            OutputError: it could not be written.
+            OutputError: it could not be written, or something else is in its place.
         """
         place = folder / self.run_id  # an identifier as ledgers have it: no path in it, no leading dot
+        if charter_of(place / CLOSING) not in (None, self.charter_sha256):
+            place = folder / f"{self.run_id}@{self.charter_sha256[:16]}"  # no identifier has an @
+            if charter_of(place / CLOSING) not in (None, self.charter_sha256):
+                raise OutputError(f"{place}: holds something else", "Move it away; it is not of this run.")
+        write_whole(place / CLOSING, self.sealed)  # first: it says whose folder this is
         if self.manifest is not None:
             write_model(place / MODEL, model)
-        write_whole(place / CLOSING, self.sealed)
-        if self.manifest is not None:
             write_whole(place / MANIFEST, canonical(self.manifest) + b"\n")
+
+
+def charter_of(closing: Path) -> str | None:
+    """Of which charter a kept closing checkpoint says it is: "" for none that can be read, None where there is no file."""
+    try:
+        said = strict_json(read_envelope(closing.read_bytes().removesuffix(b"\n"), CLOSING_TYPE).payload)
+        return str(said["charter_sha256"])
+    except FileNotFoundError:
+        return None
+    except (OSError, MessageError, KeyError, TypeError):
+        return ""
 
 
 def verified(
@@ -92,11 +110,11 @@ def verified(
     if closing["model_sha256"] is None:
         if model or about is not None:
             raise MessageError("a model of a run that has none")
-        return Delivery(run_id, sealed, None)
+        return Delivery(run_id, charter_sha256, sealed, None)
     if model_sha256(model) != closing["model_sha256"]:
         raise MessageError("another model than the one that the closing checkpoint names")
     manifest = checked_manifest(about, charter, charter_sha256, run_id, closing["model_sha256"])
-    return Delivery(run_id, sealed, manifest)
+    return Delivery(run_id, charter_sha256, sealed, manifest)
 
 
 # -- what is kept --------------------------------------------------------------------------------------------------------

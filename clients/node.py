@@ -121,7 +121,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
         for entry, signed in charters:
             about = {"federation": signed.charter.name, "charter": signed.sha256}
             try:
-                served = serving(known, signed.charter, entry.dataset)
+                served = serving(known, signed.charter.task.name, entry.dataset)
                 gate.accept(signed, served.dataset, code_sha256(served.task.name))
             except (CharterError, Refused) as err:
                 reason = err.reason.value if isinstance(err, Refused) else err.message

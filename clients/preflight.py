@@ -153,7 +153,7 @@ def _charter(
     report.until(name, f"{charter.name}: signed by everyone, valid", charter.expires, "Agree on a new charter in time.")
     if known:
         with report.about(f"{name}: node"):
-            one = serving(known, charter, entry.dataset)
+            one = serving(known, charter.task.name, entry.dataset)
             check_charter(
                 charter, home.name(), home.key(), one.dataset, code_sha256(one.task.name), simulated=settings.simulated
             )

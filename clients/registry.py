@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from ..common.charter import Charter
 from ..common.errors import CharterError, ConfigError, DataError, LedgerError, Refusal, Refused
 from ..common.identity import TEMPORARY, drop_unfinished, output_error, write_whole
 from ..common.ledger import Entry, read_ledger
@@ -311,8 +310,13 @@ def superseded(known: list[Registered], one: Registered) -> bool:
     return any(other.dataset.declared == Declaration("version", one.dataset.dataset_id) for other in known)
 
 
-def serving(known: list[Registered], charter: Charter, name: str | None) -> Registered:
-    """The data set that this charter is to be served from: the newest version of the named one, or the only one that fits.
+def fitting(known: list[Registered], task: str) -> list[Registered]:
+    """The data sets of a task, newest versions alone."""
+    return [one for one in known if one.task.name == task and not superseded(known, one)]
+
+
+def serving(known: list[Registered], task: str, name: str | None) -> Registered:
+    """The data set that a charter of this task is served from: the newest version of the named one, or the only one that fits.
 
     Raises:
         ConfigError: there is no such name.
@@ -321,26 +325,26 @@ def serving(known: list[Registered], charter: Charter, name: str | None) -> Regi
     """
     if name is not None:
         found = newest(known, name)
-        if found.task.name != charter.task.name:
+        if found.task.name != task:
             raise Refused(
                 Refusal.TASK,
-                f"the data set {name} is registered for task {found.task.name}, the charter's is {charter.task.name}",
+                f"the data set {name} is registered for task {found.task.name}, the charter's is {task}",
                 "Name another one under `dataset` in node.yaml.",
             )
         return found
-    fitting = [one for one in known if one.task.name == charter.task.name and not superseded(known, one)]
-    if not fitting:
+    found_all = fitting(known, task)
+    if not found_all:
         raise Refused(
             Refusal.TASK,
-            f"no data is registered for its task, {charter.task.name}",
+            f"no data is registered for its task, {task}",
             "Register it: hansa node dataset add FILE.csv --task TASK",
         )
-    if len(fitting) > 1:
+    if len(found_all) > 1:
         raise CharterError(
-            f"several data sets are registered for its task: {', '.join(one.name for one in fitting)}",
+            f"several data sets are registered for its task: {', '.join(one.name for one in found_all)}",
             "Say which one it trains on: `dataset: NAME` beside the charter in node.yaml.",
         )
-    return fitting[0]
+    return found_all[0]
 
 
 # -- what an owner declares ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from hansa.clients import cli as module
 from hansa.common.cli import run as hansa
+from hansa.common.heads import sign_head
 from hansa.common.identity import sha256
 from hansa.common.ledger import read_ledger
 from node_support import NAMES, TASK, Realm
@@ -143,13 +144,15 @@ def test_budget_beside_every_cap(realm: Realm, node: Screen) -> None:
     (one,) = lineage["charters"]
     assert one["own"]["spent_filter"] == lineage["budget"]["spent_filter"]
     assert one["site"]["epsilon_cap"] == 1.0
-    run = {"run": "run-1", "charter": "first", "lineage": lineage["lineage"], "state": "closed", "rounds": 2}
+    of = {"charter": "first", "charter_sha256": realm.signed.sha256, "lineage": lineage["lineage"]}
+    run = {"run": "run-1", **of, "state": "closed", "rounds": 2}
     assert report["runs"] == [run]
     assert report["refusals"] == {"not approved": 1}
     assert report["waiting_for_approval"] == ["run-2"]
     shown = " ".join(node("budget").split())
     for words in (
         "one record of this partner, add or remove one, local noise",
+        "over time, 20",
         "against everyone but",
         "waits for you",
     ):
@@ -197,16 +200,29 @@ def test_export_adds_to_a_bundle_and_never_replaces_another_ledger(realm: Realm,
         realm.start(name)
     node("export", "--out", "../bundle")
     written = Path("../bundle/partners/ada/ledger.jsonl")
-    first = written.read_bytes()
+    first = [entry.leaf for entry in read_ledger(written)[0]]
+    assert [entry.type for entry in read_ledger(written)[0]] == ["genesis", "undisclosed", "charter"]
     realm.run("run-1")
     with Path("state/ledger.jsonl").open("ab") as torn:
         torn.write(b'{"torn')
     node("export", "--out", "../bundle")
-    assert written.read_bytes().startswith(first)
     entries, torn_bytes = read_ledger(written)
+    assert [entry.leaf for entry in entries][: len(first)] == first
+    assert "undisclosed" not in {entry.type for entry in entries}, "the data set was held under this charter"
+    assert not Path("../bundle/heads").exists(), "nothing was countersigned"
+    (kept,) = realm.sites["ada"].heads
+    kept.keep([sign_head(realm.sites["ben"].identity, realm.sites["ben"].ledger)])
+    node("export", "--out", "../bundle")
+    heads = Path(f"state/heads/{realm.signed.sha256}.jsonl")
+    assert Path("../bundle/heads/ada.jsonl").read_bytes() == heads.read_bytes() != b""
+    closing = Path("../bundle/closing/run-1.json")
+    assert closing.read_bytes() == (realm.closing / "run-1.json").read_bytes()
+    closing.write_bytes(b"{}")
+    assert "another closing checkpoint" in node("export", "--out", "../bundle", code=2)
+    closing.unlink()
     assert (len(entries), torn_bytes) == (len(read_ledger(Path("state/ledger.jsonl"))[0]), b"")
     assert Path("../bundle/keys/ada.pem").read_bytes() == Path("ada.pem").read_bytes()
-    written.write_bytes(written.read_bytes() + first)
+    written.write_bytes(written.read_bytes() + written.read_bytes().splitlines(keepends=True)[0])
     assert "not an earlier part" in node("export", "--out", "../bundle", code=2)
     realm.charter("other").save(Path("../bundle/charter.json"))
     assert "a charter that this node does not serve" in node("export", "--out", "../bundle", code=2)

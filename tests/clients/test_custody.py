@@ -129,7 +129,9 @@ def test_an_honest_restore_verifies_in_an_audit_and_stands_in_the_ledger(realm: 
     for name in NAMES:
         export(realm.settings(name), bundle)
     realm.signed.save(bundle / "charter.json")
-    shutil.copytree(realm.closing, bundle / "closing")
+    assert {p.name: p.read_bytes() for p in (bundle / "closing").iterdir()} == {
+        p.name: p.read_bytes() for p in realm.closing.iterdir()
+    }, "every partner adds the closing checkpoints that it keeps"
     (bundle / "coordinator").mkdir()
     shutil.copy(realm.root / realm.signed.sha256[:8] / "ledger.jsonl", bundle / "coordinator")
     shutil.copy(realm.keys.home("coordinator").path / "coordinator.pem", bundle / "keys")
@@ -183,7 +185,44 @@ def test_own_models_speak_against_it_and_never_for_it(realm: Realm) -> None:
     realm.run("run-2")
     realm.stop("ada")
     realm.settings("ada").ledger.unlink()
+    realm.settings("ada").counter.unlink()
     assert "entries are lost" in str(restore(realm.settings("ada"), old, [realm.closing / "run-1.json"]))
+
+
+def test_the_counter_of_this_machine_speaks_against_it_and_never_for_it(realm: Realm) -> None:
+    """Also where peers keep silent of a run that came later, and however often it is restored."""
+    realm.run("run-1")
+    first = saved(realm)
+    realm.run("run-2")
+    second = saved(realm, "second.tar")
+    settings = realm.settings("ada")
+    realm.stop("ada")
+    settings.ledger.unlink()
+    shutil.rmtree(settings.models)
+    heads = {path: path.read_bytes() for path in settings.heads.iterdir()}
+    for _ in range(2):
+        doubt = restore(settings, first, [realm.closing / "run-1.json"])
+        assert "this machine had counted" in str(doubt)
+    assert {path: path.read_bytes() for path in settings.heads.iterdir()} == heads, "what it countersigned stays"
+    realm.start("ada")
+    assert refusals(realm, "run-3") == RESTORED
+    realm.stop("ada")
+    settings.ledger.unlink()
+    shutil.rmtree(settings.models)
+    assert restore(settings, second, [realm.closing / "run-2.json"]) is not None, "it spoke from the first one since"
+    shutil.rmtree(settings.state)
+    assert restore(settings, second, [realm.closing / "run-2.json"]) is None, "another folder counted nothing"
+
+
+def test_the_counter_lets_the_backup_pass_that_has_all_it_counted(realm: Realm) -> None:
+    realm.run("run-1")
+    saved_all, settings = saved(realm), realm.settings("ada")
+    realm.stop("ada")
+    settings.ledger.unlink()
+    assert settings.counter.exists()
+    assert restore(settings, saved_all, [realm.closing / "run-1.json"]) is None
+    realm.start("ada")
+    assert refusals(realm, "run-2") == set()
 
 
 @pytest.mark.parametrize("change", ["unsigned", "edited", "other", "garbage", "missing"])
@@ -344,6 +383,7 @@ def test_restore_refuses_a_fork_another_identity_and_another_dataset(realm: Real
     realm.stop("ben")
     with pytest.raises(IdentityError, match="another identity"):
         restore(realm.settings("ben"), old, [])
+    settings.counter.unlink()  # which had counted the fork
     assert restore(settings, old, [realm.closing / "run-1.json"]) is None
     assert settings.ledger.read_bytes() == b"".join(lines)
 
@@ -400,6 +440,8 @@ def member(name: str, **changes: object) -> tarfile.TarInfo:
         member("home/node.yaml"),
         member("elsewhere/evil"),
         member("state/inbox/x.request"),
+        member("state/counter"),
+        member("state/datasets.lock"),
         member("state/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
         member("state/hard", type=tarfile.LNKTYPE, linkname="state/ledger.jsonl"),
         member("state/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
