@@ -21,7 +21,7 @@ from .cli import Format, FormatOption, out, plain, print_findings, show_json
 from .config import Federation, load_config
 from .errors import ConfigError, HansaError, LedgerError, RunFailed
 from .identity import canonical, strict_json, write_whole
-from .ledger import Entry, owner_line, read_ledger
+from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
 from .plan import budget_of, calibrated, event_from, events_of, plan_of
 
 EPSILONS = "0.25,0.5,1,2,4,8"
@@ -179,17 +179,25 @@ def _taken_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[Priv
 
 
 def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
+    if any(entry.type == UNDISCLOSED for entry in entries):  # what they spent would be missing here
+        raise LedgerError(f"{ledger}: some of its entries are not disclosed", "Give the ledger at its own node.")
+    if len({entry.body["lineage"] for entry in entries if entry.type == "dataset" and "lineage" in entry.body}) > 1:
+        raise LedgerError(
+            f"{ledger}: it has several budgets, one for each lineage of datasets",
+            "Ask the node for the one that you mean: hansa node budget",
+        )
     spent: list[PrivacyEvent] = []
-    left: dict[str, Counter[tuple[str, bytes]]] = {}  # run -> (purpose, event) -> how many, as in the node's gate
+    # (charter, run) -> (purpose, event) -> how many, as in the node's gate: two coordinators may use one name.
+    left: dict[tuple[str | None, str], Counter[tuple[str, bytes]]] = {}
     for entry in entries:
         body = entry.body
         match entry.type:
             case "budget":
                 budget = Budget.from_fields(body["budget"])
             case "hold":
-                left[body["run_id"]] = Counter()
+                left[entry.charter, body["run_id"]] = Counter()
                 for item in body["plan"]:
-                    left[body["run_id"]][item["purpose"], canonical(item["event"])] += item["count"]
+                    left[entry.charter, body["run_id"]][item["purpose"], canonical(item["event"])] += item["count"]
             case "debit":
                 event = event_from(body["event"])
                 if event is None:
@@ -197,10 +205,10 @@ def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, 
                         f"{ledger}: an unprotected run made this budget unbounded", "No finite epsilon holds for it."
                     )
                 spent.append(event)
-                if body["run_id"] in left:
-                    left[body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
+                if (entry.charter, body["run_id"]) in left:
+                    left[entry.charter, body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
             case "release":
-                left.pop(body["run_id"], None)
+                left.pop((entry.charter, body["run_id"]), None)
             case _:
                 pass
     kinds = [(event_from(strict_json(fields)), n) for run in left.values() for (_, fields), n in run.items()]
