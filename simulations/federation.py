@@ -57,7 +57,7 @@ _UNFINISHED = re.compile(re.escape(TEMPORARY) + r".+")
 # Every file of a bundle, by its path in it: nothing else in OUT is ever deleted.
 _BUNDLE = re.compile(
     r"charter\.json|model\.safetensors|result\.json|report\.html|keys/[^/]+\.pem|closing/[^/]+\.json"
-    r"|coordinator/ledger\.jsonl|partners/[^/]+/ledger\.jsonl"
+    r"|heads/[^/]+\.jsonl|coordinator/ledger\.jsonl|partners/[^/]+/ledger\.jsonl"
 )
 
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from e2e_support import call, federation, write
-from hansa.common import cli, plan_cli
+from hansa.common import audit_cli, cli, ledger_cli, plan_cli
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter, in_words
 from hansa.common.config import load_config
@@ -71,7 +71,13 @@ def test_a_demo_that_died_first_thing_does_not_take_a_later_run_with_it(tmp_path
 def test_a_demo_replaces_a_demo(tmp_path: Path, made: Any) -> None:
     out, private = tmp_path / "out", tmp_path / "out.private"
     made().close()
-    for name in ("result.json", f"{TEMPORARY}report.html.77", f"keys/{TEMPORARY}x", "partners/gone/ledger.jsonl"):
+    for name in (
+        "result.json",
+        f"{TEMPORARY}report.html.77",
+        f"keys/{TEMPORARY}x",
+        "partners/gone/ledger.jsonl",
+        "heads/gone.jsonl",
+    ):
         write(out / name, "old")
     (private / "old").mkdir()
     first = json.loads((private / "run.json").read_text())
@@ -82,8 +88,9 @@ def test_a_demo_replaces_a_demo(tmp_path: Path, made: Any) -> None:
     assert again["runs"] != first["runs"]
     assert (private / "cleveland" / "identity.key").read_bytes() != key
     assert not (private / "old").exists()
-    assert {p.name for p in out.iterdir()} == {"charter.json", "coordinator", "keys", "partners"}
+    assert {p.name for p in out.iterdir()} == {"charter.json", "coordinator", "heads", "keys", "partners"}
     assert not (out / "partners" / "gone").exists()
+    assert not (out / "heads" / "gone.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "keys/mine.key", "partners/notes/a.txt", ".env", "coordinator/link"])
@@ -269,7 +276,7 @@ def test_a_ledger_cannot_hide_its_entries(tmp_path: Path, monkeypatch: pytest.Mo
     ledger.append("[conceal]\x1b[8m", {"note": r"\[conceal]\x1b" + "\x1b\nforged"})
     ledger.close()
     file = io.StringIO()
-    monkeypatch.setattr(cli, "out", Console(file=file, force_terminal=True, width=300, color_system=None))
+    monkeypatch.setattr(ledger_cli, "out", Console(file=file, force_terminal=True, width=300, color_system=None))
     call("ledger", "show", "l.jsonl").expect(0)
     assert "\ufffd[8m" in file.getvalue()
     assert r"\[conceal]" in file.getvalue()
@@ -285,7 +292,7 @@ def test_the_claim_stands_under_verified_only(capsys: pytest.CaptureFixture[str]
     for verified in (True, False):
         file = io.StringIO()
         with contextlib.redirect_stdout(file):
-            cli.print_verdict({**verdict, "verified": verified})
+            audit_cli.print_verdict({**verdict, "verified": verified})
         assert ("THE CLAIM" in file.getvalue()) is verified
 
 
