@@ -21,6 +21,8 @@ from hansa.clients.gate import Gate
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter
 from hansa.common.errors import CharterError, DataError, LedgerError, Refusal, Refused
+from hansa.common.ledger import Counter as Counts
+from hansa.common.ledger import read_ledger
 from hansa.common.messages import Manifest
 from hansa.common.plan import evaluated_rounds, plan_of, plan_sha256
 from support import (
@@ -525,6 +527,133 @@ def test_data_that_changed_is_not_registered_again(site: Site) -> None:
     site.source.split = Source(seed=5).split
     with pytest.raises(DataError, match="differ from what"):
         site.gate(charter())
+
+
+# -- two coordinators, who choose the same names ---------------------------------------------------------------------
+
+
+def test_equal_names_under_two_charters_are_two_runs(site: Site) -> None:
+    one, two = charter(), charter(name="two")
+    gate = site.gate(one, two)
+    opened(gate, one)
+    opened(gate, two)
+    asks = {signed.sha256: train(gate, signed, 1) for signed in (one, two)}
+    assert len({ask.request_id for ask in asks.values()}) == 1
+    committed(gate, asks[one.sha256])
+    for fresh in (gate, site.gate(one, two)):
+        assert fresh.debit(asks[one.sha256], digest(asks[one.sha256]), "train") is True
+        assert fresh.debit(asks[two.sha256], digest(asks[two.sha256]), "train") is False, "not answered yet"
+    gate = site.gate(one, two)
+    gate.close_run("run-1", one.sha256)
+    with refused(Refusal.NOT_HELD):
+        train(gate, one, 2)
+    train(gate, two, 2)
+    assert [len(gate.spent(signed.sha256)) for signed in (one, two)] == [1, 2]
+
+
+def test_what_one_holds_is_out_of_the_other_s_reach(site: Site) -> None:
+    """The second asks for all that is left, trains it all, and comes back for more: the first finishes its run."""
+    one, greedy = charter(), charter(name="greedy", privacy__epsilon=50.0)
+    gate = site.gate(one, greedy)
+    opened(gate, one)
+    number = 0
+    with refused(Refusal.BUDGET):
+        while True:
+            opened(gate, greedy, f"more-{number}")
+            number += 1
+    assert number == FITS - 1
+    for run in range(number):
+        for n in (1, 2, 3):
+            train(gate, greedy, n, f"more-{run}")
+    with refused(Refusal.NOT_HELD):
+        train(gate, greedy, 1, "run-1")
+    for n in (1, 2, 3):
+        gate = site.gate(one, greedy)
+        committed(gate, train(gate, one, n))
+    assert len(gate.spent(one.sha256)) == 3
+
+
+# -- a ledger that is not as it was ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "words"),
+    [
+        ("gift", {}, "does not know"),
+        ("debit", {"event": {"mechanism": "laplace/1"}}, "privacy event"),
+        ("debit", {"event": {"mechanism": "poisson-gaussian/2", "q": "1.0", "sigma": "4.0", "steps": 1}}, "mechanism"),
+        ("debit", {"event": {"mechanism": "none/2"}}, "privacy event"),
+        ("debit", {"event": None}, "entry"),
+        ("debit", {"run_id": "another"}, "does not say"),
+        ("hold", {}, "does not say"),
+        ("release", {"run_id": "another"}, "does not say"),
+        ("budget", {"lineage": "f" * 32, "budget": {}}, "does not say|budget"),
+    ],
+)
+def test_what_this_version_does_not_know_stops_the_node(
+    site: Site, kind: str, body: dict[str, Any], words: str
+) -> None:
+    """A newer version, or another program with this key, wrote it: it may have spent something."""
+    signed = charter()
+    gate = site.gate(signed)
+    opened(gate, signed)
+    train(gate, signed)
+    assert site.ledger is not None
+    whole = {**gate.ledger.entries[-1].body, "round": 2, "request_id": "x"} if kind == "debit" else {}
+    site.ledger.append(kind, {**whole, **body}, charter=signed.sha256)
+    with pytest.raises(LedgerError, match=words):
+        site.gate(signed)
+
+
+@pytest.mark.parametrize("change", ["older", "cut", "flipped", "reordered", "another", "forked", "empty"])
+def test_a_ledger_that_was_changed_stops_the_node(site: Site, change: str) -> None:
+    signed = charter()
+    gate = site.gate(signed)
+    opened(gate, signed)
+    path = site.folder / "ledger.jsonl"
+    older = path.read_bytes()
+    train(gate, signed)
+    now = path.read_bytes()
+    lines = now.splitlines(keepends=True)
+    gate.ledger.close()
+    match change:
+        case "older":
+            path.write_bytes(older)
+        case "cut":
+            path.write_bytes(b"".join(lines[:2]))
+        case "flipped":
+            path.write_bytes(now.replace(b'"round":1', b'"round":2'))
+        case "reordered":
+            path.write_bytes(b"".join([*lines[:-2], lines[-1], lines[-2]]))
+        case "another":
+            other = Site("ben", site.folder.parent / "ben", Source())
+            other.gate(charter())
+            path.write_bytes((other.folder / "ledger.jsonl").read_bytes())
+        case "forked":
+            path.write_bytes(older)
+            (site.folder / "counter").rename(site.folder / "away")
+            Counts(site.folder / "counter").renew(read_ledger(path)[0])
+            train(site.gate(signed), signed, 2)
+            assert site.ledger is not None
+            site.ledger.close()
+            (site.folder / "away").replace(site.folder / "counter")
+        case "empty":
+            path.write_bytes(b"")
+    with pytest.raises(LedgerError):
+        site.gate(signed)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"\xff" * 512, b" " * 512])
+def test_a_counter_that_was_changed_stops_the_node(site: Site, content: bytes | None) -> None:
+    signed = charter()
+    opened(site.gate(signed), signed)
+    counter = site.folder / "counter"
+    if content is None:
+        counter.unlink()
+    else:
+        counter.write_bytes(content)
+    with pytest.raises(LedgerError, match="how long the ledger must be"):
+        site.gate(signed)
 
 
 # -- any history, any crash ------------------------------------------------------------------------------------------

@@ -1,0 +1,200 @@
+"""`hansa node budget`: over time, by charter, and what one more run would cost; judged by replaying the ledger here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from hansa.clients import bill
+from hansa.clients.bill import budget_report, history
+from hansa.clients.bill_show import plot_budget, print_budget
+from hansa.clients.registry import DataFiles, Registry, Relation, Rules
+from hansa.common.accounting import Budget, PrivacyEvent, odometer
+from hansa.common.errors import CharterError, ConfigError, LedgerError, Refusal
+from hansa.common.ledger import Entry, read_ledger
+from node_support import NAMES, ROWS, TASK, Realm
+
+BUDGET = Budget.create(2.0, 1e-3)
+ROUND = PrivacyEvent(1.0, 10.0, 1)
+
+
+@pytest.fixture
+def realm(tmp_path: Path) -> Iterator[Realm]:
+    made = Realm(tmp_path)
+    for name in NAMES:
+        made.start(name)
+    yield made
+    made.close()
+
+
+def shown(report: dict[str, Any]) -> str:
+    console = Console(width=200, force_terminal=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_budget(console, report)
+    return console.export_text()
+
+
+def test_over_time_and_by_charter(realm: Realm) -> None:
+    second = realm.charter("second", "other-coordinator")
+    for name in NAMES:
+        realm.start(name, realm.signed, second)
+    realm.run("run-1")
+    realm.run("run-2", second, "other-coordinator")
+    report = budget_report(realm.settings("ada", realm.signed, second))
+    (lineage,) = report["lineages"]
+    points = lineage["history"]
+    assert [p["what"] for p in points] == ["hold", "debit", "debit", "release"] * 2
+    spent = [0, 1, 2, 2, 2, 3, 4, 4]
+    held = [2, 2, 2, 2, 4, 4, 4, 4]
+    for point, before, with_held in zip(points, spent, held, strict=True):
+        assert point["spent_filter"] == BUDGET.spent([ROUND] * before)
+        assert point["with_held_filter"] == BUDGET.spent([ROUND] * with_held)
+    assert points[3]["spent_odometer"] == odometer([ROUND] * 2, 1e-3)
+    assert points[-1]["spent_filter"] == lineage["budget"]["spent_filter"]
+    assert [one["share"]["spent_filter"] for one in lineage["charters"]] == [BUDGET.spent([ROUND] * 2)] * 2
+    text = shown(report)
+    for words in (f"data: {TASK} (lineage ", "of it under charter second", "over time, 20", "run run-2 (second) ended"):
+        assert words in text
+    assert "delta 0.001" in text
+
+
+def test_a_long_history_is_thinned_and_ends_with_the_last_point() -> None:
+    plan = [{"purpose": "train", "count": 1000, "event": ROUND.to_fields()}]
+    names = {"run_id": "r", "request_id": "q", "request_sha256": "h", "plan_sha256": "p", "dataset": "d"}
+    about = {"lineage": "l"}
+    entries = [
+        Entry(0, "", "dataset", None, {"dataset": "d", "lineage": "l"}, {**about, "open": "first"}, b"", "", ""),
+        Entry(1, "", "hold", "c", {**names, "plan": plan}, {**about, "hold": []}, b"", "", ""),
+    ]
+    for number in range(1000):
+        body = {**names, "request_id": str(number), "round": number, "purpose": "train", "event": ROUND.to_fields()}
+        entries.append(Entry(number + 2, str(number), "debit", "c", body, {**about, "debit": {}}, b"", "", ""))
+    points = history(entries, "l", Budget.create(50.0, 1e-3))
+    assert len(points) == bill.POINTS
+    assert points[-1]["spent_filter"] == Budget.create(50.0, 1e-3).spent([ROUND] * 1000)
+    assert [p["spent_odometer"] is None for p in points] == [True] * (bill.POINTS - 1) + [False]
+    assert sorted(p["spent_filter"] for p in points) == [p["spent_filter"] for p in points]
+
+
+def config(realm: Realm, **changes: Any) -> Path:
+    said = {
+        "name": "next",
+        "task": TASK,
+        "partners": {n: {"data": "x", "declared_records": ROWS} for n in NAMES},
+        "algorithm": {"rounds": 2, "local": {"steps": 1, "optimizer": {"lr": 0.2}}},
+        "privacy": {"kind": "local", "epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 10.0},
+        "evaluation": {"kind": "none"},
+        "quorum": 1,
+    }
+    path = realm.root / "next.yaml"
+    path.write_text(yaml.safe_dump({**said, **changes}))
+    return path
+
+
+def test_what_one_more_run_costs_and_how_many_fit(realm: Realm) -> None:
+    realm.run("run-1")
+    settings = realm.settings("ada")
+    before = [ROUND] * 2
+    for path in (settings.home / "first.json", config(realm)):
+        plan = budget_report(settings, path)["plan"]
+        (one,) = plan["lineages"]
+        assert one["before"] == {"filter": BUDGET.spent(before), "odometer": odometer(before, 1e-3)}
+        assert one["after"]["filter"] == BUDGET.spent([ROUND] * 4)
+        assert one["after"]["odometer"] == odometer([ROUND] * 4, 1e-3)
+        assert one["stops"] == []
+        count = one["fits"]
+        assert BUDGET.admits([ROUND] * (2 + 2 * count))
+        assert not BUDGET.admits([ROUND] * (4 + 2 * count))
+    text = shown(budget_report(settings, config(realm)))
+    assert f"fits: {count} such run(s), one after the other" in text
+    assert "2 x train: 1 step(s), noise multiplier 10.0, sampling rate 1.0" in text
+
+
+def test_the_runs_that_it_says_fit_are_accepted_and_no_more(realm: Realm) -> None:
+    signed = realm.charter("dear", privacy={"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 3.0})
+    for name in NAMES:
+        realm.start(name, signed)
+    settings = realm.settings("ada", signed)
+    fits = budget_report(settings, settings.home / "dear.json")["plan"]["lineages"][0]["fits"]
+    assert fits > 0
+    for number in range(fits):
+        realm.run(f"run-{number}", signed)
+        left = budget_report(settings, settings.home / "dear.json")["plan"]["lineages"][0]
+        assert left["fits"] == fits - number - 1
+    assert left["stops"] == ["the lineage's budget", "the charter's own cap"]
+    outcome = realm.run("one-more", signed)
+    assert realm.reasons(outcome, "ada") == {Refusal.BUDGET.value}
+
+
+def test_what_stops_a_run(realm: Realm) -> None:
+    settings = realm.settings("ada")
+    dear = config(
+        realm, privacy={"kind": "local", "epsilon": 9.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 0.5}
+    )
+    realm.run("run-1")
+    (one,) = budget_report(settings, dear)["plan"]["lineages"]
+    assert (one["stops"], one["fits"]) == (["the lineage's budget", "the charter's own cap"], 0)
+    realm.rules["ada"] = {"epsilon_cap": 0.5}
+    (one,) = budget_report(realm.settings("ada"), config(realm))["plan"]["lineages"]
+    assert one["stops"] == ["the site's cap"]
+    realm.rules["ada"] = {}
+    bare = config(realm, privacy={"kind": "none"})
+    (one,) = budget_report(realm.settings("ada"), bare)["plan"]["lineages"]
+    assert one["stops"] == ["the site: no training without privacy"]
+    assert one["after"] is None
+    realm.rules["ada"] = {"allow_unprotected": True}
+    report = budget_report(realm.settings("ada"), bare)
+    assert (report["plan"]["lineages"][0]["stops"], report["plan"]["lineages"][0]["fits"]) == ([], None)
+    assert "no finite epsilon would hold" in shown(report)
+    for path, words in ((realm.root / "none", "No such file"), (config(realm, task="digits"), "no data is registered")):
+        with pytest.raises((ConfigError, CharterError), match=words):
+            budget_report(settings, path)
+
+
+def test_a_lineage_that_has_spent_nothing_is_full(realm: Realm) -> None:
+    realm.run("run-1")
+    settings = realm.settings("ada")
+    files = DataFiles(TASK, realm.data("ada", 2), realm.data("ada", 3))
+    Registry(settings.state).add(files, Rules(public=True), None, Relation(overlaps=(TASK,)))
+    plan = budget_report(settings, config(realm))["plan"]
+    assert [one["data"] for one in plan["lineages"]] == [TASK, f"{TASK}-2"], "either could serve it"
+    assert len({json.dumps(one["before"]) for one in plan["lineages"]}) == 1, "of one budget"
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plot(realm: Realm, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = realm.settings("ada")
+    to = realm.root / f"plots/budget.{suffix}"
+    with pytest.raises(LedgerError, match="nothing was spent"):
+        plot_budget(budget_report(settings), to)
+    realm.run("run-1")
+    report = budget_report(settings)
+    plot_budget(report, to)
+    data = to.read_bytes()
+    assert data.startswith(b"<?xml" if suffix == "svg" else b"\x89PNG")
+    if suffix == "svg":
+        plot_budget(report, realm.root / "again.svg")
+        assert b"spent (filter)" in data or b"<!-- spent (filter) -->" in data
+        assert b"add or remove one" in data or b"<!--" in data
+    with pytest.raises(ConfigError, match=r"a plot is a \.svg or a \.png"):
+        plot_budget(report, realm.root / "budget.gif")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="plots need matplotlib") as caught:
+        plot_budget(report, to)
+    assert "hansa[train]" in caught.value.hint
+
+
+def test_it_tells_what_the_entries_say(realm: Realm) -> None:
+    """Whatever the report says, the sum of the debits in the ledger is what was spent."""
+    realm.run("run-1")
+    entries, _ = read_ledger(realm.settings("ada").ledger)
+    events = [PrivacyEvent.from_fields(e.body["event"]) for e in entries if e.type == "debit"]
+    (lineage,) = budget_report(realm.settings("ada"))["lineages"]
+    assert lineage["budget"]["spent_filter"] == BUDGET.spent(events)
+    assert lineage["budget"]["spent_odometer"] == odometer(events, 1e-3)
