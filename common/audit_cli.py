@@ -26,6 +26,12 @@ def commands(app: typer.Typer) -> None:
 
 def audit(
     folder: Annotated[Path, typer.Argument(help="a bundle: the folder that a run wrote")],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="a copy to compare with, from whoever kept it: a ledger, heads, a checkpoint, a folder; repeat it"
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="also write the verdict as a page to read and print, e.g. report.html")
     ] = None,
@@ -38,7 +44,7 @@ def audit(
     if report is not None and report.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{report}: inside the bundle", "The bundle is evidence and stays as it is: write elsewhere.")
     try:
-        verdict = verifier.verify_bundle(folder)
+        verdict = verifier.verify_bundle(folder, against or ())
     except verifier.Unreadable as err:
         where = "" if err.file == str(folder) else f"{folder}: "
         raise HansaError(f"{where}{err}", "Give the folder that a run wrote (with charter.json in it).") from err
@@ -47,6 +53,7 @@ def audit(
             report,
             verdict,
             made=datetime.now(UTC),
+            against=[str(path) for path in against or ()],
             verifier_sha256=hashlib.sha256(Path(verifier.__file__).read_bytes()).hexdigest(),
             charter_words=_charter_words(folder, verdict),
         )
@@ -90,7 +97,10 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         )
     _print_partners(partners)
     c = verdict["checked"]
-    out.print(f"checked {c['ledgers']} ledgers, {c['entries']} entries, {c['signatures']} signatures")
+    out.print(
+        f"checked {c['ledgers']} ledgers, {c['entries']} entries, {c['signatures']} signatures"
+        + (f"; compared with {c['proofs']} signed heads, checkpoints and copies" if "proofs" in c else "")
+    )
     if open_runs := verdict.get("open_runs"):
         out.print(f"runs that are not closed: {_some(open_runs)}")
     out.print("Limits of this verdict:")

@@ -64,11 +64,24 @@ BECAUSE = {
     Refusal.ROLLED_BACK: "its ledger is older than a head that it signed: it lost entries, or was set back",
 }
 
+_CHECKED = {
+    "ledgers": "ledgers",
+    "entries": "entries",
+    "signatures": "signatures",
+    "heads": "signed heads",
+    "proofs": "comparisons of a ledger with what its owner signed",
+}
 _MECHANISMS = {"poisson-gaussian/1": "Gaussian noise", "none/1": "NO PROTECTION"}
 
 
 def write_audit_report(
-    path: Path, verdict: Fields, *, made: datetime, verifier_sha256: str | None = None, charter_words: str | None = None
+    path: Path,
+    verdict: Fields,
+    *,
+    made: datetime,
+    against: Sequence[str] = (),
+    verifier_sha256: str | None = None,
+    charter_words: str | None = None,
 ) -> None:
     """Write the report of a verdict as one HTML page that needs no network.
 
@@ -76,21 +89,30 @@ def write_audit_report(
         path: the file; replaced atomically.
         verdict: what `verifier.verify_bundle` returned. Optional keys may be missing; the page then says less.
         made: when the audit was made.
+        against: what else the bundle was compared with, as it was given.
         verifier_sha256: of the verifier's file, so that a reader can run the same one.
         charter_words: the charter that was audited, as `hansa charter show` prints it.
 
     Raises:
         OutputError: the folder is not writable, or the disk is full. Nothing is left behind.
     """
-    text = render(verdict, made=made, verifier_sha256=verifier_sha256, charter_words=charter_words)
+    text = render(verdict, made=made, against=against, verifier_sha256=verifier_sha256, charter_words=charter_words)
     write_whole(path, text.encode())
 
 
 def render(
-    verdict: Fields, *, made: datetime, verifier_sha256: str | None = None, charter_words: str | None = None
+    verdict: Fields,
+    *,
+    made: datetime,
+    against: Sequence[str] = (),
+    verifier_sha256: str | None = None,
+    charter_words: str | None = None,
 ) -> str:
     """The page of `write_audit_report`."""
-    view = _view(verdict, made) | {"verifier_sha256": verifier_sha256, "charter_words": charter_words}
+    view = _view(verdict, made, [path[:4096] for path in against[:100]]) | {
+        "verifier_sha256": verifier_sha256,
+        "charter_words": charter_words,
+    }
     return page.environment("hansa.common").get_template("audit.html.j2").render(view)
 
 
@@ -145,7 +167,7 @@ def _spent(figures: Fields) -> float:
 # -- the page's parts ----------------------------------------------------------------------------------------------------
 
 
-def _view(verdict: Fields, made: datetime) -> dict[str, Any]:
+def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, Any]:
     partners: Mapping[str, Fields] = verdict.get("partners") or {}
     violations, warnings = list(verdict.get("violations") or []), list(verdict.get("warnings") or [])
     many = len(partners) > MANY
@@ -167,7 +189,11 @@ def _view(verdict: Fields, made: datetime) -> dict[str, Any]:
         "open_ended": open_ended,
         "total": len(partners),
         "over": sum(len(names) for names, figures in groups if state(figures)[1] == "OVER CAP"),
-        "checked": [(what, page.number(checked.get(what))) for what in ("ledgers", "entries", "signatures")],
+        "checked": [
+            (words, n)
+            for what, words in _CHECKED.items()
+            if (n := page.number(checked.get(what))) is not None or what == "ledgers"
+        ],
         "violations": _findings(violations),
         "warnings": _findings(warnings),
         "counts": (len(violations), len(warnings)),
@@ -183,8 +209,10 @@ def _view(verdict: Fields, made: datetime) -> dict[str, Any]:
         "odds": _odds(groups),
         "sections": [_section(i, *group) for i, group in enumerate(told)],
         "heads": _heads(heads),
+        "covered": [] if many else _covered(partners, verdict.get("coordinator")),
         "limits": [str(limit) for limit in verdict.get("limits") or []],
-        "commands": _commands(bundle),
+        "against": against,
+        "commands": _commands(bundle, against),
         "reasons": sorted({reason for f in partners.values() for reason in f.get("refusals_by_reason") or {}}),
     }
 
@@ -268,19 +296,20 @@ def _section(index: int, names: Sequence[str], figures: Fields) -> dict[str, Any
     cap = page.number(figures.get("epsilon_cap"))
     lineages = figures.get("lineages") or {}
     by_lineage = {str(p.get("lineage")) for p in curve if p.get("lineage") is not None}
-    parts: list[tuple[str | None, list[Fields], float | None]] = [(None, curve, cap)]
+    parts: list[tuple[str | None, list[Fields], float | None, object]] = [(None, curve, cap, figures.get("epsilon"))]
     if len(by_lineage) > 1:
         parts = [
             (
                 name,
                 [p for p in curve if str(p.get("lineage")) == name],
                 page.number((lineages.get(name) or {}).get("epsilon_cap")),
+                (lineages.get(name) or {}).get("epsilon"),
             )
             for name in sorted(by_lineage)
         ]
     return _row(names, figures) | {
         "id": f"partner-{index + 1}",
-        "curves": [_curve(lineage, points, limit) for lineage, points, limit in parts if points],
+        "curves": [_curve(*part) for part in parts if part[1]],
         "lineages": [
             {
                 "id": str(name),
@@ -373,6 +402,12 @@ def _heads(heads: Sequence[Fields]) -> dict[str, Any]:
     return {"rows": rows[:HEADS], "left": max(0, len(rows) - HEADS), "total": len(heads)}
 
 
+def _covered(partners: Mapping[str, Fields], coordinator: Fields | None) -> list[dict[str, Any]]:
+    """Up to where each ledger is countersigned, and by whom."""
+    rows = [*partners.items(), *([("the coordinator", coordinator)] if coordinator else [])]
+    return [_row([name], figures) for name, figures in rows if figures.get("witnessed")]
+
+
 def _closings(verdict: Fields) -> list[dict[str, Any]]:
     found = []
     for closing in verdict.get("closings") or []:
@@ -393,29 +428,27 @@ def _closings(verdict: Fields) -> list[dict[str, Any]]:
 # -- charts --------------------------------------------------------------------------------------------------------------
 
 
-def _curve(lineage: str | None, points: Sequence[Fields], cap: float | None) -> dict[str, Any]:
+def _curve(lineage: str | None, points: Sequence[Fields], cap: float | None, tight: object = None) -> dict[str, Any]:
     """ε after each charge as two step lines against the cap, and a table of it.
 
-    A line has a gap where its value is missing or unbounded. Stretches under another charter are marked.
+    A line is broken where no finite ε holds. Stretches under another charter are marked.
+
+    Args:
+        tight: the odometer's ε after all charges; the verdict may have read it at few of them, or at the end only.
     """
     count, cap = len(points), _drawn(cap)
     filters, tights = ([_drawn(point.get(key)) for point in points] for key in ("epsilon_filter", "epsilon"))
     top = max([v for v in (cap, *filters, *tights) if v is not None], default=0.0) or 1.0
     x, y = page.Axis(0, count, 58, 590, 8, whole=True), page.Axis(0.0, 1.12 * top, 214, 14, 4)
-    kept = page.thin(range(count), POINTS)
+    if points and tights[-1] is None and filters[-1] is not None:
+        tights[-1] = _drawn(tight)
     lines: list[dict[str, Any]] = []
     for kind, values in (("filter", filters), ("odometer", tights)):
-        known = [(i, v) for i in kept if (v := values[i]) is not None]
+        known = page.thin([i for i, v in enumerate(values) if v is not None], POINTS)
         if known:
-            last = known[-1]
-            lines.append(
-                {
-                    "kind": kind,
-                    "path": _steps(kept, values, x, y),
-                    "end": (x(last[0] + 1), y(last[1])),
-                    "value": last[1],
-                }
-            )
+            path = _steps(known, values, filters, x, y) if kind == "filter" or len(known) > 1 or count == 1 else ""
+            value = values[known[-1]] or 0.0
+            lines.append({"kind": kind, "path": path, "end": (x(known[-1] + 1), y(value)), "value": value})
     marks = [(y(line["value"]), line["kind"], line["value"]) for line in lines]
     if cap is not None:
         marks.append((y(cap), "cap", cap))
@@ -426,6 +459,7 @@ def _curve(lineage: str | None, points: Sequence[Fields], cap: float | None) -> 
         stretch = list(run)
         if other:
             others.append((x(stretch[0]), round(x(stretch[-1] + 1) - x(stretch[0]), 1)))
+    read = [i for i, v in enumerate(tights) if v is not None]
     days = {str(p.get("time"))[:10] for p in points if p.get("time")}
     return {
         "lineage": lineage,
@@ -453,23 +487,28 @@ def _curve(lineage: str | None, points: Sequence[Fields], cap: float | None) -> 
                 "epsilon_filter": filters[i],
                 "epsilon": tights[i],
             }
-            for i in page.thin(range(count), ROWS)
+            for i in page.thin(read if len(read) >= ROWS else range(count), ROWS)
         ],
-        "unknown": any(v is None for v in tights),
+        "unknown": any(v is None and filters[i] is not None for i, v in enumerate(tights)),
         "beyond": any(v is None for v in filters),
     }
 
 
-def _steps(kept: Sequence[int], values: Sequence[float | None], x: page.Axis, y: page.Axis) -> str:
-    """An SVG path from ε = 0 before the first charge: ε stays where it is until the next one."""
-    path, pen = [f"M{x(0)} {y(0.0)}"], True
-    for i in kept:
-        value = values[i]
-        if value is None:
-            pen = False
-            continue
-        path.append(f"H{x(i + 1)}V{y(value)}" if pen else f"M{x(i + 1)} {y(value)}")
-        pen = True
+def _steps(
+    known: Sequence[int], values: Sequence[float | None], filters: Sequence[float | None], x: page.Axis, y: page.Axis
+) -> str:
+    """An SVG path from ε = 0 before the first charge, in steps: a charge counts from when it is made.
+
+    Between two readings the line stands at the later one, an upper bound since ε only grows. It is broken where no finite ε holds.
+    """
+    path, before = [f"M{x(0)} {y(0.0)}"], -1
+    for i in known:
+        level = y(values[i] or 0.0)
+        if any(v is None for v in filters[before + 1 : i]):
+            path.append(f"M{x(i + 1)} {level}")
+        else:
+            path.append(f"H{x(before + 2)}V{level}" + (f"H{x(i + 1)}" if i > before + 1 else ""))
+        before = i
     return "".join(path)
 
 
@@ -517,13 +556,14 @@ def _distribution(groups: Sequence[tuple[list[str], Fields]]) -> list[tuple[str,
     return [(words, [at(column, share) for column in columns]) for words, share in quantiles]
 
 
-def _commands(bundle: str) -> list[str]:
+def _commands(bundle: str, against: Sequence[str]) -> list[str]:
     """What a reader types to repeat the audit with the verifier's file alone."""
     where = shlex.quote(bundle or "BUNDLE")
+    more = "".join(f" --against {shlex.quote(path)}" for path in against)
     return [
         "python3 -m venv audit",
         "audit/bin/pip install 'cryptography>=44' 'dp-accounting>=0.6,<0.7'",
         "sha256sum verifier.py",
-        f"audit/bin/python verifier.py {where} > verdict.json",
+        f"audit/bin/python verifier.py {where}{more} > verdict.json",
         "echo $?",
     ]

@@ -97,7 +97,7 @@ def test_the_verdict_is_one_sentence_with_its_date_its_charter_and_what_it_cover
     assert "✓ Verified On 25 November 2026, 11:02 UTC everything in this bundle" in good.text
     assert "within its cap for every one of 4 partners" in good.text
     assert verdicts.CHARTER in good.text
-    assert "4 partners, 5 ledgers, 1,123 entries, 1,340 signatures checked" in good.text
+    assert "4 partners, 5 ledgers, 1,123 entries, 1,340 signatures, 205 signed heads, 215 comparisons" in good.text
     assert "from 22 November 2026, 01:50 UTC to 22 November 2026, 01:59 UTC" in good.text
     assert "1 closing checkpoint countersigned by everyone" in good.text
 
@@ -138,6 +138,18 @@ def test_who_countersigned_what(good: Page) -> None:
     assert "cleveland hungary 10 5, 11, 17, 20, 26, … 32 cleveland, hungary, coordinator" in text
 
 
+def test_up_to_where_each_ledger_is_countersigned(good: Page) -> None:
+    text = good.section("witnesses")
+    assert "hungary 58 33 1 hungary, switzerland, coordinator run-7f3a2c" in text
+    assert "the coordinator 44 44 0 cleveland, hungary run-7f3a2c" in text
+
+
+def test_what_it_was_compared_with() -> None:
+    shown = show(verdicts.verdict(), against=["their heads/a.jsonl", "b"])
+    assert "2 given beside the bundle: their heads/a.jsonl, b" in shown.text
+    assert "verifier.py out/demo --against 'their heads/a.jsonl' --against b > verdict.json" in shown.section("repeat")
+
+
 def test_limits_and_the_way_to_repeat_it_are_part_of_it(good: Page) -> None:
     for limit in verdicts.verdict()["limits"]:
         assert limit in good.section("limits")
@@ -160,7 +172,7 @@ def test_violations_come_first_and_by_code() -> None:
     assert "partners/cleveland/ledger.jsonl:31 spent epsilon 1.2312" in text
     assert "OVER CAP" in shown.section("partner-1")
     assert "no finite ε holds" in shown.section("partner-3")
-    assert "Where the filter's line has a gap ε is unbounded" in shown.section("partner-3")
+    assert "Where the lines end or have a gap no finite ε holds" in shown.section("partner-3")
     assert verdicts.failing()["claim"] not in shown.text
 
 
@@ -212,6 +224,20 @@ def test_the_curve_is_of_steps_against_the_cap() -> None:
     assert audit_report._curve(None, points, None)["lines"][0]["path"] == f"M{x(0)} {y(0)}M{x(2)} " + str(
         audit_report._curve(None, points, None)["y"](1.0)
     )
+
+
+def test_an_odometer_that_was_read_at_some_charges_is_never_drawn_too_low() -> None:
+    points: list[dict[str, Any]] = [{"epsilon_filter": float(i), "epsilon": None} for i in range(1, 7)]
+    points[1]["epsilon"], points[4]["epsilon"] = 1.0, 3.0
+    curve = audit_report._curve(None, points, None, tight=4.0)
+    x, y = curve["x"], curve["y"]
+    assert curve["lines"][1]["path"] == (
+        f"M{x(0)} {y(0)}H{x(1)}V{y(1.0)}H{x(2)}H{x(3)}V{y(3.0)}H{x(5)}H{x(6)}V{y(4.0)}"
+    )
+    assert curve["unknown"]
+    only_the_end = audit_report._curve(None, [p | {"epsilon": None} for p in points], None, tight=4.0)
+    assert only_the_end["lines"][1]["path"] == ""
+    assert only_the_end["lines"][1]["end"] == (x(6), y(4.0))
 
 
 def test_budgets_of_several_lineages_have_a_curve_each() -> None:
