@@ -46,7 +46,6 @@ import os
 import re
 import stat
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +65,7 @@ MAX_FOUND = 1000  # violations and warnings that are listed
 MAX_EVENTS = 2000  # different (q, sigma) in one ledger: each costs some milliseconds
 MAX_COPIES = 1000  # files of a folder that is given to compare with
 MAX_POINTS = 40  # of a trajectory at which the odometer is read
+ODOMETERS = 2e-3  # what two odometers may differ by, relative and absolute
 SLACK = 1e-9  # relative: what two honest implementations of the same formulas may differ by
 LIMITS = [
     "What was declared and agreed was recorded, in this order, by the holders of these keys, and adds up to this bill.",
@@ -592,8 +592,11 @@ def _mu(history: History) -> float:
     return math.sqrt(math.fsum(steps / sigma**2 for (_, sigma), steps in history))
 
 
-def _renyi_epsilon(history: History, order: int, delta: float) -> float:
-    return _converted(math.fsum(steps * _renyi(q, sigma, order) for (q, sigma), steps in history), order, delta)
+ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
+
+
+def _renyi_sum(history: History, order: int) -> float:
+    return math.fsum(steps * _renyi(q, sigma, order) for (q, sigma), steps in history)
 
 
 def _converted(rho: float, order: int, delta: float) -> float:
@@ -601,80 +604,134 @@ def _converted(rho: float, order: int, delta: float) -> float:
     return max(0.0, rho + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
 
 
-def _fixed_epsilon(history: History, delta: float) -> float:
-    """The least of many plain bounds, each valid for a history fixed in advance: never above any filter at delta."""
-    orders = (*range(2, 64), *(round(2 ** (k / 4)) for k in range(24, 49)))
-    return min(_gaussian_epsilon(_mu(history), delta), *(_renyi_epsilon(history, a, delta) for a in orders))
+def _plain(history: History, delta: float) -> tuple[float, int]:
+    """The least of many plain bounds, each valid for a history fixed in advance; and the best Renyi order."""
+    best, at = math.inf, ORDERS[0]
+    for order in ORDERS:
+        found = _converted(_renyi_sum(history, order), order, delta)
+        if found > best:
+            break  # it falls, then rises
+        best, at = found, order
+    return min(best, _gaussian_epsilon(_mu(history), delta)), at
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an odometer says: epsilon, never below the truth, and why it may be well above it."""
+
+    epsilon: float
+    rounded: float = 0.0  # about how much of it came in by rounding events or losses
+    plain: bool = False  # a plain Renyi or Gaussian bound: no loss distribution was composed
+    interval: float = 0.0  # of the loss distributions
+
+
+Cell = tuple[bool, float, list[tuple[Kind, int]]]  # whether it can be cut, what it costs, what is in it
 
 
 class Odometer:
     """The tight epsilon of a history taken as fixed: privacy loss distributions, rounded against the history.
 
-    q = 1 throughout is exact. Otherwise Connect the Dots (2207.04380), composed by FFT; the interval is halved until
-    epsilon moves by less than 0.5 %. Hostile histories are cheap: beyond 16 different events, 10^6 steps, epsilon 200
-    or 10 s in all, the answer is the filter's epsilon (larger, still a bound), with a warning.
+    q = 1 throughout is exact. Otherwise Connect the Dots (2207.04380), composed by FFT; the interval is halved until epsilon
+    moves by less than 5 in 10,000. However many events a history has, and however hostile they are, few are composed:
+
+    1. Those at which a joining record is noticed at all with 1/10,000 of delta together are left out, and taken off delta.
+    2. Those that cost next to nothing even with q = 1 are charged so, and join the unsampled ones: one Gaussian mechanism.
+    3. Beyond `kinds`, those that are alike are rounded to one, q up and sigma down: both are undone by post-processing (each
+       joining record is made to stay away with some probability; noise is added), so no loss becomes smaller.
+
+    Above epsilon 200 or 10^6 steps the answer is a plain Renyi or Gaussian bound.
     """
 
-    seconds = 10.0
-    cells = 2**18
+    kinds = 96
+    cells = 2**21  # of all compositions: some seconds of work
 
     def __init__(self) -> None:
-        self._until: float | None = None
-        self._known: dict[tuple[History, float], float | None] = {}
+        self._known: dict[tuple[History, float, float], Reading] = {}
 
-    def epsilon(self, history: History, delta: float) -> float | None:
-        """Epsilon at delta; None when it would take too long or nothing finite comes out."""
-        if not history:
-            return 0.0
+    def read(self, history: History, delta: float, interval: float = 0.0) -> Reading:
+        """Epsilon at delta.
+
+        Args:
+            interval: of the loss distributions; 0: what it takes.
+        """
+        at = (history, delta, interval)
+        if at not in self._known:
+            self._known[at] = self._read(*at)
+        return self._known[at]
+
+    def _read(self, history: History, delta: float, interval: float) -> Reading:
         if all(q == 1 for (q, _), _ in history):
-            return _gaussian_epsilon(_mu(history), delta)
-        if (history, delta) not in self._known:
-            try:
-                self._known[history, delta] = self._compose(history, delta)
-            except (ArithmeticError, ValueError, MemoryError):  # losses beyond what a float holds
-                self._known[history, delta] = None
-        return self._known[history, delta]
+            return Reading(_gaussian_epsilon(_mu(history), delta) if history else 0.0)
+        noticed = sorted((n * q * math.erf(1 / (math.sqrt(8) * sigma)), ((q, sigma), n)) for (q, sigma), n in history)
+        if math.fsum(chance for chance, _ in noticed) * (1 + 1e-9) < delta:
+            return Reading(0.0)
+        few = itertools.accumulate(chance for chance, _ in noticed)
+        least = tuple(item for (_, item), chance in zip(noticed, few, strict=True) if chance > 1e-4 * delta)
+        bound, order = _plain(least, delta * (1 - 1e-4))
+        bound = min(bound, _gaussian_epsilon(_mu(history), delta))
+        events = self._rounded(least, order)
+        rounded = max(0.0, _renyi_sum(tuple(events.items()), order) - _renyi_sum(least, order))
+        if bound <= 1e-4 or bound > 200 or sum(events.values()) > 10**6:
+            return Reading(bound, 0.0, plain=bound > 1e-4)
+        try:
+            if interval:
+                found = self.at(events, delta * (1 - 1e-4), interval)
+            else:
+                found, interval, moved = self._refined(events, delta * (1 - 1e-4), rounded)
+                rounded += moved
+        except (ArithmeticError, ValueError, MemoryError):  # losses beyond what a float holds
+            found = math.inf
+        return Reading(found, rounded, interval=interval) if found < bound else Reading(bound, plain=True)
 
-    def _compose(self, history: History, delta: float) -> float | None:
-        events = {kind: steps for kind, steps in history if kind[0] < 1}
-        if unsampled := tuple(item for item in history if item[0][0] == 1):
-            events[1.0, 1 / _mu(unsampled)] = 1  # unsampled steps are together one Gaussian mechanism
+    def _rounded(self, history: History, order: int) -> dict[Kind, int]:
+        """At most about `kinds` sampled events and one unsampled one, of no smaller loss."""
+        unsampled = [(sigma, n) for (q, sigma), n in history if q == 1]
+        rest, spread, cheap = {}, _renyi_sum(history, 2), 0.0
+        for (q, sigma), n in sorted(history, key=lambda item: item[1] / item[0][1] ** 2):
+            cheap += n / sigma**2
+            if q < 1 and cheap > 1e-6 * spread:
+                rest[q, sigma] = n
+            elif q < 1:
+                unsampled.append((sigma, n))
+        rest = _merged_kinds(rest, order, self.kinds)
+        if unsampled:  # together one Gaussian mechanism, in as many parts as keep its losses moderate
+            mu2 = math.fsum(n / sigma**2 for sigma, n in unsampled)
+            parts = math.ceil(mu2 / 4)
+            rest[1.0, math.sqrt(parts / mu2)] = parts
+        return rest
+
+    def _refined(self, events: Mapping[Kind, int], delta: float, rounded: float) -> tuple[float, float, float]:
+        """Epsilon, the interval at which it moves no more, or by less than rounding costs anyway; else by how much it did."""
         count = sum(events.values())
-        # epsilon is 0 when a record that joins is noticed at all with probability at most delta
-        if math.fsum(n * q * math.erf(1 / (math.sqrt(8) * sigma)) for (q, sigma), n in history) < delta:
-            return 0.0
-        if len(events) > 16:
-            return None
-        bound = _fixed_epsilon(history, delta)
-        if bound <= 1e-3:
-            return bound
-        if count > 10**6 or bound > 200:
-            return None
         tail = math.log(1e-4 * delta / count)  # noise this improbable is charged as certain loss
-        least = sum(self._span(q, sigma, tail) for q, sigma in events) / self.cells
-        spread = math.fsum(n * _renyi(q, sigma, 2) for (q, sigma), n in events.items())
-        interval = max(0.5 * math.sqrt(spread / count), least)
-        self._until = self._until or time.monotonic() + self.seconds
-        coarse, found = math.inf, self._at(events, delta, interval, tail)
-        while interval / 2 >= least and coarse - found > 0.5 * max(0.01 * found, 1e-3):
-            if time.monotonic() > self._until:
-                return None
-            interval /= 2
-            coarse, found = found, self._at(events, delta, interval, tail)
-        return min(found, bound)
+        # An n-fold composition is about sqrt(n) times as wide as one step.
+        least = sum(self._span(q, sigma, tail) * math.sqrt(n) for (q, sigma), n in events.items()) / self.cells
+        interval = max(0.5 * math.sqrt(_renyi_sum(tuple(events.items()), 2) / count), least)
+        found = self.at(events, delta, interval)
+        moved = found
+        while moved > max(5e-4, 5e-4 * found, 0.1 * rounded):
+            if interval / 2 < least:
+                return found, interval, moved
+            interval, coarse = interval / 2, found
+            found = self.at(events, delta, interval)
+            moved = coarse - found
+        return found, interval, 0.0
 
     @staticmethod
-    def _at(events: Mapping[tuple[float, float], int], delta: float, interval: float, tail: float) -> float:
+    def at(events: Mapping[Kind, int], delta: float, interval: float) -> float:
+        """Epsilon by loss distributions of this interval; sound whatever it is."""
         # Imported where it is needed: it takes a second and 50 MB, and unsampled histories do without.
         from dp_accounting.pld import privacy_loss_distribution as pld
 
+        count = sum(events.values())
+        tail = math.log(1e-4 * delta / count)
         total = pld.identity(interval)
         for (q, sigma), steps in events.items():
             step = pld.from_gaussian_mechanism(
                 sigma, sampling_prob=q, value_discretization_interval=interval, log_mass_truncation_bound=tail
             )
             total = total.compose(step.self_compose(steps))
-        delta -= 2e-16 * (1000 + sum(events.values()))  # the FFT's rounding
+        delta -= 2e-16 * (1000 + count)  # the FFT's rounding
         return float(total.get_epsilon_for_delta(delta)) if delta > 0 else math.inf
 
     @staticmethod
@@ -686,6 +743,37 @@ class Odometer:
             return 2 * top
         high = top + math.log(q + (1 - q) * math.exp(-top))
         return high - math.log1p(-q)
+
+
+def _merged_kinds(events: Mapping[Kind, int], order: int, most: int) -> dict[Kind, int]:
+    """At most so many kinds, of no smaller loss: each is a cell's largest q and smallest sigma.
+
+    The cell that costs most by this, in Renyi divergence at this order, is cut in two at its median q or sigma.
+    """
+
+    def corner(inside: list[tuple[Kind, int]]) -> tuple[Kind, int]:
+        kinds = [kind for kind, _ in inside]
+        return (max(q for q, _ in kinds), min(sigma for _, sigma in kinds)), sum(n for _, n in inside)
+
+    def cell(inside: list[tuple[Kind, int]]) -> Cell:
+        (q, sigma), steps = corner(inside)
+        return len(inside) > 1, steps * _renyi(q, sigma, order) - _renyi_sum(tuple(inside), order), inside
+
+    def halves(inside: list[tuple[Kind, int]]) -> list[Cell]:
+        return [cell(inside[: len(inside) // 2]), cell(inside[len(inside) // 2 :])]
+
+    cells = [cell(list(events.items()))] if events else []
+    while len(cells) < min(most, len(events)):
+        worst = max(cells, key=lambda one: one[:2])
+        cells.remove(worst)
+        cuts = [halves(sorted(worst[2])), halves(sorted(worst[2], key=lambda item: item[0][1]))]
+        cheaper = min(cuts, key=lambda two: two[0][1] + two[1][1])
+        cells += cheaper
+    made: Counter[Kind] = Counter()
+    for _, _, inside in cells:
+        kind, steps = corner(inside)
+        made[kind] += steps
+    return dict(made)
 
 
 # -- the charter ---------------------------------------------------------------------------------------------
@@ -1031,18 +1119,17 @@ class Book:
         if (budget.epsilon, budget.delta) != (self.terms.epsilon, self.terms.delta):
             raise Bad("budget", f"not the charter's epsilon {self.terms.epsilon} and delta {self.terms.delta}")
 
-    def _cost(self, odometer: Odometer, budget: Budget | None, history: History) -> float:
+    def _cost(self, odometer: Odometer, budget: Budget | None, history: History, tight: bool = True) -> float:
         """Least epsilon known for what the charter fixed in advance, at its delta; 0 when it agrees to no bound.
 
-        The plain bounds stand in where the odometer gives up, so that what a gate's filter admits is never above.
+        What a gate's filter admits is never above the charter's: the plain bounds and its own filter are looked at first.
         """
         if self.terms.epsilon is None or self.terms.delta is None or not history:
             return 0.0
         cost = filter_epsilon(budget.at(self.terms.epsilon, self.terms.delta), history) if budget else math.inf
-        if cost > self.terms.epsilon and len(history) <= 16:
-            cost = min(cost, _fixed_epsilon(history, self.terms.delta))
-        if cost > self.terms.epsilon and (tight := odometer.epsilon(history, self.terms.delta)) is not None:
-            cost = min(cost, tight)
+        if cost > self.terms.epsilon:
+            plain = _plain(history, self.terms.delta)[0]
+            cost = min(cost, odometer.read(history, self.terms.delta).epsilon if tight else plain, plain)
         return cost
 
     def _too_dear(self, cost: float) -> bool:
@@ -1440,13 +1527,13 @@ class Partner(Book):
             what = f"{len(others)} debit(s) under other charters on the same lineage: charged, their terms were not checked"
             self.report.warn("other_charter", self.file, others[0], what)
         own = [(point["entry"], event) for point, event, own in account.debits if own]
-        odometer = Odometer()
+        odometer, few = Odometer(), len(account.spent(own=True)) <= 16
 
         def cost(debits: int) -> float:
             spent: Counter[Kind] = Counter()
             for _, event in own[:debits]:
                 _charge(spent, event)
-            return self._cost(odometer, account.budget, _history(spent))
+            return self._cost(odometer, account.budget, _history(spent), few or debits == len(own))
 
         total = cost(len(own))
         if not self._too_dear(total):
@@ -2068,12 +2155,12 @@ def _check_model(root: Path, report: Report, last: dict[str, Any] | None) -> Non
         report.wrong(bad.code, file, None, str(bad))
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Two numbers (or two nulls) that agree to 1e-6."""
+def _same(a: Any, b: Any, within: float = 1e-6) -> bool:
+    """Two numbers (or two nulls) that agree."""
     if a is None or b is None:
         return a is b
     numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e300 for n in (a, b))
-    return numbers and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6 if a > 1e-3 else 0)
+    return numbers and math.isclose(a, b, rel_tol=within, abs_tol=within if max(a, b) > 1e-3 else 0)
 
 
 def _check_result(
@@ -2107,7 +2194,7 @@ def _check_result(
                     raise Bad("result", f"{name}: {key} is missing")
                 wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
                 if key in claims and not (key == "epsilon" and name in coarse):
-                    _compare(report, f"{name}: {key}", claims[key], wanted)
+                    _compare(report, f"{name}: {key}", claims[key], wanted, ODOMETERS if key == "epsilon" else 1e-6)
         _check_rounds(result, runs)
         listed = result.get("refusals")
         keys = ("partner", "run_id", "round", "reason")
@@ -2119,8 +2206,8 @@ def _check_result(
         report.wrong("result", file, None, f"malformed ({_show(str(err))})")
 
 
-def _compare(report: Report, what: str, said: Any, wanted: float | None) -> None:
-    if not _same(said, wanted):
+def _compare(report: Report, what: str, said: Any, wanted: float | None, within: float = 1e-6) -> None:
+    if not _same(said, wanted, within):
         report.wrong("result", "result.json", None, f"{what} is {_show(said)}, here it is {wanted}")
 
 
@@ -2172,7 +2259,7 @@ def _claim(terms: Terms) -> str:
 
 @dataclass
 class _Bill:
-    """Works out epsilons once for equal histories and remembers whose are coarse."""
+    """Works out epsilons, once for equal histories, and remembers whose are coarse."""
 
     terms: Terms
     report: Report
@@ -2189,13 +2276,9 @@ class _Bill:
         tight = coarse
         if coarse is not None and budget:
             coarse = filter_epsilon(budget, history)
-            tight = self.odometer.epsilon(history, budget.delta)
-            if tight is None or not math.isfinite(tight):
-                self.coarse.update(names)
-                what = f"{names[0]}: too long a history for the tight epsilon; the filter's is given"
-                self.report.warn("coarse", file, None, what)
-                tight = coarse
-            tight = min(tight, coarse)
+            reading = self.odometer.read(history, budget.delta)
+            tight = min(reading.epsilon, coarse)
+            self._say(reading, tight, file, names)
         return {
             "epsilon": tight,
             "epsilon_filter": coarse,
@@ -2203,6 +2286,16 @@ class _Bill:
             "delta": delta,
             "unbounded": unbounded,
         }
+
+    def _say(self, reading: Reading, epsilon: float, file: str, names: list[str]) -> None:
+        if self.coarse.isdisjoint(names) and (reading.plain or reading.rounded > 1e-3 * max(1.0, epsilon)):
+            self.coarse.update(names)
+            what = (
+                f"{names[0]}: too long or too hostile a history for the tight epsilon; {epsilon:.6g} is a plain bound"
+            )
+            if not reading.plain:
+                what = f"{names[0]}: of epsilon {epsilon:.6g} about {reading.rounded:.2g} is by rounding"
+            self.report.warn("coarse", file, None, what)
 
     def of_charter(
         self, file: str, names: list[str], budget: Budget | None, unbounded: bool, spent: Mapping[Kind, int]
@@ -2272,10 +2365,24 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
 
 
 def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]]:
-    """Every debit in order; the odometer is read at some."""
+    """Every debit in order; the odometer is read at some: the fewer, the more different events there are."""
     points = []
     for lineage, account in used.items():
-        points += [point | ({"lineage": lineage} if len(used) > 1 else {}) for point, _, _ in account.debits]
+        spent: Counter[Kind] = Counter()
+        last = len(account.debits) - 1
+        several = sum(q < 1 for q, _ in account.spent()) or 1
+        every = math.ceil((last + 1) / max(1, MAX_POINTS // several))
+        interval = 0.0
+        if account.budget:
+            interval = bill.odometer.read(_history(account.spent()), account.budget.delta).interval
+        for number, (point, event, _) in enumerate(account.debits):
+            _charge(spent, event)
+            point = point | ({"lineage": lineage} if len(used) > 1 else {})
+            if account.budget and point["epsilon_filter"] is not None and (last - number) % every == 0:
+                final = number == last
+                tight = bill.odometer.read(_history(spent), account.budget.delta, 0.0 if final else interval)
+                point["epsilon"] = min(tight.epsilon, point["epsilon_filter"])
+            points.append(point)
     return sorted(points, key=lambda point: int(point["entry"]))
 
 
