@@ -128,9 +128,14 @@ def _ledger(report: _Report, settings: NodeSettings, home: Home, known: list[Reg
             raise LedgerError(f"{settings.ledger}: missing", "Restore it: hansa node restore BACKUP")
         report.ok("ledger", "none yet; the node makes it when it first starts")
         return
+    counted = Counter(settings.counter).counted()  # first: a node that runs appends meanwhile
     entries, torn = read_ledger(settings.ledger, home.key())
     Standing(entries)
-    Counter(settings.counter).compare(entries)
+    if counted is None or not (counted[0] <= len(entries) and entries[counted[0] - 1].root == counted[1]):
+        raise LedgerError(
+            f"{settings.ledger}: not the ledger that {settings.counter} counted, or nothing there can be read",
+            "Restore the ledger with its newest entries: hansa node restore BACKUP",
+        )
     report.ok(
         "ledger", f"{len(entries)} entries, signed and chained" + (", the last one torn by a crash" if torn else "")
     )

@@ -270,7 +270,25 @@ class Counter:
         self._path = path
         self._handle: int | None = None
 
-    def compare(self, entries: list[Entry]) -> None:
+    def check(self, entries: list[Entry]) -> None:
+        """Return when the ledger with these entries is the one that was counted, or goes on from it; from then on it counts.
+
+        Raises:
+            LedgerError: it is an older copy, another one, or the counter is missing or damaged.
+            OutputError: the counter cannot be written.
+        """
+        self._compare(entries)
+        try:
+            new = not self._path.exists()
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if new:
+                fsync_folder(self._path.parent)
+        except OSError as err:
+            raise output_error(self._path, err) from err
+        if entries:
+            self.advance(entries[-1])
+
+    def _compare(self, entries: list[Entry]) -> None:
         """Return when the ledger with these entries is the one that was counted, or goes on from it. Changes nothing.
 
         Raises:
@@ -298,24 +316,6 @@ class Counter:
                 raise LedgerError(f"the ledger's first {length} entries are not those that were there before", hint)
         elif len(entries) > 1:  # it is empty only until the first entry was counted
             raise LedgerError(f"{self._path}: empty, and it says how long the ledger must be", hint)
-
-    def check(self, entries: list[Entry]) -> None:
-        """As `compare`; from then on it counts.
-
-        Raises:
-            LedgerError: as `compare`.
-            OutputError: it cannot be written.
-        """
-        self.compare(entries)
-        try:
-            new = not self._path.exists()
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if new:
-                fsync_folder(self._path.parent)
-        except OSError as err:
-            raise output_error(self._path, err) from err
-        if entries:
-            self.advance(entries[-1])
 
     def advance(self, entry: Entry) -> None:
         """Count an entry that is on disk.

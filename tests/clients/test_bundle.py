@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from hansa.clients.bundle import export
 from hansa.clients.models import MODEL, charter_of
 from hansa.common.charter import SignedCharter
 from hansa.common.errors import ConfigError, OutputError
+from hansa.common.identity import public_pem
 from hansa.common.ledger import read_ledger
 from node_support import NAMES, Realm
+from support import verified
 
 OTHER = "other-coordinator"
 
@@ -92,3 +95,20 @@ def test_a_data_set_of_another_lineage_is_not_disclosed(realm: Realm) -> None:
     assert [e.body["lineage"] for e in shown if e.type == "dataset"] == [lineage]
     assert shown[-1].type == "undisclosed"
     assert shown[-1].privacy == {"lineage": "e" * 32, "open": "disjoint"}
+
+
+def test_an_auditor_of_either_charter_verifies_its_bundle(realm: Realm) -> None:
+    """The shared budget adds up for both, from headers alone where the entries are the other's."""
+    second: SignedCharter = realm.second  # type: ignore[attr-defined]
+    for one, where in ((realm.signed, None), (second, OTHER)):
+        out = realm.root / f"bundle-{one.charter.name}"
+        one.save(out / "charter.json")
+        for name in NAMES:
+            export(realm.settings(name, realm.signed, second), out)
+        (out / "coordinator").mkdir()
+        shutil.copy(realm.root / one.sha256[:8] / "ledger.jsonl", out / "coordinator")
+        (out / "keys" / "coordinator.pem").write_bytes(public_pem(one.charter.coordinator.key))
+        (model,) = [p for p in realm.settings("ada").models.iterdir() if charter_of(p / "closing.json") == one.sha256]
+        shutil.copy(model / MODEL, out)
+        partner = verified(out)["partners"]["ada"]
+        assert partner["rounds"] == 2, where

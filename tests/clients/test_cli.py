@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.main import get_command
 
 from hansa.clients import cli as module
@@ -84,6 +85,50 @@ def test_dataset_add_reports_on_the_owners_screen(realm: Realm, node: Screen) ->
     other = realm.data("ben")
     assert "--version-of NAME" in node("dataset", "add", str(other), "--task", TASK, code=2)
     assert json.loads(Path(f"state/datasets/{TASK}/dataset.json").read_text()) == kept
+
+
+def test_data_sets_that_share_a_budget_and_those_that_do_not(
+    realm: Realm, node: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "No data is registered" in node("dataset", "list")
+    add = ("dataset", "add", "--task", TASK)
+    node(*add, str(realm.data("ada")))
+    assert "What has this one to do with it?" in node(*add, str(realm.data("ada", 2)), code=2)
+    shown = node(*add, str(realm.data("ada", 2)), "--overlaps", TASK)
+    assert "The node takes it in when it next starts" in shown
+    assert "more than one of" in node(*add, str(realm.data("ada", 3)), "--overlaps", TASK, "--version-of", TASK, code=2)
+    assert "not yet in the ledger" in node(*add, str(realm.data("ada", 3)), "--collected-from", "2026-01-01", code=2)
+    first, second = node.json("dataset", "list")["datasets"]
+    assert (first["name"], second["name"]) == (TASK, f"{TASK}-2")
+    assert first["lineage"] == second["lineage"]
+    assert second["declared"] == {"kind": "overlap", "of": TASK, "cutoff": None}
+    assert (first["recorded"], first["newest_version"]) == (None, True)
+    shown = node("dataset", "list")
+    for words in (
+        f"lineage {first['lineage']}: one budget",
+        f"{TASK}-2: overlaps with {TASK}",
+        "when the node next starts",
+    ):
+        assert words in shown
+    settings = yaml.safe_load(Path("node.yaml").read_text())
+    settings["federations"][0]["dataset"] = TASK
+    Path("node.yaml").write_text(yaml.safe_dump(settings))
+    found = {f["name"]: f for f in node.json("check", code=1)["findings"]}
+    assert (found[f"data {TASK}"]["state"], found[f"data {TASK}-2"]["state"]) == ("ok", "ok")
+
+
+def test_what_a_planned_run_costs_and_a_plot(realm: Realm, node: Screen) -> None:
+    for name in NAMES:
+        realm.start(name)
+    assert "nothing was spent or held yet" in node("budget", "--plot", "budget.svg", code=2)
+    realm.run("run-1")
+    (one,) = node.json("budget", "--plan", "first.json")["plan"]["lineages"]
+    assert one["fits"] > 1
+    shown = node("budget", "--plan", "first.json", "--plot", "plots/budget.svg")
+    assert f"fits: {one['fits']} such run(s)" in shown
+    assert "odometer" in shown
+    assert Path("plots/budget.svg").read_bytes().startswith(b"<?xml")
+    assert "No such file" in node("budget", "--plan", "none.yaml", code=2)
 
 
 def test_rows_are_public_only_when_their_owner_says_so(
