@@ -69,7 +69,7 @@ _CHECKED = {
     "entries": "entries",
     "signatures": "signatures",
     "heads": "signed heads",
-    "proofs": "comparisons of a ledger with what its owner signed",
+    "proofs": "comparisons of a ledger with what its owner had signed",
 }
 _MECHANISMS = {"poisson-gaussian/1": "Gaussian noise", "none/1": "NO PROTECTION"}
 

@@ -97,7 +97,10 @@ def test_the_verdict_is_one_sentence_with_its_date_its_charter_and_what_it_cover
     assert "✓ Verified On 25 November 2026, 11:02 UTC everything in this bundle" in good.text
     assert "within its cap for every one of 4 partners" in good.text
     assert verdicts.CHARTER in good.text
-    assert "4 partners, 5 ledgers, 1,123 entries, 1,340 signatures, 205 signed heads, 215 comparisons" in good.text
+    assert (
+        "4 partners; checked were 5 ledgers, 1,123 entries, 1,340 signatures, 205 signed heads, 215 comparisons"
+        in good.text
+    )
     assert "from 22 November 2026, 01:50 UTC to 22 November 2026, 01:59 UTC" in good.text
     assert "1 closing checkpoint countersigned by everyone" in good.text
 
@@ -193,6 +196,12 @@ def test_no_guarantee_is_said_in_the_headline() -> None:
     one = verdicts.verdict()
     one["partners"]["hungary"] |= {"epsilon": None, "epsilon_filter": None, "unbounded": True}
     assert "Verified, but not private for all" in show(one).text
+
+
+def test_every_code_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "auditing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`,? ?)+) \|", text, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(verifier.MEANS)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
