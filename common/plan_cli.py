@@ -334,14 +334,14 @@ def _print_frontier(found: dict[str, Any]) -> None:
     out.print(
         f"\nWhat each epsilon buys. Record level, add-or-remove-one, local noise, delta {found['delta']:g}; adversary: {ADVERSARY}.\n"
         f"  {found['metric'].upper()} of simulated runs: mean ± standard deviation over {found['seeds']} seed(s), each with a split, an "
-        f"initial model and noise of its own;\n  {found['measured_on']}. The noise is what the filter calibrates for the cap; a "
+        f"initial model and noise of its own;\n  {found['measured_on']}. Cap, filter and odometer are epsilons; noise is the noise multiplier, which the filter calibrates for the cap. A "
         "simulation is on the data of this configuration, and no promise for others."
     )
     if found["seeds"] < 5:
         out.print("[yellow]  fewer than 5 seeds: the standard deviation itself is a rough guess[/]")
     table = Table(box=None, pad_edge=False)
-    for title in ("", "cap", "eps (filter)", "eps (odometer)", "rounds", "noise", found["metric"].upper(), "runs"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
+    for title in ("", "cap", "filter", "odometer", "rounds", "noise", found["metric"].upper(), "runs"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for point in found["points"]:
         costs = ["-", "-"]
         if not point["refused"]:
@@ -356,7 +356,16 @@ def _print_frontier(found: dict[str, Any]) -> None:
             str(point["n"]),
         )
     for name, spread in found["without_privacy"].items():
-        told = (plain(name), "none", "-", "-", str(spread["rounds"]), "0", _pm(spread), str(spread["n"]))
+        told = (
+            plain(name.split(",")[0].removeprefix("all data ")),
+            "none",
+            "-",
+            "-",
+            str(spread["rounds"]),
+            "0",
+            _pm(spread),
+            str(spread["n"]),
+        )
         table.add_row(*told)
     out.print(table)
 
