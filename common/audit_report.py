@@ -37,6 +37,7 @@ SLACK = 1e-9  # relative, as the verifier's
 UNIT = "one record of one partner"
 ADJACENCY = "add-or-remove-one"
 NOISE = "local (the partner adds it before anything leaves)"
+UNPROTECTED = "none for what left unprotected"
 ADVERSARY = "everyone but the partner itself: the coordinator, the other partners, whoever receives the model"
 
 BECAUSE = {
@@ -200,7 +201,13 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "period": _period(partners),
         "closings": _closings(verdict),
         "open_runs": [str(run) for run in verdict.get("open_runs") or []],
-        "terms": {"unit": UNIT, "adjacency": ADJACENCY, "noise": NOISE, "adversary": ADVERSARY},
+        "terms": {
+            "unit": UNIT,
+            "adjacency": ADJACENCY,
+            "noise": UNPROTECTED if open_ended and len(open_ended) == len(partners) else NOISE,
+            "adversary": ADVERSARY,
+        },
+        "unprotected": UNPROTECTED,
         "many": many,
         "rows": [_row(names, figures) for names, figures in groups[: LISTED if many else None]],
         "groups": len(groups),
@@ -309,7 +316,7 @@ def _section(index: int, names: Sequence[str], figures: Fields) -> dict[str, Any
         ]
     return _row(names, figures) | {
         "id": f"partner-{index + 1}",
-        "curves": [_curve(*part) for part in parts if part[1]],
+        "curves": [made for part in parts if part[1] and (made := _curve(*part))["lines"]],
         "lineages": [
             {
                 "id": str(name),
@@ -514,10 +521,10 @@ def _steps(
 
 def _bars(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, Any] | None:
     """Two bars a partner (or history), filter and odometer, with a line at its cap."""
-    keys = ("epsilon_filter", "epsilon", "epsilon_cap")
-    top = max((v for _, figures in groups for k in keys if (v := _drawn(figures.get(k))) is not None), default=0.0)
-    if top <= 0:
+    drawn = [[_drawn(f.get(k)) for k in ("epsilon_filter", "epsilon", "epsilon_cap")] for _, f in groups]
+    if not any(spent for spent, *_ in drawn):
         return None
+    top = max(v for row in drawn for v in row if v is not None)
     x = page.Axis(0.0, 1.05 * top, 170, 560, 5)
     bars = []
     for i, (names, figures) in enumerate(groups):

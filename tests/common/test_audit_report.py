@@ -22,6 +22,7 @@ from hansa.common import audit_report, page, verifier
 from hansa.common.cli import run
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bundles
 import verdicts
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -192,7 +193,11 @@ def test_no_guarantee_is_said_in_the_headline() -> None:
     shown = show(made)
     assert "Verified, but there is no privacy guarantee" in shown.text
     assert "no bound on privacy loss holds" in shown.text
-    assert "within its cap" not in shown.section("verdict" if "verdict" in shown.sections else "")
+    assert "noise placement: none for what left unprotected" in shown.text
+    assert "within its cap" not in shown.text
+    for p in made["partners"].values():
+        p["trajectory"] = [point | {"epsilon": None, "epsilon_filter": None} for point in p["trajectory"]]
+    assert not any(tag == "svg" for tag, _ in show(made).tags)  # nothing to draw
     one = verdicts.verdict()
     one["partners"]["hungary"] |= {"epsilon": None, "epsilon_filter": None, "unbounded": True}
     assert "Verified, but not private for all" in show(one).text
@@ -404,6 +409,18 @@ def test_strange_numbers(value: Any) -> None:
     p["events"] = [event | {"q": value, "sigma": value, "steps": value} for event in p["events"]]
     text = show(made).text
     assert "nan" not in text.replace("finance", "").lower().split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_every_honest_bundle_has_a_page(seed: int, tmp_path: Path) -> None:
+    bundles.honest(bundles.any_shape(seed)).write(tmp_path)
+    verdict = verifier.verify_bundle(tmp_path)
+    shown = show(verdict)
+    for name in verdict["partners"]:
+        assert name in shown.text
+    for warning in verdict["warnings"]:
+        assert warning["means"] in shown.section("warnings")
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
