@@ -65,7 +65,7 @@ CODES: Mapping[str, Code] = {
     "unaccounted-metrics": Code(
         "A loss, a score or a count of private rows is a release of those rows. What leaves without noise that is charged "
         "to the budget has no epsilon at all.",
-        "Ponomareva et al. 2303.00654, Sec. 5.3 (everything that leaves is part of the mechanism)",
+        "Ponomareva et al. 2303.00654 (everything that leaves is part of the mechanism)",
         "evaluation: public on rows that were public before, or evaluation: private with a noise_multiplier; never "
         "training loss.",
     ),
@@ -78,7 +78,7 @@ CODES: Mapping[str, Code] = {
     "sizes-from-data": Code(
         "Under add-or-remove-one adjacency the number of records is private. A rate, divisor, weight or step count "
         "computed from it leaves with the update, and differs between the two neighbouring data sets.",
-        "Ponomareva et al. 2303.00654, Sec. 5; DESIGN section 5 of this project",
+        "DESIGN section 5 of this project; Ponomareva et al. 2303.00654 on what a report must state",
         "Declare a rounded size for each partner (declared_records), agreed and public; everything is computed from that.",
     ),
     "delta-not-below-1/n": Code(

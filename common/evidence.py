@@ -283,7 +283,7 @@ def _shuffled() -> list[Example]:
 
 
 def clt_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
-    """ε by the central-limit approximation, μ = q·√(T·(e^(1/σ²) − 1)) (Bu et al. 1911.11607, Cor. 4), never to be used.
+    """ε by the central-limit approximation, μ = q·√(T·(e^(1/σ²) − 1)) (Bu et al. 1911.11607), never to be used.
 
     As TensorFlow Privacy's and Opacus's gdp accountants compute it for Poisson batches. No bound in either direction.
     """
