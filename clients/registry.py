@@ -213,6 +213,9 @@ class Registry:
             strangers = [one for one in earlier if one.dataset.lineage != lineage]
             for one in strangers:
                 _refuse_known(files, split, one, rules)
+            if rules.public and not rules.allow_equal_rows:
+                for one in (known for known in earlier if known not in strangers):
+                    _refuse_published(files, split, one)
             if strangers:
                 agree(_declaration(relation, strangers))
             folder = self._folder / name
@@ -490,6 +493,30 @@ def _refuse_known(files: DataFiles, split: Split, other: Registered, rules: Rule
                 "They would have two budgets. Leave them out, also where different records only look the same; or share that "
                 f"budget: --overlaps {other.name}",
             )
+
+
+def _refuse_published(files: DataFiles, split: Split, other: Registered) -> None:
+    """Raise when a row that is declared public looks like a private one of a data set with the same budget."""
+    hint = (
+        "Its score and label would leave without noise: leave it out. If they are different records that look the same: "
+        "--allow-equal-rows"
+    )
+    assert files.held_out is not None
+    try:
+        theirs, public = other.dataset.open(), other.dataset.held_out == "public"
+    except DataError as err:
+        raise DataError(
+            f"{other.name} cannot be compared: {err.message}", f"Put its registered file back. {hint}"
+        ) from err
+    found: set[int] = set()
+    for place, known, theirs_public in _parts(other.files, theirs, public):
+        if not theirs_public:
+            found |= set(_alike(files.held_out, split.held_out, place, known, same_task=other.task.name == files.task))
+    if found:
+        raise DataError(
+            f"{len(found)} row(s) of {files.held_out} look like private rows of {other.name} (rows {_some(sorted(found))})",
+            hint,
+        )
 
 
 def _parts(files: DataFiles, split: Split, public: bool) -> list[tuple[Path, Rows, bool]]:

@@ -291,6 +291,18 @@ def test_rows_that_are_public_on_both_sides_are_in_no_budget(desk: Desk, monkeyp
     desk.add(desk.file(2), desk.file(3), collected_from=desk.later(monkeypatch))
 
 
+def test_rows_that_were_private_do_not_become_public_by_a_new_version(desk: Desk) -> None:
+    desk.add(desk.file(0), desk.file(3))
+    row = desk.file(0).read_text().splitlines()[9]
+    public = desk.file(3, name="public.csv", extra=(row,))
+    files = DataFiles(TASK, desk.file(1), public)
+    relation = Relation(version_of=TASK)
+    with pytest.raises(DataError, match=r"1 row\(s\) of .* look like private rows of heart-disease \(rows 61\)"):
+        desk.registry.add(files, Rules(public=True), relation=relation)
+    assert desk.names() == [TASK]
+    desk.registry.add(files, Rules(public=True, allow_equal_rows=True), relation=relation)
+
+
 @pytest.mark.parametrize("change", ["gone", "other rows", "not a table"])
 def test_what_cannot_be_compared_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     old = desk.file(0)
