@@ -53,7 +53,7 @@ def short(*parts: object) -> str:
 
 
 OTHER = digest("another charter")
-DERIVED = object()
+DERIVED = "derived"
 """A header's privacy event that follows from the data."""
 
 
@@ -223,7 +223,10 @@ class Draft:
         if item.shown is not None:
             return item.shown
         if item.kind == "dataset" and owner != COORDINATOR:
-            return item.data.get("lineage") in self.held_lineages(owner)
+            try:
+                return item.data.get("lineage") in self.held_lineages(owner)
+            except TypeError:  # nonsense that a test wrote
+                return True
         return item.charter in (None, self.signed.sha256)
 
     def held_lineages(self, owner: str) -> set[Any]:
@@ -242,7 +245,7 @@ class Draft:
                 derived = None if owner == COORDINATOR else _charge(item, of, left)
             except (AttributeError, LookupError, TypeError):  # nonsense that a test wrote
                 derived = None
-            found.append(derived if item.privacy is DERIVED else item.privacy)
+            found.append(derived if item.privacy == DERIVED else item.privacy)
         return found
 
     def write_for_real(self, folder: Path) -> Path:
@@ -338,6 +341,7 @@ class Shape:
     clients: int = 0  # a population
     participation: float = 1.0
     heads: bool = True
+    careless: bool = False  # no gate refuses what is too dear
     seed: int = 0
 
 
@@ -604,7 +608,7 @@ class _Honest:
         plan, lineage = plan_fields(self.shape, signed), site.using["lineage"]
         if charter.privacy.kind == "local":
             agreed = Budget.create(charter.privacy.epsilon, charter.privacy.delta)
-            if not site.admits(lineage, signed.sha256, plan, agreed):
+            if not (self.shape.careless or site.admits(lineage, signed.sha256, plan, agreed)):
                 if not self.known(name, "refuse", request):
                     self.add(name, "refuse", **request, round=None, reason="budget", detail="spent")
                 return "refused: budget", reply
