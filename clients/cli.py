@@ -15,8 +15,6 @@ from ..common.errors import ConfigError, HansaError
 from ..common.home import Home
 from ..common.identity import write_whole
 from . import dataset_cli
-from .bill import budget_report
-from .bill_show import plot_budget, print_budget
 from .dataset_cli import SettingsArgument, YesOption
 from .law import Control
 from .settings import TEMPLATE, NodeSettings, load_settings
@@ -130,6 +128,9 @@ def budget(
 
     Example: hansa node budget --plan charter.json --plot budget.svg
     """
+    from .bill import budget_report  # data sets bring the tasks, and these torch: an auditor has none
+    from .bill_show import plot_budget, print_budget
+
     report = budget_report(load_settings(settings), plan)
     if plot is not None:
         plot_budget(report, plot)

@@ -67,6 +67,29 @@ def test_the_commands_of_the_page_repeat_it(demo_run: tuple[Path, Result], tmp_p
     assert verdict["partners"] == json.loads(process("audit", bundle, "--format", "json").out)["partners"]
 
 
+LIGHT = """
+import sys
+
+class Light:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "flwr", "opacus", "safetensors", "sklearn", "matplotlib", "grpc"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Light())
+from hansa.common.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_an_auditor_needs_no_training_libraries(demo_run: tuple[Path, Result], tmp_path: Path) -> None:
+    """Every floor's commands are loaded before one is chosen: none of them may bring torch."""
+    command = [sys.executable, "-c", LIGHT, "audit", str(demo_run[0]), "--report", "report.html"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "VERIFIED" in done.stdout
+    assert (tmp_path / "report.html").exists()
+
+
 def _files(folder: Path) -> dict[str, str]:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
