@@ -39,6 +39,7 @@ def print_budget(console: Console, report: dict[str, Any]) -> None:
         _print_lineage(console, report, one)
     if report["plan"] is not None:
         _print_plan(console, report["plan"])
+    console.print()
     for one in report["runs"]:
         console.print(plain(f"run {one['run']} ({one['charter']}): {one['state']}, {one['rounds']} round(s) debited"))
     for reason, count in report["refusals"].items():
@@ -49,7 +50,8 @@ def print_budget(console: Console, report: dict[str, Any]) -> None:
 
 def _print_lineage(console: Console, report: dict[str, Any], one: dict[str, Any]) -> None:
     names = ", ".join(each["name"] or each["dataset"] for each in one["datasets"])
-    console.print(plain(f"\ndata: {names} (lineage {one['lineage']}: one budget)"))
+    console.print()
+    console.print(plain(f"data: {names} (lineage {one['lineage']}: one budget)"))
     if one["unbounded"]:
         console.print(
             "[bold red]UNBOUNDED[/]: an unprotected round was trained; no finite epsilon holds for this dataset."
@@ -110,7 +112,8 @@ def _fewer(points: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
 
 
 def _print_plan(console: Console, plan: dict[str, Any]) -> None:
-    console.print(plain(f"\none more run of {plan['name']} ({plan['file']}), task {plan['task']}:"))
+    console.print()
+    console.print(plain(f"one more run of {plan['name']} ({plan['file']}), task {plan['task']}:"))
     for item in plan["plan"]:
         console.print(plain(f"  {noise_of(item)}"))
     for one in plan["lineages"]:
@@ -149,7 +152,7 @@ def plot_budget(report: dict[str, Any], to: Path) -> None:
     if not drawn:
         raise LedgerError("nothing was spent or held yet", "Plot it when a run was accepted.")
     figure = Figure(figsize=(8, 1.2 + 2.8 * len(drawn)), layout="constrained")
-    figure.suptitle(f"{about(report).capitalize()}", fontsize=8, wrap=True)
+    figure.suptitle(about(report), fontsize=8, wrap=True)
     for axes, one in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
         points, budget = one["history"], one["budget"]
         times = [datetime.fromisoformat(point["time"]) for point in points]
