@@ -103,7 +103,7 @@ def test_the_verdict_is_one_sentence_with_its_date_its_charter_and_what_it_cover
         in good.text
     )
     assert "from 22 November 2026, 01:50 UTC to 22 November 2026, 01:59 UTC" in good.text
-    assert "1 closing checkpoint countersigned by everyone" in good.text
+    assert "1 closing checkpoint, signed by everyone" in good.text
 
 
 def test_every_figure_stands_beside_its_unit_adjacency_delta_noise_and_adversary(good: Page) -> None:
