@@ -76,6 +76,11 @@ fuzz: $(VENV)/.dev
 	@$(BIN)/pip install -q --only-binary :all: atheris -c constraints.txt || echo "no atheris here: fuzzing without coverage"
 	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
 
+# In a copy of the tree; cosmic-ray has a virtual environment of its own, .mutants. docs/mutation-testing.md.
+MUTANTS ?= 0
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutation --sample $(MUTANTS)
+
 # The link's messages, after an edit of common/link.proto. The tool has a virtual environment of its own: it wants another protobuf.
 proto:
 	$(PYTHON) -m venv .proto && .proto/bin/pip install -q 'grpcio-tools==1.76.0' 'setuptools<81'
@@ -84,4 +89,4 @@ proto:
 	cp .proto/src/hansa/common/link_pb2.py* common/
 
 clean:
-	rm -rf $(VENV) .proto out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .proto .mutants out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,25 +28,33 @@ ROOM = 3 * 1024**3
 """Memory that inputs may take beyond what the process has when they begin."""
 
 
+FILE = 64 * 1024**2
+"""No input may make a larger file."""
+
+
 class Hang(BaseException):
     """An input took more than CPU_S of processor time. No Exception: nothing in Hansa may catch it."""
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """A memory limit, and a handler for `fed`'s alarm."""
+    """Limits to memory and to files, and a handler for the alarm of `feed`."""
 
     def late(_: int, __: FrameType | None) -> None:
         raise Hang(f"more than {CPU_S} s")
 
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGPROF, late)
+    files = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, large = signal.signal(signal.SIGPROF, late), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, files[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, files)
+        signal.signal(signal.SIGXFSZ, large)
         signal.signal(signal.SIGPROF, before)
 
 
@@ -66,6 +74,8 @@ class Session:
         """Count from here: the first inputs import what they need."""
         self.began, self.slowest = time.monotonic(), 0.0
         self.outcomes.clear()
+        if self._folder is not None:
+            (self._folder / "slowest.bin").unlink(missing_ok=True)
 
     def feed(self, data: bytes) -> str:
         """One input; where it ended. A finding does not stop the session: its place is remembered."""
@@ -216,7 +226,8 @@ def guided(name: str, seconds: float, folder: Path, corpus: Path, seed: int) -> 
         f"-max_len={longest}", f"-artifact_prefix={folder}/", "-print_final_stats=0", "-reduce_inputs=0",
         *([f"-dict={words}"] if target.words else []),
     ]  # fmt: skip
-    atheris.Setup(arguments, lambda data: session.feed(data) and None, custom_mutator=change)
+    # -1: nothing could be built of it, so nothing shall be made of it either.
+    atheris.Setup(arguments, lambda data: -1 if session.feed(data) == "skipped" else 0, custom_mutator=change)
     with bounded():
         session.restart()
         atheris.Fuzz()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -370,9 +371,8 @@ def witness_seeds() -> list[Any]:
 @of_json("witness", witness_seeds)
 def _witness(said: Any) -> None:
     from hansa.common.heads import sign_head
-    from hansa.common.witness import Asked, standing, told, with_signatures
-
     from hansa.common.identity import strict_json
+    from hansa.common.witness import Asked, standing, told, with_signatures
 
     with building():  # they are fields of a message, which was read so
         fields = strict_json(bent(said))
@@ -1035,7 +1035,12 @@ def _unpack(data: bytes) -> None:
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir()
     watched = corpus.scratch() / "outside"
-    _unpack(corpus.file(data, "backup.tar"), to)
+    try:
+        _unpack(corpus.file(data, "backup.tar"), to)
+    except OSError as err:  # `restore` tells it as an OutputError
+        if err.errno == errno.EFBIG:
+            raise AssertionError(f"more than is allowed from an archive of {len(data)} bytes") from err
+        raise
     assert not watched.exists()
     taken = sum(p.stat().st_size for p in to.rglob("*") if p.is_file())
     assert taken <= len(data), f"{taken} bytes from an archive of {len(data)}"
@@ -1063,7 +1068,11 @@ def _checksummed(data: bytes) -> bytes:
 
 @of_json(
     "backup-built",
-    lambda: [MEMBERS, [{**MEMBERS[0], "type": "S", "size": "77777777777", "linkname": "x", "pax": {"size": "-1"}}]],
+    lambda: [
+        MEMBERS,
+        [{**MEMBERS[0], "type": "S", "size": 0, "sparse": 3}],
+        [{**MEMBERS[0], "type": "S", "size": "77777777777", "linkname": "x", "pax": {"size": "-1"}}],
+    ],
     also=(OSError,),
 )
 def _backup_built(said: Any) -> None:
@@ -1077,7 +1086,9 @@ def _backup_built(said: Any) -> None:
                 blocks += [_tar_header("././@PaxHeader", b"x", f"{len(text):o}", ""), text + b"\0" * (-len(text) % 512)]
             kind = str(member.get("type", "0")).encode("latin-1", "replace")[:1]
             size = member.get("size", f"{len(data):o}")
-            blocks += [_tar_header(str(member["name"]), kind, size, str(member.get("linkname", "")))]
+            blocks += [
+                _tar_header(str(member["name"]), kind, size, str(member.get("linkname", "")), member.get("sparse"))
+            ]
             blocks.append(data + b"\0" * (-len(data) % 512))
         made = b"".join(blocks) + b"\0" * 1024
     _unpack(made)
@@ -1088,7 +1099,7 @@ def _pax(key: str, value: str) -> bytes:
     return str(len(body) + len(str(len(body) + 3))).encode() + body
 
 
-def _tar_header(name: str, kind: bytes, size: Any, linkname: str) -> bytes:
+def _tar_header(name: str, kind: bytes, size: Any, linkname: str, sparse: Any = None) -> bytes:
     def field(text: bytes, length: int) -> bytes:
         return text[:length].ljust(length, b"\0")
 
@@ -1107,6 +1118,9 @@ def _tar_header(name: str, kind: bytes, size: Any, linkname: str) -> bytes:
     )
     block += kind + field(linkname.encode("utf-8", "surrogatepass"), 100) + b"ustar\x0000" + b"\0" * 247
     block = block[:512].ljust(512, b"\0")
+    if isinstance(sparse, int):  # GNU's form of a file with holes: so many bytes, of which none is in the archive
+        real = b"\x80" + (sparse % 2**80).to_bytes(11, "big")
+        block = block[:257] + b"ustar  \0" + block[265:386] + b"00000000000\0" * 2 + block[410:483] + real + block[495:]
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 

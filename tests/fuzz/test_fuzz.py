@@ -16,7 +16,10 @@ INPUTS = 300
 SECONDS = 20.0
 
 
-OPEN = {"backup-built": "clients/custody.py: a member of 10^18 bytes in a backup ends restore with a MemoryError"}
+OPEN = {
+    "backup-built": "clients/custody.py: restore ends with a MemoryError at a member of 10^18 bytes",
+    "a-file-of-holes.json": "clients/custody.py: 1.5 KB of archive fill the disk, by a member in GNU's form of a file with holes",
+}
 """Found, and not yet put right."""
 
 
@@ -47,7 +50,17 @@ def test_nothing_but_a_refusal(name: str) -> None:
     assert session.outcomes["refused"] + session.outcomes["taken"] > session.outcomes["skipped"] / 3
 
 
-@pytest.mark.parametrize("path", REGRESSIONS, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            id=f"{path.parent.name}/{path.name}",
+            marks=[pytest.mark.xfail(reason=OPEN[path.name], strict=True)] if path.name in OPEN else [],
+        )
+        for path in REGRESSIONS
+    ],
+)
 def test_what_was_found_once(path: Path) -> None:
     session = Session(TARGETS[path.parent.name])
     with bounded():
