@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from hansa.common import accounting
+from hansa.common import accounting, curves
 from hansa.common.accounting import MIN_NOISE_MULTIPLIER, Budget, PrivacyEvent, odometer
 from hansa.common.errors import ConfigError, LedgerError, Refusal, Refused
 
@@ -223,17 +223,17 @@ def test_admits_exactly_when_spent_is_within_the_cap(budget: Budget, history: li
 def test_each_branch_can_be_the_one_that_admits() -> None:
     """Otherwise its share of δ would be wasted; and a history may use the branch that suits it."""
     full, sampled = [PrivacyEvent(1.0, 30.0, 50)], [PrivacyEvent(0.01, 1.5, 800)]
-    gaussian = accounting._gaussian_epsilon(50 / 900, BUDGET.gaussian_delta)
+    gaussian = curves.gaussian_epsilon(50 / 900, BUDGET.gaussian_delta)
     assert BUDGET.spent(full) == pytest.approx(gaussian, rel=1e-5)
-    assert BUDGET.spent(sampled) < 0.1 * accounting._gaussian_epsilon(800 / 2.25, BUDGET.gaussian_delta)
+    assert BUDGET.spent(sampled) < 0.1 * curves.gaussian_epsilon(800 / 2.25, BUDGET.gaussian_delta)
 
 
 def test_renyi_conversion_is_the_published_one() -> None:
     """2004.00010 Prop. 12, written out apart from the code."""
     alpha, rho, delta = 12, 0.3, 1e-6
     published = rho + (math.log(1 / delta) + (alpha - 1) * math.log(1 - 1 / alpha) - math.log(alpha)) / (alpha - 1)
-    assert accounting._renyi_epsilon(rho, alpha, delta) == pytest.approx(published, abs=1e-9)
-    assert accounting._renyi_epsilon(rho, alpha, delta) > published
+    assert curves.renyi_epsilon(rho, alpha, delta) == pytest.approx(published, abs=1e-9)
+    assert curves.renyi_epsilon(rho, alpha, delta) > published
 
 
 @pytest.mark.parametrize(("q", "sigma", "alpha"), [(0.01, 1.0, 8), (0.3, 0.7, 3), (1e-4, 2.0, 20), (0.9, 4.0, 11)])
@@ -247,20 +247,20 @@ def test_renyi_divergence_agrees_with_direct_integration(q: float, sigma: float,
         """E[ratio^order] − 1 under N(0, σ²), less the linear term, whose mean is zero but which would cost digits."""
         return float((np.expm1(order * log_ratio) - order * np.expm1(log_ratio)) @ weight)
 
-    mine = math.expm1((alpha - 1) * accounting._renyi_step(q, sigma, alpha))
+    mine = math.expm1((alpha - 1) * curves.renyi_step(q, sigma, alpha))
     assert mine == pytest.approx(excess(alpha), rel=1e-6)
     assert mine > excess(1 - alpha)  # the other direction, D_α(Q‖P), is no larger
 
 
 def test_tiny_rates_keep_their_digits() -> None:
     """ρ(2) = ln(1 + q²(e^(1/σ²) − 1)); a sum that is not arranged for it returns 0 or noise here."""
-    assert accounting._renyi_step(1e-9, 1.0, 2) == pytest.approx(1e-18 * math.expm1(1), rel=1e-9)
+    assert curves.renyi_step(1e-9, 1.0, 2) == pytest.approx(1e-18 * math.expm1(1), rel=1e-9)
 
 
 @pytest.mark.parametrize(("mu", "epsilon"), [(1.0, 1.0), (0.1, 0.2), (5.0, 30.0), (1e-3, 1e-3)])
 def test_gaussian_epsilon_inverts_the_exact_curve(mu: float, epsilon: float) -> None:
     delta = float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu))
-    found = accounting._gaussian_epsilon(mu**2, delta)
+    found = curves.gaussian_epsilon(mu**2, delta)
     assert found == pytest.approx(epsilon, rel=1e-6)
 
 
@@ -274,7 +274,7 @@ def test_full_batch_admits_enough_of_exact_composition() -> None:
             low, high = (middle, high) if fits(middle) else (low, middle)  # type: ignore[operator]
         return low
 
-    exact = largest(lambda mu: accounting._gaussian_epsilon(mu**2, 1e-4) <= 1.0)
+    exact = largest(lambda mu: curves.gaussian_epsilon(mu**2, 1e-4) <= 1.0)
     admitted = largest(lambda mu: 1 / mu > 0.3 and BUDGET.admits([PrivacyEvent(1.0, 1 / mu, 1)]))
     assert (admitted / exact) ** 2 == pytest.approx(0.865, abs=0.002)
 
@@ -373,4 +373,11 @@ def test_odometer_never_reports_more_than_the_filter_charges() -> None:
 
 
 def test_public_names() -> None:
-    assert sorted(accounting.__all__) == ["Budget", "MIN_NOISE_MULTIPLIER", "PrivacyEvent", "odometer"]
+    assert sorted(accounting.__all__) == [
+        "Budget",
+        "MIN_NOISE_MULTIPLIER",
+        "PrivacyEvent",
+        "Reading",
+        "odometer",
+        "odometer_reading",
+    ]
