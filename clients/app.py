@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,8 +114,7 @@ class Node:
     def open(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
         """Accept or refuse a whole run."""
         self._gate.open_run(request, digest)
-        fields = {} if self._heads is None or self._identity is None else self._head([])
-        return self._wire.encode(request.reply("accepted", digest, **fields), self._wire.pack({}))[0]
+        return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
 
     def train(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
         """One round of local training; answers with the update w_after − w_before."""
@@ -297,11 +296,8 @@ class Node:
             _log.warning(
                 "%s: heads that do not extend what was signed before: %s", self._gate.name, ", ".join(sorted(behind))
             )
-        return {**self._head(asked.since), "witnessed": signatures(signed, self._identity.key), "stands": stands}
-
-    def _head(self, since: Iterable[int]) -> dict[str, Any]:
-        assert self._identity is not None
-        return {"head": telling(self._identity, self._gate.ledger, since)}
+        head = telling(self._identity, self._gate.ledger, asked.since)
+        return {"head": head, "witnessed": signatures(signed, self._identity.key), "stands": stands}
 
     def _agreed(self, request: Manifest) -> Charter:
         charter = self._gate.charter(request.charter_sha256)

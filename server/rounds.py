@@ -159,10 +159,10 @@ class Coordinator:
         if state.accepted is None and give_up:
             return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
         if state.accepted is None:
-            state.accepted, said = self._open(grid, run_id, only or list(self._roster))
+            state.accepted = self._open(grid, run_id, only or list(self._roster))
             if len(state.accepted) < self._charter.quorum:
                 return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
-            self._witness(state, 1, said)
+            self._witness(state, 1, {})
             state.save(path)
         optimizer = ServerOptimizer(self._charter.algorithm.strategy)
         optimizer.restore(state.strategy)
@@ -223,14 +223,8 @@ class Coordinator:
 
     # -- the phases of a run -----------------------------------------------------------------------------------------
 
-    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
-        """Who accepted the run, and the fields of what they said."""
-        said: dict[str, Mapping[str, Any]] = {}
-
-        def accept(partner: str, reply: Manifest, _: Tensors) -> None:
-            said[partner] = reply.fields
-
-        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, accept)
+    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> list[str]:
+        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, lambda *_: None)
         self._records.answered(run_id, 0, "open", answers)
         accepted = [name for name, answer in answers.items() if answer.outcome == "ok"]
         silent = [name for name, answer in answers.items() if answer.outcome in ("timeout", "invalid")]
@@ -248,7 +242,7 @@ class Coordinator:
                 f"Nothing was spent. When they are ready, run again with --resume: run {run_id} is then asked for again. Until "
                 "then those who accepted hold their part of the budget for it; --resume --give-up closes it instead.",
             )
-        return accepted, said
+        return accepted
 
     def _train(
         self, grid: Grid, run_id: str, number: int, state: Checkpoint

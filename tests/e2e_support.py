@@ -174,12 +174,12 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Payloads of a ledger's whole lines, read without the package's own reader."""
-    return [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in whole_lines(path)]
+    """Bodies of a ledger's whole lines, read without the package's own reader."""
+    return [json.loads(line)["body"] for line in whole_lines(path)]
 
 
 def of_type(path: Path, kind: str) -> list[dict[str, Any]]:
-    return [e["body"] for e in entries(path) if e["type"] == kind]
+    return [e["data"] for e in entries(path) if e["type"] == kind]
 
 
 def contents(data: bytes, depth: int = 3) -> Iterator[bytes]:

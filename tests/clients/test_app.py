@@ -169,12 +169,12 @@ def others_head(name: str, folder: Path, entries: int = 3) -> tuple[Head, Ledger
 def test_a_reply_tells_the_ledgers_head_and_signs_what_it_was_asked_to(site: Site, tmp_path: Path) -> None:
     desk = Desk(site, charter())
     keys = desk.signed.charter.keys()
-    accepted = desk.send("open", 0)[0]
-    first, _ = told(accepted.fields["head"], keys, "ada")
+    desk.open()
+    assert site.ledger is not None
+    first = sign_head(identity("ada"), site.ledger)
     bens, ledger = others_head("ben", tmp_path)
     fields = {"witness": asking(first, [first.length], [(bens, [])])}
     reply = desk.send("train", 1, weights(), fields=fields)[0]
-    assert site.ledger is not None
     assert site.heads is not None
     assert site.kinds()[-2:] == ["debit", "commit"]
     head, proofs = told(reply.fields["head"], keys, "ada")

@@ -41,7 +41,11 @@ CROSSINGS: dict[str, set[str]] = {
     "failed": set(),
     "kept": set(),
 }
-FIELDS = {"refused": {"reason", "detail"}, "head": {"length", "head"}, "signature": {"signature"}}
+# Beside a round's answer: where the node's ledger stands, and its signatures under where others' stand.
+HEADS = {"head", "witnessed", "stands"}
+FIELDS = {
+    "refused": {"reason", "detail"}, "head": {"length", "root"}, "signature": {"signature"}, "update": HEADS, "failed": HEADS,
+}  # fmt: skip
 
 SEED = 3  # of `federation`
 PARTNERS = ("ebony", "ivory", "umber")

@@ -20,13 +20,13 @@ COMMANDS = [
     ["demo"], ["simulate"], ["network"], ["plan"], ["audit"], ["evidence", "accounting"],
     ["identity", "new"], ["identity", "issue"], ["identity", "install"], ["identity", "show"],
     ["identity", "verify"], ["identity", "revoke"], ["identity", "renew"],
-    ["node", "init"], ["node", "dataset", "add"], ["node", "check"], ["node", "run"], ["node", "budget"],
+    ["node", "init"], ["node", "dataset", "add"], ["node", "dataset", "list"], ["node", "check"], ["node", "run"], ["node", "budget"],
     ["node", "approve"], ["node", "pause"], ["node", "resume"], ["node", "withdraw"], ["node", "export"],
     ["node", "backup"], ["node", "restore"],
     ["server", "run"], ["server", "status"], ["server", "export"],
     ["model", "show"], ["model", "predict"],
     ["charter", "new"], ["charter", "show"], ["charter", "sign"], ["charter", "verify"],
-    ["ledger", "show"], ["ledger", "verify"],
+    ["ledger", "show"], ["ledger", "verify"], ["ledger", "prove"], ["ledger", "check-proof"],
     ["task", "new"], ["task", "check"], ["task", "list"],
 ]  # fmt: skip
 

@@ -43,6 +43,7 @@ def test_it_writes_every_file_and_no_other(demo_run: DemoRun) -> None:
     names = [*HOSPITALS, "coordinator"]
     wanted = {"result.json", "charter.json", "model.safetensors", "report.html", "coordinator/ledger.jsonl"}
     wanted |= {f"partners/{name}/ledger.jsonl" for name in HOSPITALS} | {f"keys/{name}.pem" for name in names}
+    wanted |= {f"heads/{name}.jsonl" for name in names}
     wanted |= {f"closing/{result['run_id']}.json", f"closing/{second}.json"}
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == wanted
 

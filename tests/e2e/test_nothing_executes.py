@@ -104,7 +104,7 @@ def test_files_do_not_execute(tmp_path: Path, marker: Path, how: str) -> None:
     path.write_bytes(sha256(payload).encode() + b"\n" + payload)
     with pytest.raises(HansaError):
         Checkpoint.load(path)
-    closing = {"v": 1, "run_id": "r", "charter_sha256": "c" * 64, "model_sha256": sha256(payload), "ledgers": []}
+    closing = {"v": 2, "run_id": "r", "charter_sha256": "c" * 64, "model_sha256": sha256(payload), "ledgers": []}
     about = {key: closing[key] for key in ("run_id", "charter_sha256", "model_sha256")}
     about |= {"task": TASK, "privacy": {}, "metrics": {}}
     kept = tmp_path / "kept"

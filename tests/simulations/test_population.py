@@ -86,8 +86,8 @@ def test_killed_after_every_entry_with_privacy_it_verifies(tmp_path: Path, evalu
     original, out, deaths = Ledger.append, tmp_path / "out", 0
     died: set[tuple[str, object, object]] = set()
 
-    def append(self: Ledger, kind: str, body: Any) -> Any:
-        entry = original(self, kind, body)
+    def append(self: Ledger, kind: str, body: Any, **more: Any) -> Any:
+        entry = original(self, kind, body, **more)
         here = (kind, body.get("round"), body.get("purpose"))
         if here not in died:
             died.add(here)
@@ -162,10 +162,8 @@ def records(ledger: Ledger, **changes: Any) -> PopulationRecords:
     many = {"partners": [], "population": {"clients": 200, "declared_records": 9}, "privacy__delta": 1e-3}
     signed = charter(**{**many, **changes})
     if not ledger.of("charter"):
-        ledger.append("charter", {"charter_sha256": signed.sha256})
-    made = PopulationRecords(ledger, signed)
-    made.sha = signed.sha256  # type: ignore[attr-defined]
-    return made
+        ledger.append("charter", {"name": "c"}, charter=signed.sha256)
+    return PopulationRecords(ledger, signed)
 
 
 def test_ranges() -> None:
@@ -177,14 +175,14 @@ def test_ranges() -> None:
 def test_a_plan_beyond_the_cap_is_refused_before_anything_is_held(ledger: Ledger) -> None:
     made = records(ledger, privacy__noise_multiplier=0.5)
     with pytest.raises(Refused, match="the cap is 2") as caught:
-        made.run("r", made.sha)  # type: ignore[attr-defined]
+        made.run("r")
     assert caught.value.reason is Refusal.BUDGET
     assert not ledger.of("budget", "cohort-hold")
 
 
 def test_a_client_works_only_when_its_round_was_debited(ledger: Ledger) -> None:
     made = records(ledger)
-    made.run("run-1", made.sha)  # type: ignore[attr-defined]
+    made.run("run-1")
     signed = charter()
     gate = PopulationGate("client-0001", signed.charter, made)
     ask = request(signed, "train", 1, to="client-0001")
@@ -203,7 +201,7 @@ def test_a_client_works_only_when_its_round_was_debited(ledger: Ledger) -> None:
 def test_after_a_crash_the_same_debit_pays(ledger: Ledger) -> None:
     for _ in range(2):
         made = records(ledger)
-        made.run("r", made.sha)  # type: ignore[attr-defined]
+        made.run("r")
         made.asked("r", 1, "train", {client_name(1): ("q", "")})
         made.answered("r", 1, "train", {client_name(1): Answer("q", "ok"), client_name(2): Answer("q", "timeout")})
     kinds = [e.type for e in ledger.entries[2:]]
@@ -213,7 +211,7 @@ def test_after_a_crash_the_same_debit_pays(ledger: Ledger) -> None:
 
 def test_what_costs_nothing_is_not_debited(ledger: Ledger) -> None:
     made = records(ledger, evaluation={"kind": "public"})
-    made.run("r", made.sha)  # type: ignore[attr-defined]
+    made.run("r")
     length = ledger.length
     for purpose in ("open", "evaluate"):
         made.asked("r", 0, purpose, {client_name(1): ("q", "")})
@@ -223,7 +221,7 @@ def test_what_costs_nothing_is_not_debited(ledger: Ledger) -> None:
 
 def test_without_privacy_it_says_so(ledger: Ledger) -> None:
     made = records(ledger, privacy=NO_PRIVACY)
-    made.run("r", made.sha)  # type: ignore[attr-defined]
+    made.run("r")
     made.asked("r", 1, "train", {client_name(1): ("q", "")})
     assert not ledger.of("budget")
     assert ledger.entries[-1].body["event"] == {"mechanism": "none/1"}
