@@ -313,8 +313,8 @@ def leak_text_in_a_field(patch: pytest.MonkeyPatch) -> str:
 def leak_text_in_a_ledger(patch: pytest.MonkeyPatch) -> str:
     append = Gate._append
 
-    def leaky(self: Gate, kind: str, body: Any) -> None:
-        append(self, kind, {**body, "detail": "first row: xoloitzcuintli"} if kind == "public" else body)
+    def leaky(self: Gate, kind: str, body: Any, *more: Any) -> None:
+        append(self, kind, {**body, "detail": "first row: xoloitzcuintli"} if kind == "public" else body, *more)
 
     patch.setattr(Gate, "_append", leaky)
     return "ebony: breed as text in out/partners/ebony/ledger.jsonl"
@@ -362,8 +362,9 @@ def test_a_planted_leak_is_found(leak: Any, tmp_path: Path, monkeypatch: pytest.
 def test_a_planted_size_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append = Gate._append
 
-    def leaky(self: Gate, kind: str, body: Any) -> None:
-        append(self, kind, {**body, "rows": len(self._dataset.open().train)} if kind == "commit" else body)
+    def leaky(self: Gate, kind: str, body: Any, *more: Any) -> None:
+        (_, dataset), *_ = self._charters.values() or [(None, None)]
+        append(self, kind, {**body, "rows": len(dataset.open().train)} if kind == "commit" else body, *more)
 
     monkeypatch.setattr(Gate, "_append", leaky)
     made = make_run(tmp_path / "run", monkeypatch, EVALUATIONS["public"])
