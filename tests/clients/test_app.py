@@ -273,7 +273,7 @@ def test_a_crash_after_the_debit_is_run_again_with_fresh_noise(
     assert site.kinds().count("debit") == site.kinds().count("commit") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("4711"), RuntimeError("4711")])
+@pytest.mark.parametrize("error", [ValueError("canary-4711-canary"), RuntimeError("canary-4711-canary")])
 def test_work_that_fails_is_answered_once_and_for_all(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
@@ -290,8 +290,8 @@ def test_work_that_fails_is_answered_once_and_for_all(
         patch.setattr(app, "train_locally", fail)
         reply, tensors, records = desk.send("train", 1, weights())
     assert (reply.kind, tensors, set(reply.fields)) == ("failed", {}, {"head", "witnessed", "stands"})
-    assert b"4711" not in unwrapped(to_bytes(records))
-    assert "4711" not in caplog.text
+    assert b"canary-4711-canary" not in unwrapped(to_bytes(records))
+    assert "canary-4711-canary" not in caplog.text
     assert f"round 1 failed: {type(error).__name__} at clients/test_app.py:" in caplog.text
     for _ in range(2):
         assert to_bytes(desk.send("train", 1, weights())[2]) == to_bytes(records)
@@ -357,7 +357,10 @@ def test_refusals_of_the_gate_are_signed_and_recorded(site: Site) -> None:
     assert [b["round"] for b in bodies] == [1, 9, 1]
 
 
-@pytest.mark.parametrize("error", [DataError("secret 4711"), SchemaViolation("f.csv", [(7, "age", "4711", "0 to 9")])])
+@pytest.mark.parametrize(
+    "error",
+    [DataError("secret canary-4711-canary"), SchemaViolation("f.csv", [(7, "age", "canary-4711-canary", "0 to 9")])],
+)
 def test_data_that_cannot_be_read_is_refused_without_its_words(
     site: Site, caplog: pytest.LogCaptureFixture, error: DataError
 ) -> None:
@@ -374,8 +377,8 @@ def test_data_that_cannot_be_read_is_refused_without_its_words(
     kept = b"".join(unwrapped(p.read_bytes()) for p in site.folder.rglob("*") if p.is_file())
     for written in (unwrapped(to_bytes(records)), kept):
         assert Refusal.DATA.value.encode() in written, "the search looks into envelopes"
-        assert b"4711" not in written
-    assert "4711" not in caplog.text, "logs are shipped and kept: no record value in them either"
+        assert b"canary-4711-canary" not in written
+    assert "canary-4711-canary" not in caplog.text, "logs are shipped and kept: no record value in them either"
     assert f"ada: the registered dataset cannot be read: {type(error).__name__} at clients/test_app.py:" in caplog.text
     site.source.hook = lambda: None
     assert desk.send("train", 1, weights())[0].kind == "update", "mended, the same debit pays"
@@ -602,7 +605,7 @@ def test_it_is_on_disk_before_the_reply(closed: Desk, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fsync", fsync)
     Ending(closed).send()
     files = [name.removeprefix(".hansa-tmp-").rpartition(".")[0] for name in synced if name != "run-1"]
-    assert files == ["model.safetensors", "closing.json", "model.json"], "the manifest last: with it all is there"
+    assert files == ["closing.json", "model.safetensors", "model.json"], "whose folder it is first, the manifest last"
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

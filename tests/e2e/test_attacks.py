@@ -479,7 +479,7 @@ def joined(town: Town, signed: SignedCharter) -> str:
     with pytest.raises(CharterError, match="no charter can be joined") as caught:
         assemble(settings, None, town.log("ada"))
     entries, _ = read_ledger(settings.ledger)
-    assert [e.type for e in entries] == ["genesis"]
+    assert [e.type for e in entries] == ["genesis", "dataset"]
     return caught.value.message
 
 
