@@ -46,6 +46,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
+from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 from .curves import gaussian_epsilon, renyi_epsilon, renyi_step
@@ -59,7 +60,7 @@ _Floats = NDArray[np.float64]
 
 _MAX_KINDS = 1024
 _MAX_POINTS = 2**21  # of one composition's grid: about a second of work a direction
-_MAX_WORK = 2**26  # kinds x points
+_MAX_WORK = 2**25  # kinds x points
 _MAX_STORED = 2**22  # points of single steps that are remembered, not computed twice
 _FIRST_POINTS = 128  # to one standard deviation of the tilted composition
 _TOLERANCE = 1e-4
@@ -458,22 +459,21 @@ def _window(kinds: Sequence[_Blocks]) -> tuple[int, int] | None:
 
 
 def _solve(losses: _Floats, mass: _Floats, theta: float, log_moment: float, error: float, delta: float) -> float:
-    """Least ε with e^{K − θε}·(E_θ[…] + error·w) ≤ δ, by bisection from above."""
+    """Least ε with e^{K − θε}·(E_θ[…] + error·w) ≤ δ, to 10⁻⁸ of itself, rounded up."""
     worst = _weight(theta)
 
-    def fits(epsilon: float) -> bool:
+    def excess(epsilon: float) -> float:
         start, stop = np.searchsorted(losses, (epsilon, epsilon + 60 / theta))
         beyond = losses[start:stop] - epsilon  # past the end the weight is below e⁻⁶⁰
         expected = float(mass[start:stop] @ (np.exp(-theta * beyond) * -np.expm1(-beyond))) + error * worst + 1e-26
-        return log_moment - theta * epsilon + math.log(expected) <= math.log(delta)
+        return log_moment - theta * epsilon + math.log(expected / delta)
 
-    low, high = 0.0, max(0.0, (log_moment + math.log(worst * (1 + error) + 1e-26) - math.log(delta)) / theta) + 1e-12
-    if fits(low):
-        return low
-    while high - low > 1e-8 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    if excess(0.0) <= 0.0:
+        return 0.0
+    # The Rényi bound, which cannot be exceeded.
+    high = (log_moment + math.log((worst * (float(mass.sum()) + error) + 1e-26) / delta)) / theta * (1 + 1e-12)
+    margin = 1e-9 * high
+    return float(brentq(excess, 0.0, high, xtol=margin)) + 2 * margin
 
 
 def _weight(theta: float) -> float:
