@@ -107,6 +107,7 @@ def _about(said: Any) -> dict[str, Any]:
     if set(said) != set(_ABOUT) or not all(isinstance(said[name], kind) for name, kind in _ABOUT.items()):
         raise ValueError("other fields than a checkpoint has")
     answers = {
-        purpose: {name: Answer(**answer) for name, answer in given.items()} for purpose, given in said["answers"].items()
+        purpose: {name: Answer(**answer) for name, answer in given.items()}
+        for purpose, given in said["answers"].items()
     }
     return {**said, "answers": answers}
