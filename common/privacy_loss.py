@@ -8,7 +8,7 @@ How, for one direction with the pair (P, Q) and the loss L = ln dP/dQ:
 
 1. *Discretise*. Between two neighbouring grid points, P's and Q's mass are kept and moved to the ends. The new pair
    dominates the old one, and no other pair on that grid is smaller (Connect the Dots: Doroshenko, Ghazi, Kamath, Kumar &
-   Manurangsi 2207.04380). Domination survives composition (Zhu, Dong & Wang 2106.08567, Thm 10). What lies above the
+   Manurangsi 2207.04380). Domination survives composition (Zhu, Dong & Wang 2106.08567). What lies above the
    last grid point, 10⁻⁶ of δ in all, is charged as certain loss; what lies below the first is moved up.
 2. *Tilt*. With K(θ) = ln E_P[e^{θL}], summed over steps, and P_θ(l) = P(l)·e^{θl − K(θ)},
 
@@ -78,8 +78,8 @@ class Reading:
 
     Args:
         epsilon: ε at the δ asked for; never below the truth.
-        rounding_cost: how much of it came in by rounding kinds to a grid: by so much moved the Rényi bound of the
-            order that fits best. 0.0 where nothing was rounded.
+        rounding_cost: how much of it came in by rounding kinds to a grid: by so much rounding moved the Rényi bound
+            of the order that fits best. 0.0 where nothing was rounded.
         step: by how much ε last moved when the discretisation interval was halved, an estimate of what discretising
             still costs. 0.0 where nothing was discretised, infinite for a Rényi bound, which was not refined.
         method: "none" (no steps), "unnoticed", "gaussian" (exact), "loss distribution" or "renyi".
@@ -109,13 +109,12 @@ def read(history: History, delta: float) -> Reading:
     delta *= 1 - _UNNOTICED
     alpha, bound = _best_order(history, delta)
     bound = min(bound, gaussian_epsilon(_mu_squared(whole), asked))
-    history = _round(history, alpha)
-    rounding = _rho(history, alpha) - _rho({kind: n for kind, n in whole.items() if noticed[kind] > allowed}, alpha)
-    rounding = max(0.0, rounding)
     if bound > _TOLERANCE and delta > 1e-280:
-        found, step = _compose(history, delta)
-        if found <= bound:
-            return Reading(found, rounding, step, "loss distribution" if step < math.inf else "renyi")
+        rounded = _round(history, alpha)
+        worst = _compose(rounded, delta)
+        if worst.epsilon <= bound:
+            method = "loss distribution" if worst.step < math.inf else "renyi"
+            return Reading(worst.epsilon * (1 + _SLACK) + _SLACK, worst.above(history), worst.step, method)
     return Reading(bound, 0.0, math.inf, "renyi")
 
 
@@ -129,7 +128,7 @@ def _rho(history: History, alpha: int) -> float:
 
 def _best_order(history: History, delta: float) -> tuple[int, float]:
     """(α, ε) of the best whole Rényi order."""
-    orders = _ORDERS if len(history) <= _MAX_KINDS else _ORDERS[::4]  # a question of time
+    orders = _ORDERS if len(history) <= 2 * _MAX_KINDS else _ORDERS[::2]  # a question of time
     epsilon, alpha = min((renyi_epsilon(_rho(history, a), a, delta), a) for a in orders)
     return alpha, epsilon
 
@@ -277,16 +276,14 @@ def _log_moments(step: _Mass, thetas: _Floats) -> _Floats:
 # --------------------------------------------------------------------------------------------------------- composition
 
 
-def _compose(history: History, delta: float) -> tuple[float, float]:
-    """(ε, by how much it last moved); infinite where only a Rényi bound was found."""
-    counts = list(history.values())
-    reach = float(-ndtri(_LOST * delta / sum(counts)))
+def _compose(history: History, delta: float) -> _Direction:
+    """The worse direction, refined as far as it will go; the other need only be seen to be less."""
+    reach = float(-ndtri(_LOST * delta / sum(history.values())))
     directions = [_Direction(history, delta, add, reach) for add in (False, True)]
-    # Only the larger one need be exact.
     while True:
         worst = max(directions, key=lambda d: d.epsilon)
         if not worst.refine():
-            return worst.epsilon * (1 + _SLACK) + _SLACK, worst.step
+            return worst
 
 
 class _Direction:
@@ -321,6 +318,20 @@ class _Direction:
         moved = float(counts @ np.minimum(finest**2 / 8, 0.4 * finest * np.sqrt(spreads)))
         self._hopeless = not moved < 0.5 * deviation
         self._found = math.inf
+
+    def above(self, history: History) -> float:
+        """By how much the Rényi bound of this order is above that of a history of which this is a rounding up."""
+        if all(self._history.get(kind) == steps for kind, steps in history.items() if kind[0] < 1.0):
+            return 0.0
+        theta, mine, less = np.array([self._theta]), 0.0, 0.0
+        for (q, sigma), steps in self._history.items():
+            mine += steps * float(_log_moments(_scan(q, sigma, self._add, self._reach, 1024), theta)[0])
+        for (q, sigma), steps in history.items():
+            if q < 1.0:
+                less += steps * float(_log_moments(_scan(q, sigma, self._add, self._reach, 1024), theta)[0])
+            else:
+                less += steps * self._theta * (self._theta + 1) / (2 * sigma**2)
+        return max(0.0, (mine - less) / self._theta)
 
     @staticmethod
     def _size(steps: Sequence[_Mass]) -> float:
