@@ -288,7 +288,7 @@ def _envelope(parsed: Any, kind: str) -> tuple[bytes, Signatures]:
         raise Bad("layout", "not a signed envelope") from err
     made = [{"keyid": key, "sig": base64.b64encode(sig).decode()} for key, sig in signatures]
     again = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": made}
-    if _bytes(again) != _bytes(parsed):
+    if again != parsed:
         raise Bad("layout", f"an envelope of another type than {kind}, or in an unusual layout (edited?)")
     return payload, signatures
 
@@ -1934,6 +1934,7 @@ class Witnesses:
         self.names = {key: name for name, key in terms.keys.items()}
         self.statements: dict[str, list[Statement]] = {owner: [] for owner in books}
         self.longer: dict[str, tuple[int, str]] = {}  # owner -> the most entries that it signed for, and where
+        self.agreed = dict.fromkeys(books, 0)  # owner -> how much of its ledger is as in a copy
         self.heads: list[dict[str, Any]] = []
         self.closings: list[dict[str, Any]] = []
         self.used = 0  # things that were compared
@@ -2083,6 +2084,7 @@ class Witnesses:
             what = f"another entry than in {label}:{fork}: {book.owner} signed both"
             book.wrong("fork", fork, what)
         else:
+            self.agreed[book.owner] = max(self.agreed[book.owner], min(chain.length, book.length))
             self.longer[book.owner] = max(self.longer.get(book.owner, (0, "")), (chain.length, label))
 
     # all together
@@ -2103,15 +2105,20 @@ class Witnesses:
                     self.longer[owner] = max(self.longer.get(owner, (0, "")), (one.length, one.source))
                 elif book.chain.roots[one.length] == one.root and one.ledger_id in (None, book.ledger_id):
                     good.append(one)
-                elif wrong is None:
-                    wrong, first = one, 1 + max((before.length for before in good), default=0)
-                    what = f"entries {first} to {one.length} are not those that {', '.join(one.signers)} signed for "
-                    book.wrong("entry_differs", first, f"{what}({one.source})")
-            self.statements[owner] = good
+                else:
+                    wrong = wrong or one
+            same = [self.agreed[owner], *(one.length for one in good)]
+            if wrong:
+                first = 1 + max((length for length in same if length < wrong.length), default=0)
+                what = f"one of entries {first} to {wrong.length} is not the one that {', '.join(wrong.signers)} signed for"
+                book.wrong("entry_differs", first, f"{what} ({wrong.source})")
             length, source = self.longer.get(owner, (0, ""))
             if length > book.length and book.whole:
-                what = f"entries {book.length + 1} to {length} are missing: {owner} signed for {length} ({source})"
-                book.wrong("entries_missing", book.length + 1, what)
+                first, what = 1 + max(same), f"entries {book.length + 1} to {length} are missing"
+                if first <= book.length:
+                    what += f" (or as many from {first} on, where nothing else shows what stood there)"
+                book.wrong("entries_missing", first, f"{what}: {owner} signed for {length} ({source})")
+            self.statements[owner] = good
 
     def witnessed(self, owner: str) -> dict[str, Any]:
         """How much of a ledger others vouch for: the coordinator and two partners (fewer where there are fewer)."""
