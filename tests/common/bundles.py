@@ -190,7 +190,7 @@ class Draft:
         made = tuple((person.key, person.sign(CLOSING_TYPE, payload)) for person in people)
         return write_envelope(Envelope(CLOSING_TYPE, payload, made)) + b"\n"
 
-    def head(self, owner: str, length: int, root: str, signers: tuple[str, ...], **other: Any) -> bytes:
+    def head(self, owner: str, length: int, root: str, signers: tuple[str, ...], /, **other: Any) -> bytes:
         """A signed head, without a line break."""
         ledger_id = self.books[owner][0].data.get("ledger_id", "x")
         payload = canonical({"v": 1, "owner": owner, "ledger_id": ledger_id, "length": length, "root": root} | other)
