@@ -62,6 +62,9 @@ class Doorkeeper(Protocol):
     def admit_public(self, request: Manifest, request_sha256: str) -> bool:
         """Let a public evaluation through, or raise Refused; True when answered before."""
 
+    def check_head(self, length: int, root: str) -> None:
+        """Raise Refused when this ledger is not what a head that this node signed states."""
+
     def commit(self, request: Manifest, request_sha256: str, reply_sha256: str, *, public: bool) -> None:
         """Record the reply before it leaves."""
 
@@ -276,13 +279,8 @@ class Node:
         if self._heads is None:
             return None
         asked = Asked.parse(request.fields.get("witness"), self._agreed(request).keys(), self._gate.name)
-        own, ledger = asked.yours, self._gate.ledger
-        if own is not None and not ledger.states(own.length, own.root):
-            raise Refused(
-                Refusal.ROLLED_BACK,
-                f"this node signed a head of its ledger at {own.length} entries that it does not have now",
-                "Restore the newest backup: hansa node restore BACKUP",
-            )
+        if asked.yours is not None:
+            self._gate.check_head(asked.yours.length, asked.yours.root)
         return asked
 
     def _witnessed(self, asked: Asked) -> dict[str, Any]:
@@ -296,8 +294,8 @@ class Node:
             _log.warning(
                 "%s: heads that do not extend what was signed before: %s", self._gate.name, ", ".join(sorted(behind))
             )
-        head = telling(self._identity, self._gate.ledger, asked.since)
-        return {"head": head, "witnessed": signatures(signed, self._identity.key), "stands": stands}
+        mine = telling(self._identity, self._gate.ledger, asked.since)
+        return {"head": mine, "witnessed": signatures(signed, self._identity.key), "stands": stands}
 
     def _agreed(self, request: Manifest) -> Charter:
         charter = self._gate.charter(request.charter_sha256)

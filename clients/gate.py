@@ -242,6 +242,22 @@ class Gate:
         if refusal_key(request.charter_sha256, body) not in self._standing.refused:
             self._append("refuse", body, request.charter_sha256)
 
+    def check_head(self, length: int, root: str) -> None:
+        """Return when this ledger is, or goes on from, what a head that this node signed states.
+
+        Raises:
+            Refused: it was put back to an older copy, or is another. From then on every run is refused, as after a restore.
+        """
+        if self.ledger.states(length, root):
+            return
+        if self._law is not None:
+            self._law.distrust(self.ledger.length, (length, root))
+        raise Refused(
+            Refusal.ROLLED_BACK,
+            f"this node signed a head of its ledger at {length} entries that it does not have now",
+            "Restore the newest backup: hansa node restore BACKUP",
+        )
+
     def charter(self, sha256_hex: str) -> Charter | None:
         """An accepted charter by its hash."""
         known = self._charters.get(sha256_hex)

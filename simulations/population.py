@@ -141,6 +141,9 @@ class PopulationGate:
             raise Refused(Refusal.NOT_HELD, f"round {request.round} was not debited")
         return False
 
+    def check_head(self, length: int, root: str) -> None:
+        """There is one ledger, and nobody shows its head to a client."""
+
     def admit_public(self, request: Manifest, request_sha256: str) -> bool:
         """Public rows cost nothing."""
         return False

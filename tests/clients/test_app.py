@@ -216,6 +216,11 @@ def test_a_ledger_put_back_to_an_older_copy_is_refused_before_anything_is_spent(
     reply = desk.send("train", 1, weights(), fields={"witness": asking(signed, [], [])})[0]
     assert (reply.kind, reply.fields["reason"]) == ("refused", Refusal.ROLLED_BACK.value)
     assert site.kinds()[-1] == "refuse"
+    # And nobody else either, until it is proved what is missing.
+    for _ in range(2):
+        reply = desk.send("train", 1, weights(), fields={"witness": asking(None, [], [])}, request_id="another")[0]
+        assert (reply.kind, reply.fields["reason"]) == ("refused", Refusal.RESTORED.value)
+        desk.restart()
 
 
 @pytest.mark.parametrize("witness", [[], {}, {"yours": "x", "since": [], "heads": []}], ids=str)
