@@ -398,7 +398,7 @@ def _choose(
             logs = [
                 (_RENYI_AIM * n - epsilon - renyi_offset(a, delta)) * (a - 1) for a, n in zip(every, needs, strict=True)
             ]
-            own = min(math.exp(min(logs)), 0.95)
+            own = min(_thousandths(math.exp(min(logs))), 0.95)
             alpha = every[logs.index(min(logs))]
             gaussian = min(gaussian, (1 - own) / 2)
             orders = _split(epsilon, delta, 1 - own - gaussian, _near(best, {alpha}), 2) | {alpha: own}
@@ -433,7 +433,7 @@ def _split(epsilon: float, delta: float, share: float, candidates: Sequence[int]
     most = np.max([reached[parts[:, k, None] - 1, chosen[None, :, k]] for k in range(count)], axis=0)
     worst = most[:, :, : len(_SAMPLED)].min(axis=2)
     score = 100 * np.minimum(worst, _RENYI_AIM) + np.minimum(most, 1.0).sum(axis=2)
-    row, column = np.unravel_index(int(score.argmax()), score.shape)
+    row, column = np.unravel_index(int(score.round(6).argmax()), score.shape)
     return {candidates[i]: share * float(part) / 16 for i, part in zip(chosen[column], parts[row], strict=True)}
 
 
@@ -467,7 +467,12 @@ def _gaussian_share(epsilon: float, delta: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if gaussian_log_delta(epsilon, middle) > math.log(delta) else (middle, high)
     share = math.exp(gaussian_log_delta(epsilon, math.sqrt(_GAUSSIAN_AIM) * low) - math.log(delta))
-    return min(max(share, 0.01), 0.5)
+    return min(max(_thousandths(share), 0.01), 0.5)
+
+
+def _thousandths(share: float) -> float:
+    """Rounded up: whoever creates the same budget, on whatever machine, gets the same shares."""
+    return math.ceil(share * 1000 - 1e-6) / 1000
 
 
 _FOUR_DIGITS_LOW = 2000  # 0.3000

@@ -279,6 +279,79 @@ def test_full_batch_admits_enough_of_exact_composition() -> None:
     assert (admitted / exact) ** 2 == pytest.approx(0.865, abs=0.002)
 
 
+def _best_order(epsilon: float, delta: float, q: float, steps: int) -> float:
+    """The σ at which one best whole order, with all of δ, admits just `steps`."""
+    low, high = 0.3, 1e3
+    while high / low > 1 + 1e-6:
+        middle = math.sqrt(low * high)
+        enough = any(
+            epsilon + math.log1p(-1 / a) * -1 + math.log(delta * a) / (a - 1) >= steps * curves.renyi_step(q, middle, a)
+            for a in range(2, 60)
+        )
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.5, 1e-5), (1.0, 1e-4), (2.0, 1e-5), (8.0, 1e-4)])
+def test_filter_admits_four_fifths_of_one_best_order(epsilon: float, delta: float) -> None:
+    """The whole grid is in bench/."""
+    budget = Budget.create(epsilon, delta)
+    for q, steps in ((0.01, 1000), (0.1, 100), (0.1, 10_000), (1.0, 1000)):
+        assert budget.most_steps(q, _best_order(epsilon, delta, q, steps)) >= 0.8 * steps
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.5, 1e-5), (1.0, 1e-4), (2.0, 1e-5)])
+def test_a_plan_that_cannot_share_gets_an_order_of_its_own(epsilon: float, delta: float) -> None:
+    plan = (0.01, 100)
+    sigma = _best_order(epsilon, delta, *plan)
+    plain, planned = Budget.create(epsilon, delta), Budget.create(epsilon, delta, plan)
+    assert plain.most_steps(0.01, sigma) < 80
+    assert 80 <= planned.most_steps(0.01, sigma) <= 84
+    assert len(planned.orders) == 3
+    assert max(share for _, share in planned.orders) > 0.6 * delta
+    # What is left still serves the others.
+    for q, steps in ((0.01, 1000), (1.0, 1000)):
+        assert planned.most_steps(q, _best_order(epsilon, delta, q, steps)) >= 0.55 * steps
+
+
+@pytest.mark.parametrize("plan", [(1.0, 100), (0.01, 1000), (0.1, 10_000)])
+def test_a_plan_that_is_served_anyway_changes_nothing(plan: tuple[float, int]) -> None:
+    assert Budget.create(1.0, 1e-5, plan) == Budget.create(1.0, 1e-5)
+
+
+@pytest.mark.parametrize("plan", [(0.0, 10), (1.1, 10), (0.1, 0), (0.1, 2.0), (math.nan, 1), (0.1, 10**9 + 1)])
+def test_a_plan_out_of_range_is_refused(plan: tuple[float, int]) -> None:
+    with pytest.raises(ConfigError):
+        Budget.create(1.0, 1e-5, plan)
+
+
+@pytest.mark.parametrize("epsilon", [1e-300, 0.01, 300.0, 1e300])
+@pytest.mark.parametrize("delta", [1e-320, 1e-12, 0.5])
+@pytest.mark.parametrize("plan", [(1e-300, 1), (1 - 1e-15, 10**9), (0.01, 3)])
+def test_any_plan_gives_a_valid_budget(epsilon: float, delta: float, plan: tuple[float, int]) -> None:
+    budget = Budget.create(epsilon, delta, plan)
+    assert sum(map(Fraction, (*(s for _, s in budget.orders), budget.gaussian_delta))) <= Fraction(delta)
+    assert Budget.from_fields(budget.to_fields()) == budget
+
+
+def test_chosen_shares_are_pinned() -> None:
+    """Charters are calibrated to them: a change of how they are chosen is a change of what every plan costs."""
+
+    def shares(budget: Budget) -> list[tuple[int, float]]:
+        return [(a, round(s / budget.delta, 4)) for a, s in (*budget.orders, (0, budget.gaussian_delta))]
+
+    assert shares(Budget.create(1.0, 1e-4)) == [(7, 0.0391), (10, 0.1562), (14, 0.4297), (0, 0.375)]
+    assert shares(Budget.create(8.0, 1e-5)) == [(2, 0.0537), (3, 0.7516), (4, 0.0537), (0, 0.141)]
+    assert shares(Budget.create(0.5, 1e-5, (0.01, 100))) == [(19, 0.782), (26, 0.0068), (38, 0.1022), (0, 0.109)]
+
+
+def test_more_noise_than_the_largest_is_charged_as_that() -> None:
+    budget = Budget.create(1.0, 1e-12)
+    at_most = budget.spent([PrivacyEvent(0.5, 1e9, 10**9)])
+    assert budget.spent([PrivacyEvent(0.5, 1e300, 10**9)]) == at_most
+    assert 0.0 < at_most < budget.spent([PrivacyEvent(0.5, 0.9e9, 10**9)])
+
+
 # -------------------------------------------------------------------------------------------------------- calibration
 
 
