@@ -832,6 +832,33 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_many_debits(events: list[dict[str, Any]], honest_budget: bool = True) -> Draft:
+    """A bundle whose first partner also debited these events under another charter, each in a run of its own (3 entries).
+
+    Args:
+        honest_budget: the lineage's budget came with the other charter and is large enough for anything.
+    """
+    made = honest(Shape(partners=2, rounds=1, sigma=20.0, evaluation="none"))
+    owner, place = "hospital-0", made.index("hospital-0", "budget")
+    data = made.entry(owner, "dataset")["dataset"]
+    budget = made.item(owner, "budget")
+    if honest_budget:
+        budget.charter, budget.data["budget"] = OTHER, Budget.create(1e12, 1e-5).to_fields()
+    new = []
+    for number, event in enumerate(events):
+        request = {"request_id": f"x{number}", "request_sha256": digest(number), "run_id": f"x{number}"}
+        of = {"dataset": data, "plan_sha256": digest(number)}
+        plan = [{"purpose": "train", "count": 1, "event": event}]
+        debit = {"round": 1, "purpose": "train", "event": event, "clip_norm": "1.0", "declared_records": 200}
+        new.append(Item("hold", request | of | {"plan": plan, "software": "x"}, OTHER))
+        new.append(Item("debit", request | of | debit, OTHER))
+        new.append(Item("commit", request | {"round": 1, "reply_sha256": digest("reply", number)}, OTHER))
+    accepted = Item("charter", {"name": "other", "expires": "2100-01-01T00:00:00+00:00"}, OTHER)
+    made.books[owner][place : place + 1] = [accepted, budget, *new]
+    made.closings[0][2][owner] += len(new) + 1
+    return made
+
+
 def any_shape(seed: int) -> Shape:
     """Some honest history: crashes, refusals, dropouts, other charters, several lineages, runs that nobody finished."""
     rng = random.Random(f"shape {seed}")
