@@ -44,6 +44,7 @@ from bundles import (
     identity,
     result_for,
     short,
+    with_many_debits,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -834,6 +835,25 @@ def test_two_thousand_holds_and_debits_are_cheap(tmp_path: Path) -> None:
     assert math.isclose(partner["trajectory"][-1]["epsilon_filter"], partner["epsilon_filter"], rel_tol=1e-12)
     assert len(partner["trajectory"]) == 2000
     assert 30 <= sum(point["epsilon"] is not None for point in partner["trajectory"]) <= 41
+
+
+def test_many_kinds_and_hostile_ones(tmp_path: Path) -> None:
+    """A small edition of tests/bench/test_audit.py: 600 entries of 50 sampled kinds, then 100 events from every corner."""
+    rng = random.Random(1)
+    kinds = [gaussian(10 ** rng.uniform(0.5, 1.3), 10 ** rng.uniform(-3, -1), rng.randint(1, 9)) for _ in range(50)]
+    rates, sigmas, counts = (5e-324, 1e-300, 1e-9, 0.5, 1 - 1e-16), (0.3, 1.0, 1e9, 1e300), (1, 10**9)
+    hostile = [gaussian(rng.choice(sigmas), rng.choice(rates), rng.choice(counts)) for _ in range(100)]
+    for events in (4 * kinds, hostile):
+        folder = with_many_debits(events).write(tmp_path / "b")
+        began = time.monotonic()
+        verdict = verdict_of(folder)
+        assert time.monotonic() - began < 15
+        assert verdict["violations"] == []
+        partner = verdict["partners"][P0]
+        assert partner["debits"] == len(events) + 1
+        assert 0 < partner["epsilon"] <= partner["epsilon_filter"] < 1e15
+        assert sum(e["count"] for e in partner["events"]) == len(events) + 1
+    assert {w["code"] for w in verdict["warnings"]} == {"coarse", "other_charter"}
 
 
 def test_different_events_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

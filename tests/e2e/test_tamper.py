@@ -33,7 +33,8 @@ def flip(data: bytes, at: int, rng: random.Random) -> bytes:
 
 def files_of(bundle: Path) -> list[str]:
     closings = [p.relative_to(bundle).as_posix() for p in sorted(bundle.glob("closing/*.json"))]
-    return [*LEDGERS, "charter.json", *KEYS, *closings, "model.safetensors"]
+    heads = [p.relative_to(bundle).as_posix() for p in sorted(bundle.glob("heads/*.jsonl"))]
+    return [*LEDGERS, "charter.json", *KEYS, *closings, *heads, "model.safetensors"]
 
 
 def spoil(bundle: Path, file: str, at: int, rng: random.Random) -> None:
@@ -44,7 +45,9 @@ def spoil(bundle: Path, file: str, at: int, rng: random.Random) -> None:
     path.write_bytes(bad)
     try:
         place = file
-        if file in LEDGERS and bad[at] != 10:  # a line break in the middle makes two lines: the first is then wrong
+        if (
+            file.endswith(".jsonl") and bad[at] != 10
+        ):  # a line break in the middle makes two lines: the first is then wrong
             place += f":{good[:at].count(10) + 1}"
         done = call("audit", bundle)
         assert done.expect(done.code).code in (1, 2), f"byte {at} of {file}: {good[at]} -> {bad[at]}\n{done.text}"
@@ -88,6 +91,8 @@ def test_bytes_added_or_dropped(bundle: Path) -> None:
         path = bundle / file
         good = path.read_bytes()
         for bad in (good + b"\n", good + b" ", good[:-1], b" " + good, good[1:], b""):
+            if not bad and file.startswith("heads/"):
+                continue  # whoever makes a bundle may leave heads out: what they covered is then a tail
             path.write_bytes(bad)
             rejected(bundle, file)
         path.write_bytes(good)
@@ -186,6 +191,34 @@ def test_numbers_embellished_in_the_result(bundle: Path) -> None:
         change(bad)
         path.write_text(json.dumps(bad))
         rejected(bundle, "result.json")
+
+
+def test_a_rollback_shows_beside_what_somebody_kept(bundle: Path, demo_run: tuple[Path, Result]) -> None:
+    """Everything that speaks of a ledger is taken out of the bundle; one copy, one file of heads or one checkpoint names it."""
+    file = "partners/hungary/ledger.jsonl"
+    lines = (bundle / file).read_bytes().splitlines(keepends=True)
+    (bundle / file).write_bytes(b"".join(lines[:-2]))
+    shutil.rmtree(bundle / "closing")
+    shutil.rmtree(bundle / "heads")
+    missing = f"{file}:{len(lines) - 1}:"
+    whole = demo_run[0]
+    for kept in (whole / file, whole):
+        done = call("audit", bundle, "--against", kept)
+        done.expect(1).says("entries_missing", missing)
+    (closing,) = whole.glob(f"closing/{json.loads((whole / 'result.json').read_text())['run_id']}.json")
+    call("audit", bundle, "--against", closing).expect(1).says("entries_missing", f"{file}:")
+    (bundle / file).write_bytes(b"".join(lines[:6]))  # the newest head is from some entries before the end
+    call("audit", bundle, "--against", whole / "heads").expect(1).says("entries_missing", f"{file}:")
+    call("audit", bundle, "--against", whole / "charter.json").expect(1).says("neither a ledger, nor heads")
+
+
+def test_a_head_that_others_hold(bundle: Path) -> None:
+    """Heads are in the bundle: a ledger that ends before one is a violation also without any checkpoint."""
+    file = "partners/hungary/ledger.jsonl"
+    lines = (bundle / file).read_bytes().splitlines(keepends=True)
+    (bundle / file).write_bytes(b"".join(lines[:6]))
+    shutil.rmtree(bundle / "closing")
+    call("audit", bundle).expect(1).says("entries_missing", f"{file}:", "heads/")
 
 
 def test_something_added(bundle: Path) -> None:
