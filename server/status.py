@@ -87,7 +87,7 @@ class Status:
                 case "undelivered":
                     answer = facts["answer"]
                     state["partners"][facts["partner"]]["undelivered"] = answer.detail or answer.outcome
-                case "contradiction":
+                case "contradiction" if facts["partner"] in state["partners"]:
                     state["partners"][facts["partner"]]["contradiction"] = facts["length"]
                 case "done":
                     state["metrics"] = dict(facts["metrics"]) or state["metrics"]

@@ -104,8 +104,9 @@ class Witnessing:
             return [head for head, _ in Asked.parse(asked, self._keys, witness).heads]
 
     def _since(self, owner: str) -> list[int]:
-        """Where everybody who may be asked to sign stands with this owner's ledger."""
-        return sorted({self._stand(owner, name) for name in self._keys if name != owner} - {0})
+        """Where everybody who may be asked to sign it, and its holder here, stands with this owner's ledger."""
+        signers = {name for name in self._keys if name != owner} | {self._identity.name}
+        return sorted({self._stand(owner, name) for name in signers} - {0})
 
     def _stand(self, owner: str, witness: str) -> int:
         """How far this witness has signed that ledger; 0: not at all."""

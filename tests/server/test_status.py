@@ -32,6 +32,7 @@ def test_events_are_in_the_file_soon_after(tmp_path):
         no = Refusing("ben", "r1", None, "not approved", "waits for approval")
         kept.notify("refused", refusal=no)
         kept.notify("contradiction", partner="ben", length=7)
+        kept.notify("contradiction", partner="coordinator", length=7)  # its own: on the screen and in the log
         kept.notify("undelivered", partner="ben", answer=Answer("id", "timeout"))
         kept.notify("done", round=2, metrics={"auc": 0.5}, seconds=1.0)
         deadline = time.monotonic() + 1.5  # less than EVERY_S: the events wake it

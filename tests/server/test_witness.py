@@ -113,6 +113,24 @@ def test_who_was_away_for_long_is_given_a_proof_from_where_it_stood(circle: Circ
     assert circle.events == []
 
 
+def test_the_next_run_goes_on_where_the_last_one_ended(circle: Circle) -> None:
+    """What came with the last round was handed to nobody; the next run, by another process, begins with no replies."""
+    for _ in range(3):
+        circle.round()
+    for _ in range(2):  # a run that is opened again, too
+        circle.ledger.append("run", {})
+        circle.witnessing = Witnessing(
+            identity("coordinator"), circle.ledger, circle.kept, KEYS, lambda _, **facts: circle.events.append(facts)
+        )
+        circle.asked = circle.witnessing.next_round(NAMES, {})
+    circle.round()
+    at = {name: partner.ledger.length for name, partner in circle.partners.items()}
+    circle.round()
+    assert {name: circle.covered(name) for name in NAMES} == at
+    assert circle.covered("coordinator") > 0
+    assert circle.events == []
+
+
 def test_the_same_request_again_gets_the_same_signatures(circle: Circle) -> None:
     circle.round()
     circle.round()
