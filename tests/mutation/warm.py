@@ -6,6 +6,7 @@ is tried by a new process instead (`cold` in __main__.py).
 
 from __future__ import annotations
 
+import ast
 import functools
 import gc
 import json
@@ -46,7 +47,8 @@ class Warm:
         deadline: float,
     ) -> None:
         self.files, self.mutants, self.longest_s, self.told, self.deadline = files, mutants, longest_s, told, deadline
-        self.lines: dict[str, set[tuple[str, int]]] = {}  # test -> (file, line)
+        self.lines: dict[str, set[tuple[str, int]]] = {}  # test -> (file, first line of a function that it calls)
+        self._spans = {str(path): _outermost(path) for path in files.values()}
         self.took: dict[str, float] = {}
         self.left_out: list[str] = []
         self.kills: dict[str, int] = {}
@@ -64,8 +66,7 @@ class Warm:
         for mutant in self.mutants:
             if time.monotonic() > self.deadline:
                 break
-            place = (mutant["file"], mutant["line"])
-            reach = [item for item in chosen if self._reaches(item.nodeid, mutant, place)]
+            reach = [item for item in chosen if self._reaches(item.nodeid, mutant)]
             reach.sort(
                 key=lambda item: (
                     -self.kills.get(item.nodeid, 0) / (self.took[item.nodeid] + 0.05),
@@ -75,10 +76,10 @@ class Warm:
             self.told(self._try(mutant, reach))
         return True
 
-    def _reaches(self, test: str, mutant: dict[str, Any], place: tuple[str, int]) -> bool:
-        """An expression may begin some lines above or end some below the one that is traced."""
-        file, line = place
-        return any((file, n) in self.lines[test] for n in range(line - 3, line + 4))
+    def _reaches(self, test: str, mutant: dict[str, Any]) -> bool:
+        """Whether it calls the outermost function around the mutant, or one inside of it."""
+        first, last = self._spans[mutant["file"]].get(mutant["line"], (0, 0))
+        return any(file == mutant["file"] and first <= line <= last for file, line in self.lines[test])
 
     def _trace(self, items: list[pytest.Item]) -> None:
         named = {str(path.resolve()): str(path) for path in self.files.values()}
@@ -86,15 +87,12 @@ class Warm:
         for number, item in enumerate(items):
             hit: set[tuple[str, int]] = set()
 
-            def line(frame: types.FrameType, event: str, _: Any, hit: set[tuple[str, int]] = hit) -> Any:
-                hit.add((named[frame.f_code.co_filename], frame.f_lineno))
-                return line
+            # Calls only: to follow every line of a property test takes minutes.
+            def call(frame: types.FrameType, event: str, _: Any, hit: set[tuple[str, int]] = hit) -> None:
+                if frame.f_code.co_filename in named:
+                    hit.add((named[frame.f_code.co_filename], frame.f_code.co_firstlineno))
 
-            def call(frame: types.FrameType, event: str, _: Any) -> Any:
-                return line if frame.f_code.co_filename in named else None
-
-            for cached in _caches():
-                cached.cache_clear()
+            _clear()
             began = time.monotonic()
             sys.settrace(call)
             try:
@@ -104,6 +102,8 @@ class Warm:
             finally:
                 sys.settrace(None)
             took = time.monotonic() - began
+            if number % 50 == 49:
+                print(f"{number + 1} of {len(items)} tests traced", flush=True)
             if any(report.failed for report in reports):
                 print(f"fails without any mutant, so it is left out: {item.nodeid}", flush=True)
                 self.left_out.append(item.nodeid)
@@ -165,6 +165,23 @@ class Warm:
         return 0
 
 
+def _outermost(path: Path) -> dict[int, tuple[int, int]]:
+    """Line -> first and last line of the outermost function around it."""
+    found: dict[int, tuple[int, int]] = {}
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            last = node.end_lineno or node.lineno
+            found.update(dict.fromkeys(range(first, last + 1), (first, last)))
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
 def mutated(mutant: dict[str, Any], path: Path) -> str:
     """The whole file with the mutant in it."""
     source = path.read_text()
@@ -183,6 +200,10 @@ def replace(files: dict[str, Path], mutant: dict[str, Any]) -> None:
         if place in new:
             function.__code__ = new[place].__code__
             function.__defaults__, function.__kwdefaults__ = new[place].__defaults__, new[place].__kwdefaults__
+    _clear()
+
+
+def _clear() -> None:
     for cached in _caches():
         cached.cache_clear()
 
@@ -206,12 +227,13 @@ def _functions(holder: Any, name: str, prefix: str = "") -> Iterator[tuple[str, 
                 yield f"{place}/{number}", part
 
 
+@functools.cache
 def _caches() -> list[Any]:
     return [one for one in gc.get_objects() if isinstance(one, functools._lru_cache_wrapper) and _ours(one)]
 
 
 def _ours(one: Any) -> bool:
-    return str(getattr(one, "__module__", "")).startswith("hansa")
+    return str(getattr(one, "__module__", "")).startswith("hansa.")
 
 
 def save(path: Path, results: list[dict[str, Any]]) -> None:
