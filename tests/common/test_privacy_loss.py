@@ -222,6 +222,32 @@ def test_huge_histories_are_within_a_percent() -> None:
     assert steps * kl < reading.epsilon < 1.01 * steps * kl
 
 
+# Each allowance, made large enough to be seen, must come off δ.
+
+
+def test_what_is_lost_above_the_grid_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy_loss, "_LOST", 0.5)
+    # No more than δ/2 is left for the rest, and not much less is there to be charged.
+    found = privacy_loss._compose({(1.0, 2.0): 1}, 1e-3).epsilon
+    assert gaussian_epsilon(0.25, 1e-3) < found < gaussian_epsilon(0.25, 2.5e-4)
+
+
+def test_what_is_left_out_comes_off_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy_loss, "_UNNOTICED", 0.5)
+    history = {(0.01, 1.0): 1000, (1e-9, 1.0): 5000}  # the second is noticed with 0.19 of δ
+    found = read(history, 1e-5).epsilon
+    monkeypatch.undo()
+    half = read({(0.01, 1.0): 1000}, 0.5e-5).epsilon
+    assert found == pytest.approx(half, abs=2e-4)
+    assert half > read(history, 1e-5).epsilon + 1e-2
+
+
+def test_what_wraps_around_the_window_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read({(0.01, 1.0): 1000}, 1e-5).epsilon
+    monkeypatch.setattr(privacy_loss, "_OUTSIDE", 1e-3)
+    assert before + 1e-3 < read({(0.01, 1.0): 1000}, 1e-5).epsilon < before + 0.1
+
+
 # -------------------------------------------------------------------------------------------------------------- rounding
 
 
