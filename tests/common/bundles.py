@@ -342,6 +342,7 @@ class Shape:
     participation: float = 1.0
     heads: bool = True
     careless: bool = False  # no gate refuses what is too dear
+    golden: bool = False  # budgets of fixed shares: the bytes do not change when the choice of shares gets better
     seed: int = 0
 
 
@@ -385,6 +386,13 @@ def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
     for person in people.values():
         signed = signed.sign(person)
     return signed, people
+
+
+def filter_of(shape: Shape, epsilon: float, delta: float) -> Budget:
+    """The budget that a charter of this epsilon and delta creates."""
+    if not shape.golden:
+        return Budget.create(epsilon, delta)
+    return Budget(epsilon, delta, ((8, delta / 8), (16, delta / 8), (32, delta / 4)), delta / 2)
 
 
 def honest(shape: Shape | None = None) -> Draft:
@@ -507,7 +515,7 @@ class _Honest:
         protected = self.chance.random() < 0.9
         event = PrivacyEvent(self.chance.choice([1.0, 0.1]), self.chance.choice([15.0, 40.0, 90.0]), 2).to_fields()
         plan = [{"purpose": "train", "count": self.chance.randint(1, 3), "event": event if protected else NONE}]
-        agreed = Budget.create(self.chance.choice([0.5, 2.0]), 1e-5)
+        agreed = filter_of(self.shape, self.chance.choice([0.5, 2.0]), 1e-5)
         request = {"request_id": f"{run}-open", "request_sha256": digest(run), "run_id": run}
         if protected and not site.admits(of["lineage"], OTHER, plan, agreed):
             self.add(name, "refuse", OTHER, **request, round=None, reason="budget", detail="spent")
@@ -607,7 +615,7 @@ class _Honest:
             return "ok", reply
         plan, lineage = plan_fields(self.shape, signed), site.using["lineage"]
         if charter.privacy.kind == "local":
-            agreed = Budget.create(charter.privacy.epsilon, charter.privacy.delta)
+            agreed = filter_of(self.shape, charter.privacy.epsilon, charter.privacy.delta)
             if not (self.shape.careless or site.admits(lineage, signed.sha256, plan, agreed)):
                 if not self.known(name, "refuse", request):
                     self.add(name, "refuse", **request, round=None, reason="budget", detail="spent")

@@ -358,6 +358,14 @@ def moved_lineage(d: Draft) -> None:
     d.entry(P0, "debit")["dataset"] = dataset(P0, SMALL, 1)["dataset"]
 
 
+def evaluated_too_often(d: Draft) -> None:
+    """Each of two rounds has one evaluation; the plan has one for both."""
+    event = d.entry(C, "cohort-hold")["plan"][1]["event"]
+    fields = {"run_id": "run-1", "purpose": "evaluate", "event": event, "clip_norm": None, "declared_records": 100}
+    for number in (2, 1):
+        d.add(C, "cohort-debit", None, d.index(C, "round", 0), **fields, round=number, clients=[[3, 7]])
+
+
 COORD = "coordinator/ledger.jsonl"
 L0 = f"partners/{P0}/ledger.jsonl"
 R2 = "closing/run-2.json"
@@ -554,6 +562,9 @@ LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # name, bundle, lie, file
     ("refusal_not_asked", FULL, again(P0, "refuse", request_id="x"), L0, "not_asked", "did not ask for"),
     ("hidden_run", FULL, lambda d: [d.drop(C, d.index(C, k, n)) for k, n in (("close", 1), ("answers", 5), ("ask", 5), ("run", 1))], R2, "closing", "does not close"),
     # populations
+    ("plan_of_three", SMALL, lambda d: d.entry(P0, "hold")["plan"].extend([{"purpose": "evaluate", "count": 1, "event": NONE}] * 2), L0, "layout", "one or two items"),
+    ("plan_of_one_purpose_twice", SMALL, lambda d: d.entry(P0, "hold")["plan"].append(d.entry(P0, "hold")["plan"][0]), L0, "layout", "one purpose twice"),
+    ("clients_more_debits_than_held", Shape(clients=200, rounds=2, evaluation="private", sigma=30.0), evaluated_too_often, COORD, "not_held", "2 debits for evaluate"),
     ("clients_other_budget", CLIENTS, change(C, "budget", clients=999), COORD, "budget", "clients"),
     ("clients_budget_twice", CLIENTS, again(C, "budget"), COORD, "budget", "second budget"),
     ("clients_budget_raised", CLIENTS, lambda d: d.entry(C, "budget")["budget"].update(epsilon="2.0"), COORD, "budget", "charter's epsilon"),
@@ -707,6 +718,45 @@ def test_unprotected_rounds_of_another_charter(tmp_path: Path) -> None:
     assert partner["events"][0] == {
         "mechanism": "none/1", "q": None, "sigma": None, "steps": None, "count": 1, "charter": "other"
     }  # fmt: skip
+
+
+def test_populations_that_crash_or_are_not_protected(tmp_path: Path) -> None:
+    made = honest(replace(CLIENTS, crashes=3))
+    assert len(made.books[C]) > len(fresh(CLIENTS).books[C])
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    assert verdict["violations"] == []
+    assert verdict["partners"] == verdict_of(fresh(CLIENTS).write(tmp_path / "b"))["partners"]
+    verdict = verdict_of(honest(Shape(clients=150, rounds=2, kind="none", evaluation="none")).write(tmp_path / "b"))
+    assert verdict["violations"] == []
+    assert all(client["epsilon"] is None and client["unbounded"] for client in verdict["partners"].values())
+    assert all(client["charter_epsilon"]["epsilon"] is None for client in verdict["partners"].values())
+    assert {e["mechanism"] for client in verdict["partners"].values() for e in client["events"]} == {"none/1"}
+
+
+def test_population_after_its_checkpoint(tmp_path: Path) -> None:
+    made = fresh(CLIENTS)
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    entries = len(made.books[C])
+    assert verdict["coordinator"]["witnessed"] == {"length": entries, "by": [], "closing": "run-1"}
+    made.add(C, "recovered", torn_bytes=1, torn_sha256=digest("x"))
+    assert verdict_of(made.write(tmp_path / "b"))["coordinator"]["tail"] == 1
+
+
+def test_what_was_taken_before_a_budget_counts() -> None:
+    """An evaluation with noise under a charter without protection: it is held and spent before any budget was fixed."""
+    account = verifier.Account()
+    budget = verifier.Budget.parse(Budget.create(1.0, 1e-4).to_fields())
+    account.take((1.0, 50.0, 1), 3, True)
+    account.take((1.0, 40.0, 1), 2, False)
+    account.pools[True][1.0, 50.0, 1] -= 1
+    account.debits.append(({}, (1.0, 50.0, 1), True))
+    account.fix(budget)
+    assert account.debited is not None
+    assert account.charged is not None
+    assert account.debited.epsilon() == verifier.filter_epsilon(budget, (((1.0, 50.0), 1),))
+    assert account.charged.epsilon() == verifier.filter_epsilon(budget, (((1.0, 40.0), 2), ((1.0, 50.0), 3)))
+    account.take((1.0, 40.0, 1), -2, False)
+    assert account.charged.epsilon() == verifier.filter_epsilon(budget, (((1.0, 50.0), 3),))
 
 
 def test_no_run_at_all(tmp_path: Path) -> None:
@@ -1295,6 +1345,42 @@ def test_result_is_not_json(copied: Path, text: bytes) -> None:
     assert files_of(verdict_of(copied)) == {"result.json"}
 
 
+def test_what_is_listed_is_bounded() -> None:
+    report = Report()
+    for number in range(verifier.MAX_FOUND + 5):
+        report.warn("tail", "x", number, "y")
+    assert len(report.warnings) == verifier.MAX_FOUND + 1
+    assert [w["code"] for w in report.warnings[-2:]] == ["tail", "more"]
+    assert report.warnings[-2]["line"] == verifier.MAX_FOUND - 1
+
+
+def test_a_file_that_is_too_large(copied: Path) -> None:
+    path = copied / f"keys/{P0}.pem"
+    path.write_bytes(path.read_bytes() + b"\n" * 10_000)
+    assert {(v["code"], v["file"]) for v in verdict_of(copied)["violations"]} == {("file", f"keys/{P0}.pem")}
+
+
+def test_as_a_command(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verifier.main([str(copied)]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] is True
+    assert verifier.main([str(copied), "--against", str(copied / L0)]) == 0
+    (copied / "model.safetensors").write_bytes(b"other")
+    assert verifier.main([str(copied)]) == 1
+    capsys.readouterr()
+    for arguments in (
+        [],
+        [""],
+        ["nowhere"],
+        [str(copied), "--against"],
+        [str(copied), "--other", "x"],
+        ["a", "b", "c"],
+    ):
+        assert verifier.main(arguments) == 2
+        told = capsys.readouterr()
+        assert not told.out
+        assert told.err.startswith("nowhere: no such" if arguments == ["nowhere"] else "usage: ")
+
+
 # -- any byte ------------------------------------------------------------------------------------------------
 
 
@@ -1567,6 +1653,33 @@ def test_odometer_is_exact_enough() -> None:
     assert Odometer().read((), 1e-5) == verifier.Reading(0.0)
     assert Odometer().read((((1.0, 3.0), 60),), 1e-5).epsilon == exact
     assert Odometer().read((((1e-9, 1.0), 10),), 1e-5).epsilon == 0.0  # noticed with less than delta
+
+
+def test_losses_beyond_a_float_give_a_plain_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise OverflowError
+
+    history = (((0.1, 3.0), 60),)
+    good = Odometer().read(history, 1e-5)
+    monkeypatch.setattr(Odometer, "at", staticmethod(fails))
+    found = Odometer().read(history, 1e-5)
+    assert found.plain
+    assert good.epsilon < found.epsilon < math.inf
+
+
+def test_a_coarse_epsilon_is_said_and_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    made = with_many_debits([gaussian(rng.uniform(5, 9), rng.uniform(0.01, 0.1)) for _ in range(20)])
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    assert "coarse" not in {w["code"] for w in verdict["warnings"]}
+    made.result = result_for(made, verdict)
+    made.result["partners"][P0]["epsilon"] *= 1.1
+    assert files_of(verdict_of(made.write(tmp_path / "b"))) == {"result.json"}
+    monkeypatch.setattr(Odometer, "kinds", 10)
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    assert verdict["violations"] == []
+    (told,) = [w["what"] for w in verdict["warnings"] if w["code"] == "coarse"]
+    assert told.startswith(f"{P0}: of epsilon {verdict['partners'][P0]['epsilon']:.6g} about ")
 
 
 def test_rounding_events_costs_little_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ from hansa.common.verifier import verify_bundle  # noqa: E402
 
 def main(folder: Path) -> None:
     """Two partners, two sampled rounds with public evaluation, a run that is refused, what is done under another charter between."""
-    # A fixed sigma: the bytes may not change when the calibration gets better.
-    made = honest(Shape(partners=2, rounds=2, q=0.5, steps=2, sigma=6.0, refused_run=True, others=0.35, seed=4))
+    # A fixed sigma and fixed shares of delta: the bytes may not change when their choice gets better.
+    made = honest(
+        Shape(partners=2, rounds=2, q=0.5, steps=2, sigma=6.0, refused_run=True, others=0.35, golden=True, seed=4)
+    )
     verdict = verify_bundle(made.write(folder / "bundle"))
     made.result = result_for(made, verdict)
     verdict = {**verify_bundle(made.write(folder / "bundle")), "bundle": "bundle"}
