@@ -111,3 +111,39 @@ def test_results_are_rounded_up() -> None:
         unrounded = (epsilon - 1e-10) / (1 + 1e-10)
         assert gaussian_log_delta(epsilon, mu) < math.log(1e-5)
         assert gaussian_log_delta(unrounded, mu) == pytest.approx(math.log(1e-5), abs=1e-9)
+
+
+PINNED: list[tuple[float, float, tuple[float, int] | None, str]] = [
+    (0.0001, 1e-05, None, "2048:31.25 2049:31.25 4096:437.5 g:500"),
+    (0.02, 1e-05, None, "241:32.25 242:32.25 532:451.5 g:484"),
+    (0.2, 1e-07, None, "56:50.25 77:251.2 113:502.5 g:196"),
+    (0.5, 1e-05, None, "16:42.87 24:214.4 35:428.7 g:314"),
+    (1.0, 1e-12, None, "26:606.9 30:182.1 49:182.1 g:29"),
+    (3.0, 1e-05, None, "5:245.9 6:344.3 8:196.7 g:213"),
+    (8.0, 0.01, None, "2:534.6 3:38.19 4:38.19 g:389"),
+    (30.0, 1e-05, None, "2:835.6 3:59.69 4:59.69 g:45"),
+    (100.0, 1e-05, None, "2:866.2 3:61.87 4:61.87 g:10"),
+    (299.6, 1e-06, None, "2:866.2 3:61.87 4:61.87 g:10"),
+    (400.0, 1e-06, None, "2:866.2 3:61.87 4:61.87 g:10"),
+    (1.0, 0.4, None, "2:437.5 3:31.25 4:31.25 g:500"),
+    (1.0, 1e-05, (0.01, 100), "9:8.594 11:725 20:128.9 g:137.5"),
+    (1.0, 1e-05, (0.001, 10), "9:3.875 10:876 20:58.12 g:62"),
+    (0.5, 1e-06, (0.5, 3), "24:384.5 30:144.2 44:240.3 g:231"),
+    (8.0, 1e-05, (0.01, 20), "2:53.69 3:751.6 4:53.69 g:141"),
+    (1.0, 1e-05, (1.0, 100), "9:45.12 11:451.2 20:225.6 g:278"),
+    (60.0, 1e-05, (0.02, 2), "2:861.9 3:61.56 4:61.56 g:15"),
+    (0.1, 1e-05, (0.01, 50), "87:634 119:11.44 150:171.6 g:183"),
+    (2.0, 1e-300, (0.01, 100), "368:742.5 467:61.87 694:185.6 g:10"),
+    (250.0, 0.1, (0.5, 4), "2:859.2 3:61.37 4:61.37 g:18"),
+]
+"""(ε, δ, plan, thousandths of δ by order, and of the Gaussian branch). Other shares would be as valid: the filter's proof is for any.
+But whoever creates the same budget shall get the same one, and the efficiency that is measured (`make bench`) is that of these."""
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "plan", "wanted"), PINNED)
+def test_the_shares_at_the_ends_of_every_range(
+    epsilon: float, delta: float, plan: tuple[float, int] | None, wanted: str
+) -> None:
+    made = Budget.create(epsilon, delta, plan)
+    shares = [f"{alpha}:{share / delta * 1000:.4g}" for alpha, share in made.orders]
+    assert " ".join([*shares, f"g:{made.gaussian_delta / delta * 1000:.4g}"]) == wanted
