@@ -106,7 +106,7 @@ def test_more_rounds_than_the_budget_pays_are_refused_before_training(tmp_path: 
     text = GOOD.replace("rounds: 1", "rounds: 500").replace("clip_norm: 1.0", "clip_norm: 1.0, noise_multiplier: 26.0")
     config, out = write(tmp_path / "c.yaml", text), tmp_path / "out"
     call("plan", config).expect(1).says(
-        "does not fit", "30 such round(s) fit", "Fewer rounds, more noise, or a larger cap"
+        "does not fit", "28 such round(s) fit", "Fewer rounds, more noise, or a larger cap"
     )
     done = call("simulate", config, "--out", out).expect(1)
     done.says(
@@ -423,5 +423,7 @@ def test_a_charter_payload_with_other_fields_is_malformed(bundle: Path) -> None:
         text = json.dumps({**payload, **change}, sort_keys=True, separators=(",", ":")).encode()
         bad = {**envelope, "payload": base64.b64encode(text).decode()}
         file.write_bytes(json.dumps(bad, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-        call("charter", "verify", file).expect(2).says("charter.json", "malformed")
+        # Of an unknown format nobody knows what its epsilon is about: that is a no, not only malformed.
+        done = call("charter", "verify", file).says("charter.json", "malformed")
+        assert done.code == (1 if "format" in change else 2), done.out
         assert call("audit", bundle).says("charter.json").code in (1, 2)
