@@ -43,7 +43,12 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "verifier": (
         ("common/verifier.py",),
-        ("tests/common/test_verifier.py", "tests/common/test_verifier_mutants.py"),
+        (
+            "tests/common/test_verifier.py",
+            "tests/common/test_verifier_witnesses.py",
+            "tests/common/test_tampering.py",
+            "tests/common/test_verifier_mutants.py",
+        ),
     ),
 }
 """What is mutated, and the tests that must notice: without those marked slow (QUICK)."""
@@ -58,6 +63,9 @@ def main() -> int:
     asked.add_argument("--minutes", type=float, default=1e9, help="stop after so many a set")
     asked.add_argument("--longest", type=float, default=2.0, help="tests that take longer (traced) are left out")
     asked.add_argument("--only", default="", help="ids from results, with commas: try these again")
+    asked.add_argument(
+        "--again", type=Path, help="earlier results of the same source: without those that were noticed there"
+    )
     asked.add_argument("--list", action="store_true", help="count the mutants and stop")
     asked.add_argument("sets", nargs="*")
     args = asked.parse_args()
@@ -93,6 +101,9 @@ def one_set(name: str, args: argparse.Namespace, copy: Path, tool: Path) -> None
     total = len(mutants)
     if args.only:
         mutants = [m for m in mutants if m["id"] in args.only.split(",")]
+    if args.again:
+        noticed = {_key(m) for m in json.loads(args.again.read_text()) if m["result"] in ("killed", "timeout")}
+        mutants = [m for m in mutants if _key(m) not in noticed]
     if 0 < args.sample < len(mutants):
         mutants = random.Random(args.seed).sample(mutants, args.sample)
         mutants.sort(key=lambda m: (m["file"], m["line"]))
@@ -131,6 +142,10 @@ def one_set(name: str, args: argparse.Namespace, copy: Path, tool: Path) -> None
         results.append(try_cold(mutant, copy, tests, environment))
         out.write_text(json.dumps(results, indent=1))
     table(name, results, total, time.monotonic() - began)
+
+
+def _key(mutant: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(mutant[part] for part in ("file", "at", "to", "text", "before"))
 
 
 def try_cold(mutant: dict[str, Any], copy: Path, tests: tuple[str, ...], environment: dict[str, str]) -> dict[str, Any]:
