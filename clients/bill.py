@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.accounting import Budget, PrivacyEvent, odometer
 from ..common.charter import ADVERSARY, Charter, SignedCharter
-from ..common.config import Privacy, load_config
+from ..common.config import Algorithm, Privacy, load_config
 from ..common.errors import ConfigError, LedgerError, Refusal
 from ..common.home import Home
 from ..common.identity import real
@@ -131,13 +131,14 @@ def _lineage(books: Books, lineage: str) -> dict[str, Any]:
     agreed = []
     for sha in _concerned(books, lineage):
         name, expires = standing.charters[sha]
-        privacy = books.charters[sha].privacy if sha in books.charters else None
+        charter = books.charters.get(sha)
+        privacy = None if charter is None else charter.privacy
         one: dict[str, Any] = {"charter": name, "sha256": sha, "expires": f"{expires:%Y-%m-%dT%H:%M:%SZ}"}
         one |= {"withdrawn": books.control.withdrawn(sha), "share": None, "own": None, "site": None}
         if account.budget is not None:
             one["share"] = standing.epsilons(lineage, account.budget, sha)
-        if privacy is not None and privacy.epsilon is not None and privacy.delta is not None:
-            one["own"] = standing.epsilons(lineage, budget_of(privacy), sha)
+        if charter is not None and privacy is not None and privacy.epsilon is not None and privacy.delta is not None:
+            one["own"] = standing.epsilons(lineage, budget_of(privacy, charter.algorithm), sha)
             one["site"] = None if cap is None else standing.epsilons(lineage, Budget.create(cap, privacy.delta))
         agreed.append(one)
     return {
@@ -228,7 +229,7 @@ def plan_report(books: Books, path: Path) -> dict[str, Any]:
     Raises:
         ConfigError, CharterError: not a charter and not a configuration.
     """
-    sha, name, task, privacy, plan = _planned(path)
+    sha, name, task, privacy, algorithm, plan = _planned(path)
     events = events_of(plan)
     protected = privacy.kind == "local"
     named = next((e.dataset for e in books.settings.federations if SignedCharter.load(e.charter).sha256 == sha), None)
@@ -246,14 +247,14 @@ def plan_report(books: Books, path: Path) -> dict[str, Any]:
             {
                 "lineage": one.dataset.lineage,
                 "data": one.name,
-                **_cost(books, one.dataset.lineage, sha, privacy, events),
+                **_cost(books, one.dataset.lineage, sha, privacy, algorithm, events),
             }
             for one in served
         ],
     }
 
 
-def _planned(path: Path) -> tuple[str | None, str, str, Privacy, Any]:
+def _planned(path: Path) -> tuple[str | None, str, str, Privacy, Algorithm, Any]:
     try:
         head = path.read_bytes()[:1_000_000]
     except OSError as err:
@@ -262,19 +263,22 @@ def _planned(path: Path) -> tuple[str | None, str, str, Privacy, Any]:
         signed = SignedCharter.load(path)
         agreed = signed.charter
         plan = plan_of(agreed.algorithm, agreed.privacy, agreed.evaluation)
-        return signed.sha256, agreed.name, agreed.task.name, agreed.privacy, plan
+        return signed.sha256, agreed.name, agreed.task.name, agreed.privacy, agreed.algorithm, plan
     config = load_config(path)
     noise = calibrated(config.algorithm, config.privacy, config.evaluation)
     privacy = config.privacy.model_copy(update={"noise_multiplier": noise})
-    return None, config.name, config.task, privacy, plan_of(config.algorithm, privacy, config.evaluation)
+    plan = plan_of(config.algorithm, privacy, config.evaluation)
+    return None, config.name, config.task, privacy, config.algorithm, plan
 
 
-def _cost(books: Books, lineage: str, sha: str | None, privacy: Privacy, events: list[PrivacyEvent]) -> dict[str, Any]:
+def _cost(
+    books: Books, lineage: str, sha: str | None, privacy: Privacy, algorithm: Algorithm, events: list[PrivacyEvent]
+) -> dict[str, Any]:
     account, site = books.account(lineage), books.settings.site
     if privacy.kind != "local":
         stops = [] if site.allow_unprotected else ["the site: no training without privacy"]
         return {"before": None, "after": None, "stops": stops, "fits": None if not stops else 0}
-    agreed = budget_of(privacy)
+    agreed = budget_of(privacy, algorithm)
     own = agreed if account.budget is None else account.budget
     taken = books.taken(lineage)
     caps: dict[str, tuple[Budget, list[PrivacyEvent]]] = {

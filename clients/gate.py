@@ -117,7 +117,7 @@ class Gate:
         account = self._standing.accounts[lineage]
         plan = plan_of(charter.algorithm, charter.privacy, charter.evaluation)
         if charter.privacy.kind == "local":
-            agreed = budget_of(charter.privacy)
+            agreed = budget_of(charter.privacy, charter.algorithm)
             # The lineage's own cap over everything, and the charter's over what is spent under it: both must hold.
             self._admit(account.budget or agreed, plan, request.charter_sha256, lineage, every=True)
             self._admit(agreed, plan, request.charter_sha256, lineage, every=False)

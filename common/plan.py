@@ -90,11 +90,12 @@ def calibrated(
         return privacy.noise_multiplier
     steps = algorithm.rounds * algorithm.local.steps
     before = [*spent, *events_of(_evaluations(algorithm, evaluation))]
-    return budget_of(privacy).calibrate(algorithm.local.sampling_rate, steps, before)
+    return budget_of(privacy, algorithm).calibrate(algorithm.local.sampling_rate, steps, before)
 
 
-def budget_of(privacy: Privacy) -> Budget:
-    """The filter that a charter's ε and δ create."""
+def budget_of(privacy: Privacy, algorithm: Algorithm) -> Budget:
+    """The filter that a charter's ε and δ create, with branches that serve the charter's own plan."""
     assert privacy.epsilon is not None
     assert privacy.delta is not None
-    return Budget.create(privacy.epsilon, privacy.delta)
+    local = algorithm.local
+    return Budget.create(privacy.epsilon, privacy.delta, (local.sampling_rate, algorithm.rounds * local.steps))

@@ -115,7 +115,7 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     if p.kind == "none":
         return {"privacy": "none", "fits": True}
     assert p.delta is not None
-    budget, spent, held = _taken_before(ledger, budget_of(p))
+    budget, spent, held = _taken_before(ledger, budget_of(p, a))
     before = [*spent, *held]
     sigma = calibrated(a, p, federation.evaluation, before)
     assert sigma is not None
@@ -141,10 +141,9 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     whole = [*before, *cost]
     needed: list[dict[str, float | None]] = []
     for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
+        terms = p.model_copy(update={"epsilon": epsilon})
         try:
-            needed.append(
-                {"epsilon": epsilon, "noise_multiplier": Budget.create(epsilon, p.delta).calibrate(q, steps * a.rounds)}
-            )
+            needed.append({"epsilon": epsilon, "noise_multiplier": budget_of(terms, a).calibrate(q, steps * a.rounds)})
         except HansaError:
             needed.append({"epsilon": epsilon, "noise_multiplier": None})
     return {

@@ -167,7 +167,7 @@ def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:
         plan_of(agreed.algorithm, privacy.model_copy(update={"noise_multiplier": sigma}), agreed.evaluation)
     )
     costs = {
-        "epsilon_filter": budget_of(privacy).spent(events),
+        "epsilon_filter": budget_of(privacy, agreed.algorithm).spent(events),
         "epsilon_odometer": odometer(events, privacy.delta),
         "noise_multiplier": sigma,
     }

@@ -47,7 +47,7 @@ class PopulationRecords:
         """
         why = self._own.run(run_id)
         if self._charter.privacy.kind == "local" and not self.ledger.of("budget"):
-            budget = budget_of(self._charter.privacy)
+            budget = budget_of(self._charter.privacy, self._charter.algorithm)
             # A population's budget begins with its run, so nothing was spent before.
             if not budget.admits(events_of(self._plan)):
                 raise Refused(

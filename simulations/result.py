@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.accounting import PrivacyEvent, odometer
-from ..common.charter import ADVERSARY
+from ..common.charter import ADVERSARY, Charter
 from ..common.identity import write_whole
 from ..common.plan import budget_of, event_from
 from ..server.rounds import Outcome, Refusing
@@ -83,19 +83,18 @@ def _partners(simulation: Simulation) -> dict[str, Any]:
             gate = simulation.gates[member.name]
             trained = {d.body["request_id"] for d in gate.ledger.of("debit") if d.body["purpose"] == "train"}
             rounds = {e.body["request_id"] for e in gate.ledger.of("commit")} & trained
-            found[member.name] = _bill(
-                charter.privacy, member.declared_records, gate.spent(), len(rounds), gate.unbounded()
-            )
+            found[member.name] = _bill(charter, member.declared_records, gate.spent(), len(rounds), gate.unbounded())
         return found
     return _population(simulation)
 
 
-def _bill(privacy: Any, declared: int, spent: list[PrivacyEvent], rounds: int, unbounded: bool) -> dict[str, Any]:
+def _bill(charter: Charter, declared: int, spent: list[PrivacyEvent], rounds: int, unbounded: bool) -> dict[str, Any]:
+    privacy = charter.privacy
     bounded = privacy.kind == "local" and not unbounded
     return {
         "declared_records": declared,
-        "epsilon": odometer(spent, privacy.delta) if bounded else None,
-        "epsilon_filter": budget_of(privacy).spent(spent) if bounded else None,
+        "epsilon": odometer(spent, privacy.delta) if bounded and privacy.delta is not None else None,
+        "epsilon_filter": budget_of(privacy, charter.algorithm).spent(spent) if bounded else None,
         "epsilon_cap": privacy.epsilon,
         "delta": privacy.delta,
         "rounds": rounds,
@@ -129,7 +128,7 @@ def _population(simulation: Simulation) -> dict[str, Any]:
         if history not in bills:
             mine = [events[i] for i in debits[number]]
             bills[history] = _bill(
-                charter.privacy,
+                charter,
                 charter.population.declared_records,
                 [e for e in mine if e is not None],
                 rounds[number],

@@ -72,7 +72,7 @@ def test_what_is_calibrated_is_what_the_gate_admits() -> None:
 
     def admitted(noise: float) -> bool:
         p = privacy.model_copy(update={"noise_multiplier": noise})
-        return budget_of(p).admits(events_of(plan_of(c.algorithm, p, c.evaluation)))
+        return budget_of(p, c.algorithm).admits(events_of(plan_of(c.algorithm, p, c.evaluation)))
 
     assert admitted(sigma)
     assert not admitted(sigma * 0.999)
