@@ -1113,6 +1113,10 @@ def test_signed_entry_that_does_not_fit_in_its_place(
     ):
         with pytest.raises(verifier.Bad):
             chain.take(with_envelope(sealed))
+    signature, other = ((who.key, who.sign(ENTRY_TYPE, canonical(header))) for who in (identity(P0), identity(P1)))
+    for signatures in ((), (signature, other), (signature, signature), ((other[0], signature[1]),)):
+        with pytest.raises(verifier.Bad, match="alone"):
+            chain.take(with_envelope(write_envelope(Envelope(ENTRY_TYPE, canonical(header), signatures))))
     good = with_envelope(identity(P0).seal(ENTRY_TYPE, canonical(header)))
     for bad in (good + b" ", canonical({"body": line["body"]}), canonical(line | {"more": 1}), b"[]"):
         with pytest.raises(verifier.Bad):
