@@ -33,7 +33,7 @@ from .identity import (
     write_envelope,
     write_whole,
 )
-from .merkle import Tree, consistency_proof, inclusion_proof, leaf_hash
+from .merkle import Tree, leaf_hash
 
 ENTRY_TYPE = "application/vnd.hansa.entry.v2+json"
 VERSION = 2
@@ -185,7 +185,7 @@ class Ledger:
         Raises:
             LedgerError: it has fewer.
         """
-        return [h.hex() for h in consistency_proof([entry.leaf for entry in self.entries], first)]
+        return [h.hex() for h in self._tree.consistency(first)]
 
     def append(
         self,
@@ -394,11 +394,6 @@ def redacted(data: bytes, disclose: Callable[[Entry], bool], key: str) -> bytes:
         entry = _parse(line, tree, key)
         made.append(line if disclose(entry) else _line(write_envelope(_split(line)[0]), None))
     return b"".join(line + b"\n" for line in made)
-
-
-def prove_inclusion(entries: list[Entry], number: int) -> list[str]:
-    """The audit path (hex) of entry `number` (from 0) in the tree of all."""
-    return [h.hex() for h in inclusion_proof([entry.leaf for entry in entries], number)]
 
 
 def owner_line(entry: Entry) -> str:

@@ -15,8 +15,8 @@ from .cli import Format, FormatOption, out, plain, public_key, say, show_json
 from .errors import ConfigError, HansaError, LedgerError, MessageError
 from .heads import Head, read_head
 from .identity import canonical, strict_json, write_whole
-from .ledger import owner_line, prove_inclusion, read_entry, read_ledger
-from .merkle import verify_inclusion
+from .ledger import owner_line, read_entry, read_ledger
+from .merkle import Tree, verify_inclusion
 
 
 def commands(app: typer.Typer) -> None:
@@ -124,7 +124,7 @@ def prove(
             "Show both to an auditor: hansa audit BUNDLE --against HEADS",
         )
     whole = json.loads(file.read_bytes().split(b"\n")[line - 1])
-    path = prove_inclusion(entries[: head.length], line - 1)
+    path = [step.hex() for step in Tree(entry.leaf for entry in entries).inclusion(line - 1, head.length)]
     write_whole(to, canonical({"format": PROOF, "entry": whole, "path": path, "head": head.sealed.decode()}) + b"\n")
     out.print(
         plain(

@@ -11,7 +11,7 @@ Hashes are 32 raw bytes here; files have them as 64 hex digits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import LedgerError
 
@@ -28,57 +28,86 @@ def _node(left: bytes, right: bytes) -> bytes:
 
 
 class Tree:
-    """The root of a growing list of leaves: one leaf more costs about two hashes, a root at most log2(n).
+    """A growing list of leaves; every full subtree's hash is kept (64 bytes a leaf in all), so that roots and proofs cost
+    O(log² n) of them.
 
     Attributes:
         size: number of leaves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: Iterable[bytes] = ()) -> None:
         self.size = 0
-        self._peaks: list[bytes] = []  # roots of the full subtrees, the largest first: one for each bit of size
+        self._levels: list[list[bytes]] = [[]]  # [k][i]: root of leaves i·2^k to (i+1)·2^k
+        for leaf in leaves:
+            self.append(leaf)
 
     def append(self, leaf: bytes) -> None:
         """Add a leaf hash."""
-        size, root = self.size, leaf
-        while size & 1:
-            root = _node(self._peaks.pop(), root)
-            size >>= 1
-        self._peaks.append(root)
         self.size += 1
+        self._levels[0].append(leaf)
+        level, full = 0, self.size
+        while not full & 1:
+            full >>= 1
+            level += 1
+            if level == len(self._levels):
+                self._levels.append([])
+            self._levels[level].append(_node(*self._levels[level - 1][-2:]))
 
-    def root(self) -> bytes:
-        """The root over all leaves."""
-        if not self._peaks:
+    def root(self, size: int | None = None) -> bytes:
+        """The root over the first `size` leaves; None: over all."""
+        return self._range(0, self.size if size is None else size)
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """The audit path of leaf `index` in the tree of the first `size` leaves (RFC 6962, 2.1.1), from the leaf up.
+
+        Raises:
+            LedgerError: there is no such leaf.
+        """
+        if not 0 <= index < size <= self.size:
+            raise LedgerError(f"no entry {index} in a tree of {size}")
+        path = []
+        low, high = 0, size
+        while high - low > 1:
+            middle = low + _split(high - low)
+            if index < middle:
+                path.append(self._range(middle, high))
+                high = middle
+            else:
+                path.append(self._range(low, middle))
+                low = middle
+        return path[::-1]
+
+    def consistency(self, first: int) -> list[bytes]:
+        """That the tree of the first `first` leaves is a beginning of the tree of all (RFC 6962, 2.1.2).
+
+        Raises:
+            LedgerError: there are fewer leaves.
+        """
+        if not 0 <= first <= self.size:
+            raise LedgerError(f"no tree of {first} in one of {self.size}")
+        path: list[bytes] = []
+        low, high = 0, self.size
+        while 0 < first < high:
+            middle = low + _split(high - low)
+            if first <= middle:
+                path.append(self._range(middle, high))
+                high = middle
+            else:
+                path.append(self._range(low, middle))
+                low = middle
+        if path and low:  # what is left is no beginning of the tree: its own root is needed, too
+            path.append(self._range(low, high))
+        return path[::-1]
+
+    def _range(self, low: int, high: int) -> bytes:
+        """The root over the leaves from `low` to below `high`, as a tree of their own."""
+        width = high - low
+        if not width:
             return EMPTY
-        root = self._peaks[-1]
-        for peak in reversed(self._peaks[:-1]):
-            root = _node(peak, root)
-        return root
-
-
-def root_of(leaves: Sequence[bytes]) -> bytes:
-    """The root over these leaf hashes."""
-    tree = Tree()
-    for leaf in leaves:
-        tree.append(leaf)
-    return tree.root()
-
-
-def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """The audit path of leaf `index` in the tree of all `leaves` (RFC 6962, 2.1.1), from the leaf up.
-
-    Raises:
-        LedgerError: there is no such leaf.
-    """
-    if not 0 <= index < len(leaves):
-        raise LedgerError(f"no entry {index} in a tree of {len(leaves)}")
-    if len(leaves) == 1:
-        return []
-    k = _split(len(leaves))
-    if index < k:
-        return [*inclusion_proof(leaves[:k], index), root_of(leaves[k:])]
-    return [*inclusion_proof(leaves[k:], index - k), root_of(leaves[:k])]
+        if width & (width - 1) == 0 and low % width == 0:
+            return self._levels[width.bit_length() - 1][low // width]
+        middle = low + _split(width)
+        return _node(self._range(low, middle), self._range(middle, high))
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> None:
@@ -103,26 +132,6 @@ def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes],
         fn, sn = fn >> 1, sn >> 1
     if sn or found != root:
         raise LedgerError("the entry is not in the tree of that head")
-
-
-def consistency_proof(leaves: Sequence[bytes], first: int) -> list[bytes]:
-    """That the tree of the first `first` leaves is a beginning of the tree of all (RFC 6962, 2.1.2).
-
-    Raises:
-        LedgerError: there are fewer leaves.
-    """
-    if not 0 <= first <= len(leaves):
-        raise LedgerError(f"no tree of {first} in one of {len(leaves)}")
-    return [] if first in (0, len(leaves)) else _subproof(leaves, first, True)
-
-
-def _subproof(leaves: Sequence[bytes], first: int, whole: bool) -> list[bytes]:
-    if first == len(leaves):
-        return [] if whole else [root_of(leaves)]
-    k = _split(len(leaves))
-    if first <= k:
-        return [*_subproof(leaves[:k], first, whole), root_of(leaves[k:])]
-    return [*_subproof(leaves[k:], first - k, False), root_of(leaves[:k])]
 
 
 def verify_consistency(first: int, first_root: bytes, second: int, second_root: bytes, proof: Sequence[bytes]) -> None:

@@ -27,7 +27,7 @@ from hansa.common.config import Federation
 from hansa.common.heads import HEAD_TYPE, Head, KeptHeads, sign_head
 from hansa.common.identity import Envelope, Identity, canonical, public_pem, real, sha256, write_envelope
 from hansa.common.ledger import ENTRY_TYPE, Ledger, redacted
-from hansa.common.merkle import EMPTY, Tree, consistency_proof, leaf_hash
+from hansa.common.merkle import EMPTY, Tree, leaf_hash
 
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
 EPOCH = datetime(2026, 11, 22, 1, 50, tzinfo=UTC)
@@ -278,7 +278,7 @@ class Draft:
             for kept in (kept for kept in self.heads if kept.holder == holder):
                 head, before = heads[kept.owner, kept.length], store.newest(kept.owner)
                 leaves = [entry.leaf for entry in ledgers[kept.owner].entries[: kept.length]]
-                proof = [step.hex() for step in consistency_proof(leaves, before.length)] if before else []
+                proof = [step.hex() for step in Tree(leaves).consistency(before.length)] if before else []
                 assert kept.owner == holder or kept.owner in store.witness([(head, proof)])
                 for name in kept.signers:
                     head = head.countersigned(self.people[name])

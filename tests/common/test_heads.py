@@ -186,7 +186,7 @@ class Prefix:
         self.leaves = [entry.leaf for entry in entries]
 
     def consistency(self, first: int) -> list[str]:
-        from hansa.common.merkle import consistency_proof
+        from merkle_support import consistency_proof
 
         return [h.hex() for h in consistency_proof(self.leaves, first)]
 

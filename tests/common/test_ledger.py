@@ -27,11 +27,11 @@ from hansa.common.ledger import (
     Entry,
     Ledger,
     owner_line,
-    prove_inclusion,
     read_ledger,
     redacted,
 )
-from hansa.common.merkle import EMPTY, leaf_hash, root_of, verify_consistency, verify_inclusion
+from hansa.common.merkle import EMPTY, leaf_hash, verify_consistency, verify_inclusion
+from merkle_support import inclusion_proof, root_of
 from support import identity, unwrapped
 
 ADA, BEN = identity("ada"), identity("ben")
@@ -92,7 +92,7 @@ def test_every_entry_signs_for_all_before_it(tmp_path: Path) -> None:
     top = bytes.fromhex(ledger.root)
     for number in range(9):
         assert ledger.states(number + 1, entries[number].root)
-        proof = [bytes.fromhex(h) for h in prove_inclusion(ledger.entries, number)]
+        proof = inclusion_proof([entry.leaf for entry in ledger.entries], number)
         verify_inclusion(leaves[number], number, 9, proof, top)
         proof = [bytes.fromhex(h) for h in ledger.consistency(number + 1)]
         verify_consistency(number + 1, bytes.fromhex(entries[number].root), 9, top, proof)

@@ -77,7 +77,9 @@ def test_a_ledger_that_was_rewritten_cannot_prove_under_the_heads_of_the_other(p
 
 CHANGES: dict[str, Any] = {
     "another body": lambda p: p["entry"]["body"]["data"].update(text="other"),
-    "another header": lambda p: p["entry"]["envelope"].update(payload=p["entry"]["envelope"]["payload"][:-8] + "AAAAAAA="),
+    "another header": lambda p: p["entry"]["envelope"].update(
+        payload=p["entry"]["envelope"]["payload"][:-8] + "AAAAAAA="
+    ),
     "a step less": lambda p: p["path"].pop(),
     "a step more": lambda p: p["path"].append("0" * 64),
     "another step": lambda p: p["path"].__setitem__(0, "0" * 64),

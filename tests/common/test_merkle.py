@@ -14,13 +14,11 @@ from hansa.common.errors import LedgerError
 from hansa.common.merkle import (
     EMPTY,
     Tree,
-    consistency_proof,
-    inclusion_proof,
     leaf_hash,
-    root_of,
     verify_consistency,
     verify_inclusion,
 )
+from merkle_support import consistency_proof, inclusion_proof, root_of
 
 # The vectors of the Certificate Transparency reference implementation (cpp/merkletree/merkle_tree_test.cc of
 # google/certificate-transparency; trillian and others carry the same).

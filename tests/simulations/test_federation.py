@@ -62,9 +62,9 @@ def _die_at_entry(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Die after the number-th entry that is written to any ledger from now on."""
     original, written = Ledger.append, 0
 
-    def append(self: Ledger, kind: str, body: Any) -> Any:
+    def append(self: Ledger, kind: str, body: Any, **more: Any) -> Any:
         nonlocal written
-        entry = original(self, kind, body)
+        entry = original(self, kind, body, **more)
         written += 1
         if written == number:
             raise Killed
