@@ -283,7 +283,7 @@ def _unpack(archive: Path, to: Path) -> set[str]:
                     file.flush()
                     os.fsync(file.fileno())
                 names.add(member.name)
-    except tarfile.TarError as err:
+    except (tarfile.TarError, ValueError) as err:  # ValueError: sizes beyond what a file can have
         raise DataError(f"{archive}: not a backup, or cut off: {err}", _NOT_OURS) from err
     except FileNotFoundError as err:
         raise DataError(f"{archive}: {err.strerror}", _NOT_OURS) from err

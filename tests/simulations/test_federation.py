@@ -166,7 +166,7 @@ def test_nothing_of_a_key_or_a_row_is_in_the_bundle(tmp_path: Path) -> None:
     for path in (p for p in out.rglob("*") if p.is_file()):
         assert not any(s in unwrapped(path.read_bytes()) for s in secrets), path
     assert {p.name for p in out.iterdir()} == {
-        "charter.json", "closing", "coordinator", "keys", "model.safetensors", "partners", "result.json"
+        "charter.json", "closing", "coordinator", "heads", "keys", "model.safetensors", "partners", "result.json"
     }  # fmt: skip
 
 
