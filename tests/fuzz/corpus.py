@@ -141,6 +141,14 @@ def drafted(folder: Path) -> dict[str, Any]:
         "closing": closing,
         "heads": heads,
         "result": json.loads((folder / "result.json").read_bytes()),
+        "origin": {  # by what the charter and the ledgers are named above: `signed` puts new names in their place
+            "charter": sha256(bent(payload_of((folder / "charter.json").read_bytes()))),
+            "roots": {
+                root: [str(path.parent.relative_to(folder)), n]
+                for path in folder.glob("**/ledger.jsonl")
+                for n, root in enumerate(old_roots(path))
+            },
+        },
     }
 
 
@@ -199,17 +207,14 @@ def signed(draft: Any, to: Path) -> None:
     original = bundle()
     everyone = people()
     order = [everyone[name] for name in ("cleveland", "hungary", "coordinator")]
-    before = {str(p.parent.relative_to(original)): p for p in original.glob("**/ledger.jsonl")}
-    was = {root: (place, n) for place, path in before.items() for n, root in enumerate(old_roots(path))}
+    was_named, was = draft["origin"]["charter"], draft["origin"]["roots"]
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir()
-    old = sha256((original / "charter.json").read_bytes())  # only to tell whether the charter was changed
     payload = bent(draft["charter"])
-    charter_file = seal(CHARTER_TYPE, payload, *order) + b"\n"
-    (to / "charter.json").write_bytes(charter_file)
-    if sha256(charter_file) != old:  # what names the old charter names the new one
-        was_named, named = sha256(bent(payload_of((original / "charter.json").read_bytes()))), sha256(payload)
-        draft = json.loads(json.dumps(draft).replace(was_named, named))
+    (to / "charter.json").write_bytes(seal(CHARTER_TYPE, payload, *order) + b"\n")
+    named = sha256(payload)
+    if named != was_named:  # what names the old charter names the new one
+        draft = json.loads(json.dumps(draft).replace(str(was_named), named))
     now: dict[str, list[str]] = {}
     for place, entries in draft["ledgers"].items():
         name = str(place).rpartition("/")[2]

@@ -224,6 +224,7 @@ def guided(name: str, seconds: float, folder: Path, corpus: Path, seed: int) -> 
     arguments = [
         sys.argv[0], str(corpus), f"-max_total_time={max(1, int(seconds))}", "-timeout=60", "-rss_limit_mb=6000", f"-seed={seed}",
         f"-max_len={longest}", f"-artifact_prefix={folder}/", "-print_final_stats=0", "-reduce_inputs=0",
+        "-handle_xfsz=0",
         *([f"-dict={words}"] if target.words else []),
     ]  # fmt: skip
     # -1: nothing could be built of it, so nothing shall be made of it either.
