@@ -19,7 +19,7 @@ help:
 	@echo "make bench   measured figures: the link beside stock Flower, 1,000 clients a round, accounting"
 	@echo "make fuzz    ten minutes of hostile input for every parser (FUZZ_SECONDS=600)"
 	@echo "make mutants every small change of accounting.py and verifier.py that a test must notice (hours; MUTANTS=200 takes a sample)"
-	@echo "make soak    kill -9 at 50 random points of a run, then --resume; every fault of a network alone"
+	@echo "make soak    kill -9 at 50 random points of a run, then --resume; every fault of a network; 10,000 adversarial streams at one budget"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Hansa needs Python 3.11 or newer; set PYTHON=python3.11")'
