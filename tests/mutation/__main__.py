@@ -63,9 +63,7 @@ def main() -> int:
     asked.add_argument("--minutes", type=float, default=1e9, help="stop after so many a set")
     asked.add_argument("--longest", type=float, default=2.0, help="tests that take longer (traced) are left out")
     asked.add_argument("--only", default="", help="ids from results, with commas: try these again")
-    asked.add_argument(
-        "--again", type=Path, help="earlier results of the same source: without those that were noticed there"
-    )
+    asked.add_argument("--again", type=Path, help="earlier results: without those that were noticed there")
     asked.add_argument("--list", action="store_true", help="count the mutants and stop")
     asked.add_argument("sets", nargs="*")
     args = asked.parse_args()
@@ -145,7 +143,7 @@ def one_set(name: str, args: argparse.Namespace, copy: Path, tool: Path) -> None
 
 
 def _key(mutant: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(mutant[part] for part in ("file", "at", "to", "text", "before"))
+    return tuple(mutant[part] for part in ("file", "where", "operator", "before", "after"))
 
 
 def try_cold(mutant: dict[str, Any], copy: Path, tests: tuple[str, ...], environment: dict[str, str]) -> dict[str, Any]:
