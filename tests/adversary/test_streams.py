@@ -28,7 +28,8 @@ from hansa.common.witness import asking
 from . import oracle
 from .campaign import campaign, mixed
 from .disk import Disk, use, watching
-from .stream import MODEL, Stream, judge, run
+from .judge import judge
+from .stream import MODEL, Stream, run
 from .world import World, charter, laboratory, message, world
 
 STREAMS = 250

@@ -272,8 +272,10 @@ class World:
         if not 0 <= draw < len(self.draws) or (not tensors and draw < before):
             self.faults.append(f"a {manifest.kind} that no draw made")
             return
-        if Control(self.settings.control).restored.exists():
-            self.faults.append("something left while a restore was in doubt")
+        if (
+            Control(self.settings.control).restored.exists() and draw >= before
+        ):  # what was committed before may be sent again
+            self.faults.append("data was used while a restore was in doubt")
         twice = [
             one
             for one in self.releases.values()
