@@ -28,7 +28,7 @@ from ..common.charter import Charter
 from ..common.closing import sign_closing
 from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused
 from ..common.flower import ClientApp, Context, Message, RecordDict
-from ..common.heads import KeptHeads
+from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity, sha256
 from ..common.ledger import Ledger
 from ..common.messages import Manifest, Tensors, Wire, is_finite
@@ -62,7 +62,7 @@ class Doorkeeper(Protocol):
     def admit_public(self, request: Manifest, request_sha256: str) -> bool:
         """Let a public evaluation through, or raise Refused; True when answered before."""
 
-    def check_head(self, length: int, root: str) -> None:
+    def check_head(self, head: Head) -> None:
         """Raise Refused when this ledger is not what a head that this node signed states."""
 
     def commit(self, request: Manifest, request_sha256: str, reply_sha256: str, *, public: bool) -> None:
@@ -280,7 +280,7 @@ class Node:
             return None
         asked = Asked.parse(request.fields.get("witness"), self._agreed(request).keys(), self._gate.name)
         if asked.yours is not None:
-            self._gate.check_head(asked.yours.length, asked.yours.root)
+            self._gate.check_head(asked.yours)
         return asked
 
     def _witnessed(self, asked: Asked) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Disclosure).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.charter import SignedCharter
@@ -44,15 +45,11 @@ def export(settings: NodeSettings, to: Path, charter: Path | None = None) -> lis
     except OSError as err:
         raise LedgerError(f"{settings.ledger}: {err.strerror}", "Its node makes it when it first starts.") from err
     entries, _ = read_ledger(settings.ledger, key)
-    held = {
-        str(entry.privacy["lineage"])
-        for entry in entries
-        if entry.type == "hold" and entry.charter == signed.sha256 and entry.privacy is not None
-    }
+    used = _used(entries, signed.sha256)
 
     def disclose(entry: Entry) -> bool:
         if entry.type == "dataset":
-            return entry.body["lineage"] in held
+            return entry.body["dataset"] in used
         return entry.charter in (None, signed.sha256)
 
     try:
@@ -99,6 +96,23 @@ def _charter(settings: NodeSettings, to: Path, charter: Path | None) -> SignedCh
         raise ConfigError("node.yaml lists several charters", "Say for whose auditor this is: --charter FILE")
     (only,) = listed.values()
     return only
+
+
+def _used(entries: Sequence[Entry], charter_sha256: str) -> set[str]:
+    """The data sets that runs under one charter were held on, what those are versions of or overlap with, and what opened their
+    lineages. Others in the same lineage are other charters' business: for which task, and since when.
+    """
+    about = {entry.body["dataset"]: entry.body for entry in entries if entry.type == "dataset"}
+    wanted = [e.body["dataset"] for e in entries if e.type in ("hold", "debit") and e.charter == charter_sha256]
+    lineages = {about[one]["lineage"] for one in wanted}
+    wanted += [n for n, b in about.items() if b["lineage"] in lineages and b["declared"]["of"] is None]
+    used: set[str] = set()
+    while wanted:
+        one = wanted.pop()
+        if one is not None and one not in used:
+            used.add(one)
+            wanted.append(about[one]["declared"]["of"])
+    return used
 
 
 def _closings(settings: NodeSettings, signed: SignedCharter) -> list[tuple[str, bytes]]:

@@ -12,7 +12,7 @@ nothing about what may still be spent.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ..common.accounting import Budget, PrivacyEvent
@@ -20,6 +20,7 @@ from ..common.charter import Charter, Member, SignedCharter
 from ..common.config import check_delta
 from ..common.errors import LedgerError, Refusal, Refused
 from ..common.events import EventLog
+from ..common.heads import Head
 from ..common.identity import real
 from ..common.ledger import Ledger
 from ..common.messages import Manifest
@@ -128,6 +129,10 @@ class Gate:
                 fields = agreed.to_fields()
                 about = {"unit": "record", "adjacency": "add-or-remove-one", "lineage": lineage, "budget": fields}
                 self._append("budget", about, request.charter_sha256, {"lineage": lineage, "budget": fields})
+        elif account.budget is not None and not account.unbounded and _asked(plan):
+            # Unprotected training makes the budget unbounded when it happens. Until then what *is* protected (private
+            # evaluation) is charged to it like anything else.
+            self._admit(account.budget, plan, request.charter_sha256, lineage, every=True)
         self._append(
             "hold",
             {
@@ -242,19 +247,26 @@ class Gate:
         if refusal_key(request.charter_sha256, body) not in self._standing.refused:
             self._append("refuse", body, request.charter_sha256)
 
-    def check_head(self, length: int, root: str) -> None:
+    def check_head(self, head: Head) -> None:
         """Return when this ledger is, or goes on from, what a head that this node signed states.
 
         Raises:
-            Refused: it was put back to an older copy, or is another. From then on every run is refused, as after a restore.
+            Refused: it was put back to an older copy: from then on every run is refused, as after a restore. Or the head is of
+                another ledger of this partner, which says nothing of this one.
         """
-        if self.ledger.states(length, root):
+        if self.ledger.states(head.length, head.root):
             return
-        if self._law is not None:
-            self._law.distrust(self.ledger.length, (length, root))
+        if head.ledger_id != self.ledger.entries[0].body["ledger_id"]:
+            raise Refused(
+                Refusal.ROLLED_BACK,
+                "the head that is shown is of another ledger of this partner than this node's",
+                "The coordinator knows another state folder of yours: which one is right?",
+            )
+        if self._law is not None and self._law.distrust(self.ledger.length, (head.length, head.root)):
+            self._append("restored", {"length": self.ledger.length})
         raise Refused(
             Refusal.ROLLED_BACK,
-            f"this node signed a head of its ledger at {length} entries that it does not have now",
+            f"this node signed a head of its ledger at {head.length} entries that it does not have now",
             "Restore the newest backup: hansa node restore BACKUP",
         )
 
@@ -290,7 +302,8 @@ class Gate:
         known = self._charters.get(request.charter_sha256)
         if known is None:
             raise Refused(Refusal.CHARTER_UNKNOWN, "this node accepted no such charter")
-        if datetime.now(UTC) >= known[0].expires:
+        # A little before: what is decided now is recorded with a time that is not before it.
+        if datetime.now(UTC) + _RECORDING >= known[0].expires:
             raise Refused(Refusal.CHARTER_EXPIRED, f"it expired {known[0].expires:%Y-%m-%d}")
         return known
 
@@ -421,6 +434,8 @@ class Gate:
             told = {word: about[key] for key, word in _TOLD.items() if about.get(key) is not None}
             self._log.log(kind, partner=self.name, **told)
 
+
+_RECORDING = timedelta(seconds=5)
 
 _TOLD = {
     "charter_sha256": "charter", "run_id": "run", "round": "round", "request_id": "request", "purpose": "purpose",

@@ -153,16 +153,21 @@ class SiteLaw:
         """Whether this partner left that charter."""
         return self._control.withdrawn(charter_sha256)
 
-    def distrust(self, length: int, signed: tuple[int, str]) -> None:
+    def distrust(self, length: int, signed: tuple[int, str]) -> bool:
         """From now on the state counts as restored from a backup: a head that this node signed says more than its ledger does.
 
         Args:
             length: of the ledger as it is.
             signed: length and root of that head.
+
+        Returns:
+            Whether this is new.
         """
         marker = self._control.restored
-        if not marker.exists():
-            write_whole(marker, canonical({"length": length, "counted": list(signed)}), mode=0o600)
+        if marker.exists():
+            return False
+        write_whole(marker, canonical({"length": length, "counted": list(signed)}), mode=0o600)
+        return True
 
     def restored_at(self) -> int | None:
         """Length of the ledger when it was restored and nothing was proved; None where there is nothing to prove."""

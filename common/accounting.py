@@ -34,13 +34,15 @@ from .curves import gaussian_epsilon, gaussian_log_delta, renyi_epsilon, renyi_o
 from .errors import ConfigError, LedgerError, Refusal, Refused
 from .privacy_loss import Reading, read
 
-__all__ = ["MIN_NOISE_MULTIPLIER", "Budget", "PrivacyEvent", "Reading", "odometer", "odometer_reading"]
+__all__ = ["MAX_STEPS", "MIN_NOISE_MULTIPLIER", "Budget", "PrivacyEvent", "Reading", "odometer", "odometer_reading"]
 
 MIN_NOISE_MULTIPLIER = 0.3
 """Smaller noise multipliers are refused before accounting at all."""
 
+MAX_STEPS = 10**9
+"""More steps are no event."""
+
 _MECHANISM = "poisson-gaussian/1"
-_MAX_STEPS = 10**9
 _MAX_SIGMA = 1e9  # more noise is charged as this much, so that 1/σ² cannot vanish in a float
 _MAX_ORDER = 4096
 
@@ -80,7 +82,7 @@ class PrivacyEvent:
                 f"σ = {self.noise_multiplier!r}",
                 "Take a noise multiplier of at least 0.3; less protects nobody, whatever ε says.",
             )
-        if type(self.steps) is not int or not 1 <= self.steps <= _MAX_STEPS:
+        if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
             raise ConfigError(
                 f"steps {self.steps!r} is not a whole number from 1 to 10^9",
                 "Count optimiser steps (rounds x local steps), not epochs.",
@@ -307,9 +309,9 @@ class Budget:
             return self.admits([*before, PrivacyEvent(sampling_rate, noise_multiplier, steps)])
 
         low, high = 0, 1  # low fits, high is to be tried
-        while high <= _MAX_STEPS and admitted(high):
+        while high <= MAX_STEPS and admitted(high):
             low, high = high, 2 * high
-        high = min(high, _MAX_STEPS + 1)
+        high = min(high, MAX_STEPS + 1)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if admitted(middle) else (low, middle)

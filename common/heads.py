@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from .ledger import Ledger
 from .merkle import verify_consistency
 
 HEAD_TYPE = "application/vnd.hansa.head+json"
+MAX_UNSIGNED = 16
+"""Heads of one owner that are kept though they do not extend what was signed; two are proof enough."""
 MAX_PROOF = 128
 """Hashes in a consistency proof; one of 2^60 entries has fewer."""
 
@@ -165,6 +168,7 @@ class KeptHeads:
         self._identity = identity
         self._newest: dict[tuple[str, str], Head] = {}  # by owner and signer
         self._known: set[str] = set()
+        self._unsigned: Counter[str] = Counter()  # by owner, heads that were not countersigned here
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
@@ -180,7 +184,9 @@ class KeptHeads:
                 os.ftruncate(self._file.fileno(), len(whole) + len(found))
             for number, line in enumerate(whole.split(b"\n") if found else [], start=1):
                 try:
-                    self._take(read_head(line, keys))
+                    head = read_head(line, keys)
+                    self._unsigned[head.owner] += self._identity.key not in head.signers
+                    self._take(head)
                 except MessageError as err:
                     raise LedgerError(
                         f"{path}:{number}: {err.message}", "Move the file away, and keep it for an auditor."
@@ -198,14 +204,13 @@ class KeptHeads:
         return self._newest.get((owner, signer or self._identity.key))
 
     def witness(self, offers: Iterable[tuple[Head, Sequence[str]]]) -> dict[str, Head]:
-        """Countersign the heads (each with a proof) that extend the last one of their owner that was signed here; keep them all.
+        """Countersign the heads (each with a proof) that extend the last one of their owner that was signed here; keep them.
 
         Returns:
             By owner, those that were signed, on disk. What is not among them does not extend what was signed before, or the
-            proof does not show it.
+            proof does not show it; of these a few for each owner are kept.
 
         Raises:
-            MessageError: a malformed proof.
             OutputError: they cannot be written.
         """
         signed: dict[str, Head] = {}
@@ -215,8 +220,12 @@ class KeptHeads:
             try:
                 if before is not None:
                     head.extends(before, proof)
-            except LedgerError:
-                kept.append(head)
+            except (LedgerError, MessageError):
+                self._unsigned[head.owner] += 1
+                if (
+                    self._unsigned[head.owner] <= MAX_UNSIGNED
+                ):  # whoever signs heads by the thousand shall not fill this disk
+                    kept.append(head)
             else:
                 signed[head.owner] = head.countersigned(self._identity)
                 kept.append(signed[head.owner])

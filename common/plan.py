@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from .accounting import Budget, PrivacyEvent
+from .accounting import MAX_STEPS, Budget, PrivacyEvent
 from .config import Algorithm, Evaluation, Privacy
 from .identity import canonical, sha256
 
@@ -98,4 +98,5 @@ def budget_of(privacy: Privacy, algorithm: Algorithm) -> Budget:
     assert privacy.epsilon is not None
     assert privacy.delta is not None
     local = algorithm.local
-    return Budget.create(privacy.epsilon, privacy.delta, (local.sampling_rate, algorithm.rounds * local.steps))
+    steps = min(algorithm.rounds * local.steps, MAX_STEPS)
+    return Budget.create(privacy.epsilon, privacy.delta, (local.sampling_rate, steps))

@@ -49,7 +49,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +71,7 @@ LIMITS = [
     "What was declared and agreed was recorded, in this order, by the holders of these keys, and adds up to this bill.",
     "It cannot prove that noise was really drawn, nor that no other copy of the data was used outside these nodes.",
     "That data sets are new, overlap or share no records is their owner's signed word.",
+    "What an entry that is not disclosed did to the budget is its owner's signed word: no request or answer confirms it.",
     "The keys are those in this charter: whether they are the partners' own, only the partners can say (fingerprints).",
     "Metrics (AUC and the like) are the coordinator's word.",
     "Not checked: what else result.json says (baselines, timings, descriptions), and report.html.",
@@ -125,6 +126,7 @@ MEANS = {
     "uncommitted": "A crash or failure between charge and answer; nothing left the node, and the charge stands.",
     "unreleased": "What this run did not use is still reserved: the budget shows more taken than was spent.",
     "other_charter": "The same records are used under other charters too, which this bundle does not show; their cost is counted here.",
+    "disjoint": "These records have a budget of their own, because their owner declared that no earlier data set has them.",
     "unanswered": "The partner did its part and the answer was lost on the way, or came too late.",
     "coarse": "A figure is larger than the exact one would be; it is still a bound.",
     "unrelated": "This belongs to somebody who does not stand in this charter, and was not compared.",
@@ -1155,11 +1157,15 @@ def _held_out(value: Any) -> bool:
     return bool((value["kind"] == "none") == (value["commitment"] is None))
 
 
+def _day(value: Any) -> bool:
+    return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+
+
 def _declared(value: Any) -> bool:
     checks = {
         "kind": _is("first", "version", "overlap", "disjoint"),
         "of": _or_null(_short_hex),
-        "cutoff": _or_null(lambda v: isinstance(v, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", v, re.ASCII)),
+        "cutoff": _or_null(_day),
     }
     _fields(value, "declared", checks)
     kind, of, cutoff = value["kind"], value["of"], value["cutoff"]
@@ -1402,8 +1408,9 @@ class Partner(Book):
 
     def _dataset(self, entry: Entry, b: dict[str, Any]) -> None:
         declared = b["declared"]
-        known, of = b["dataset"] in self.datasets, self.datasets.get(declared["of"])
-        self.datasets.setdefault(b["dataset"], b)
+        known, of = b["dataset"] in self.datasets, self.datasets.get(str(declared["of"]))
+        before = list(self.datasets.values())
+        self.datasets.setdefault(b["dataset"], b | {"day": str(entry.time)[:10], "line": entry.line})
         opens = declared["kind"] in ("first", "disjoint")
         self._charges(entry, b["lineage"], {"open": declared["kind"]} if opens else None)
         if known:
@@ -1412,6 +1419,16 @@ class Partner(Book):
             raise Bad(
                 "lineage", f"declared a {declared['kind']} of a data set that is not in its lineage, or not there"
             )
+        if any(one["lineage"] != b["lineage"] and one["commitment"] == b["commitment"] for one in before):
+            raise Bad("lineage", "the rows of a data set of another lineage")
+        if declared["kind"] == "disjoint":
+            latest, cutoff = max((one["day"] for one in before), default=""), str(declared["cutoff"])
+            if cutoff < latest:
+                raise Bad(
+                    "lineage", f"rows collected from {cutoff} on, but an earlier data set was registered on {latest}"
+                )
+            if cutoff > str(entry.time)[:10]:
+                raise Bad("lineage", f"rows collected from {cutoff} on, and that day is yet to come")
 
     def _budget(self, entry: Entry, b: dict[str, Any]) -> None:
         self._charges(entry, b["lineage"], {"budget": b["budget"]})
@@ -1516,7 +1533,13 @@ class Partner(Book):
                 if spent > account.budget.epsilon * (1 + SLACK):
                     what = f"spent epsilon {spent:.6g}, more than the cap {account.budget.epsilon:g}"
                     self.wrong("over_budget", None, what)
-        for account in self.used().values():
+        for lineage, account in self.used().items():
+            for one in self.datasets.values():
+                if one["lineage"] == lineage and one["declared"]["kind"] == "disjoint":
+                    what = (
+                        f"a budget of its own for rows that are declared collected from {one['declared']['cutoff']} on"
+                    )
+                    self.report.warn("disjoint", self.file, one["line"], what)
             self._finish_lineage(account)
 
     def _finish_lineage(self, account: Account) -> None:
@@ -1941,15 +1964,22 @@ class Witnesses:
 
     # heads
 
-    def read_heads(self, root: Path, file: str, holder: str, label: str) -> None:
-        """A file of signed heads."""
+    def read_heads(self, root: Path, file: str, holder: str, label: str, *, given: bool = False) -> None:
+        """A file of signed heads.
+
+        Args:
+            given: it is not of this bundle, so it may be of another charter, with other people's signatures.
+        """
         number = 1
         try:
             for number, line in enumerate(_lines(root, file), start=1):
                 try:
-                    made = self._head(line, label, number)
+                    made = self._head(line, label, number, given)
                 except Bad as bad:
                     self.report.wrong("head", label, number, str(bad))
+                    continue
+                if made is None:
+                    self.report.warn("unrelated", label, number, "a head of somebody else's ledger")
                     continue
                 self.statements[made.owner].append(made)
                 self.report.checked["heads"] += 1
@@ -1959,18 +1989,25 @@ class Witnesses:
         except Bad as bad:
             self.report.wrong(bad.code, label, None if bad.code == "file" else number + 1, str(bad))
 
-    def _head(self, line: bytes, file: str, number: int) -> Statement:
+    def _head(self, line: bytes, file: str, number: int, given: bool) -> Statement | None:
+        """What a head states; None when it is of nobody's ledger here."""
         payload, made = _envelope(_canonical(line), HEAD_TYPE)
-        checks = {"v": _is(1), "owner": _is(*self.books), "ledger_id": _text, "length": lambda v: _whole(v, 1)}
+        checks = {"v": _is(1), "owner": _text, "ledger_id": _text, "length": lambda v: _whole(v, 1)}
         p = _fields(_canonical(payload), "head", checks | {"root": _hex})
         keys = [key for key, _ in made]
-        if keys[:1] != [self.terms.keys[p["owner"]]] or len(set(keys)) != len(keys):
+        # A ledger is its owner's key's; under another charter its name there may be another.
+        owner = self.names.get(keys[0]) if keys else None
+        if given and (owner is None or owner != p["owner"]):
+            return None
+        if owner is None or owner != p["owner"] or owner not in self.books or len(set(keys)) != len(keys):
             raise Bad("head", "not signed by its owner first, and by others once each")
         for key, signature in made:
             if key not in self.names:
+                if given:
+                    continue  # who is in another charter vouches for nothing here, and takes nothing away
                 raise Bad("head", f"signed by a key that does not stand in the charter: {_show(key)}")
             _check_signature(self.report, key, HEAD_TYPE, payload, signature)
-        signers = tuple(self.names[key] for key in keys)
+        signers = tuple(self.names[key] for key in keys if key in self.names)
         return Statement(p["owner"], p["length"], p["root"], signers, file, number, p["ledger_id"])
 
     # closing checkpoints
@@ -2052,7 +2089,7 @@ class Witnesses:
                 first = _json(handle.readline(MAX_LINE).removesuffix(b"\n"))
             kind = first.get("payloadType", "ledger" if "envelope" in first else None)
             if kind == HEAD_TYPE:
-                self.read_heads(root, file, label, label)
+                self.read_heads(root, file, label, label, given=True)
             elif kind == CLOSING_TYPE:
                 if _json(base64.b64decode(first["payload"]))["charter_sha256"] == self.terms.sha256:
                     self.read_closing(root, file, label)

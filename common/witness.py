@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,6 @@ from .heads import MAX_PROOF, Head, read_head, sign_head
 from .identity import Identity
 from .ledger import Ledger
 
-MAX_HEADS = 256
-"""Heads in one request; a partner witnesses a few others and the coordinator."""
 MAX_SINCE = 16
 
 
@@ -50,12 +49,15 @@ class Asked:
         yours, since, heads = fields["yours"], fields["since"], fields["heads"]
         if not isinstance(since, list) or len(since) > MAX_SINCE or not all(type(n) is int and n > 0 for n in since):
             raise MessageError("malformed lengths in a request")
-        if not isinstance(heads, list) or len(heads) > MAX_HEADS or not all(_pair(pair) for pair in heads):
+        if not isinstance(heads, list) or len(heads) > len(keys) or not all(_pair(pair) for pair in heads):
             raise MessageError("malformed heads in a request")
         own = None if yours is None else _read(yours, keys)
         offered = tuple((_read(sealed, keys), _proof(proof)) for sealed, proof in heads)
-        if (own is not None and own.owner != name) or any(head.owner == name for head, _ in offered):
+        owners = [head.owner for head, _ in offered]
+        if (own is not None and own.owner != name) or name in owners:
             raise MessageError("a head of another ledger than is said")
+        if len(set(owners)) < len(owners):
+            raise MessageError("two heads of one ledger in a request")
         return cls(own, tuple(since), offered)
 
 
@@ -130,6 +132,9 @@ def with_signatures(fields: object, heads: Mapping[str, Head], key: str) -> dict
     return {owner: heads[owner].with_signature(key, signature) for owner, signature in made.items()}
 
 
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
 def _pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2
 
@@ -141,6 +146,8 @@ def _read(sealed: object, keys: Mapping[str, str]) -> Head:
 
 
 def _proof(proof: object) -> list[str]:
-    if not isinstance(proof, list) or len(proof) > MAX_PROOF or not all(isinstance(step, str) for step in proof):
+    if not isinstance(proof, list) or len(proof) > MAX_PROOF:
+        raise MessageError("a malformed consistency proof")
+    if not all(isinstance(step, str) and _HASH.fullmatch(step) for step in proof):
         raise MessageError("a malformed consistency proof")
     return proof

@@ -58,7 +58,9 @@ class Witnessing:
                 heads[owner] = told(fields.get("head"), self._keys, owner)
             except MessageError:
                 continue  # no head is a tail
-        proofs = {length: self._ledger.consistency(length) for length in self._since(me.name)}
+        # What a witness says of where it stands is its word: it may be beyond all that there is.
+        since = [length for length in self._since(me.name) if length <= self._ledger.length]
+        proofs = {length: self._ledger.consistency(length) for length in since}
         heads[me.name] = sign_head(me, self._ledger), proofs
         before = {owner: self._kept.newest(owner) for owner in heads}
         signed = self._kept.witness(

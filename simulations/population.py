@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.charter import Charter, SignedCharter
 from ..common.errors import Refusal, Refused
+from ..common.heads import Head
 from ..common.identity import real
 from ..common.ledger import Ledger
 from ..common.messages import Manifest
@@ -141,7 +142,7 @@ class PopulationGate:
             raise Refused(Refusal.NOT_HELD, f"round {request.round} was not debited")
         return False
 
-    def check_head(self, length: int, root: str) -> None:
+    def check_head(self, head: Head) -> None:
         """There is one ledger, and nobody shows its head to a client."""
 
     def admit_public(self, request: Manifest, request_sha256: str) -> bool:

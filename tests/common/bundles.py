@@ -259,7 +259,10 @@ class Draft:
         for owner, book in self.books.items():
             ledger = Ledger(own / f"{owner}.jsonl", self.people[owner], book[0].data)
             for item, privacy in list(zip(book, self.charges(owner), strict=True))[1:]:
-                ledger.append(item.kind, item.data, charter=item.charter, privacy=privacy)
+                data = dict(item.data)
+                if item.kind == "dataset" and data["declared"]["cutoff"]:  # of a day of which the real clock knows
+                    data["declared"] = data["declared"] | {"cutoff": datetime.now(UTC).date().isoformat()}
+                ledger.append(item.kind, data, charter=item.charter, privacy=privacy)
                 if (owner, ledger.length) in wanted:
                     heads[owner, ledger.length] = sign_head(self.people[owner], ledger)
             ledger.close()
@@ -431,7 +434,7 @@ def dataset(name: str, shape: Shape, number: int = 0, kind: str = "first", of: A
             "kind": shape.evaluation if some else "none",
             "commitment": digest(name, number, "held out") if some else None,
         },
-        "declared": declared | {"cutoff": "2026-11-01" if kind == "disjoint" else None},
+        "declared": declared | {"cutoff": EPOCH.date().isoformat() if kind == "disjoint" else None},
     }
 
 

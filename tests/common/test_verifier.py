@@ -354,7 +354,7 @@ def other_charter_dear(d: Draft) -> None:
 
 def moved_lineage(d: Draft) -> None:
     """The run is held on one lineage, its debits are charged to another one."""
-    declare("disjoint", cutoff="2026-01-01")(d)
+    declare("disjoint", cutoff="2026-11-22")(d)
     d.entry(P0, "debit")["dataset"] = dataset(P0, SMALL, 1)["dataset"]
 
 
@@ -391,12 +391,15 @@ LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # name, bundle, lie, file
     (
         "first_disjoint",
         SMALL,
-        lambda d: d.entry(P0, "dataset")["declared"].update(kind="disjoint", cutoff="2026-01-01"),
+        lambda d: d.entry(P0, "dataset")["declared"].update(kind="disjoint", cutoff="2026-11-22"),
         L0,
         "lineage",
         "opens as disjoint",
     ),
     ("disjoint_without_date", SMALL, declare("disjoint"), L0, "layout", "declared"),
+    ("disjoint_from_before", SMALL, declare("disjoint", cutoff="2026-11-21"), L0, "lineage", "registered on"),
+    ("disjoint_from_tomorrow", SMALL, declare("disjoint", cutoff="2026-11-23"), L0, "lineage", "yet to come"),
+    ("disjoint_from_no_day", SMALL, declare("disjoint", cutoff="0001-99-99"), L0, "layout", "malformed"),
     ("disjoint_of_something", SMALL, declare("disjoint", short("x"), "2026-01-01"), L0, "layout", "declared"),
     ("version_of_nothing", SMALL, declare("version"), L0, "layout", "declared"),
     ("version_with_a_date", SMALL, declare("version", short("x"), "2026-01-01"), L0, "layout", "declared"),
@@ -664,7 +667,7 @@ def test_two_lineages(tmp_path: Path) -> None:
     """The most of either counts; a data set of a lineage that was never held is not shown, nor charged."""
     made = fresh(TWO_RUNS)
     one = verdict_of(made.write(tmp_path / "b"))["partners"][P0]
-    declare("disjoint", cutoff="2026-01-01")(made)
+    declare("disjoint", cutoff="2026-11-22")(made)
     second, place = dataset(P0, SMALL, 1), made.index(P0, "hold", 1)
     for kind in ("hold", "debit"):
         made.entry(P0, kind, 1)["dataset"] = second["dataset"]
@@ -683,7 +686,7 @@ def test_two_lineages(tmp_path: Path) -> None:
     assert [point["epsilon"] for point in partner["trajectory"]] == [half, half]
 
     made = fresh(TWO_RUNS)
-    declare("disjoint", cutoff="2026-01-01")(made)
+    declare("disjoint", cutoff="2026-11-22")(made)
     made.item(P0, "dataset", 1).shown = None
     verdict = verdict_of(made.write(tmp_path / "b"))
     assert verdict["violations"] == []

@@ -215,6 +215,8 @@ STRANGE_REPLIES: dict[str, Any] = {
     "a list": {"head": [], "witnessed": []},
     "not a head": {"head": {"head": "x", "proofs": []}, "witnessed": {"ada": "x"}},
     "a proof of numbers": {"head": {"head": "x", "proofs": [[1, [2]]]}},
+    "lengths beyond all that there is": {"stands": {"coordinator": 10**9}},
+    "a proof that is no hash": "proof",
     "lengths that are none": {"stands": {"coordinator": True}},
     "a signature under what nobody asked": {"witnessed": {"eve": base64.b64encode(b"0" * 64).decode()}},
     "a bad signature": {"witnessed": {"coordinator": base64.b64encode(b"0" * 64).decode()}},
@@ -227,7 +229,10 @@ def test_strange_replies_leave_the_others_alone(circle: Circle, how: str) -> Non
     circle.round()
     stood = circle.covered("ben")
     said = {name: partner.answer(circle.asked[name]) for name, partner in circle.partners.items()}
-    said["ben"] |= STRANGE_REPLIES[how]
+    if STRANGE_REPLIES[how] == "proof":
+        said["ben"]["head"]["proofs"] = [[length, ["zz"]] for length, _ in said["ben"]["head"]["proofs"]]
+    else:
+        said["ben"] |= STRANGE_REPLIES[how]
     if how == "nothing":
         said["ben"] = {}
     circle.witnessing.collect(circle.asked, said)
@@ -247,6 +252,10 @@ def test_a_head_of_another_ledger_is_not_taken_for_ones_own(circle: Circle) -> N
         Asked.parse(request, KEYS, "ben")
     with pytest.raises(MessageError, match="another ledger"):
         Asked.parse({"yours": None, "since": [], "heads": [[said["head"], []]]}, KEYS, "ada")
+    with pytest.raises(MessageError, match="two heads"):
+        Asked.parse({"yours": None, "since": [], "heads": [[said["head"], []]] * 2}, KEYS, "ben")
+    with pytest.raises(MessageError, match="proof"):
+        Asked.parse({"yours": None, "since": [], "heads": [[said["head"], ["zz"]]]}, KEYS, "ben")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +269,7 @@ def test_a_head_of_another_ledger_is_not_taken_for_ones_own(circle: Circle) -> N
         {"yours": 1, "since": [], "heads": []},
         {"yours": None, "since": [], "heads": [["x"]]},
         {"yours": None, "since": [], "heads": [["x", []]]},
-        {"yours": None, "since": [], "heads": [[]] * 300},
+        {"yours": None, "since": [], "heads": [[]] * 6},
     ],
     ids=str,
 )
