@@ -841,6 +841,8 @@ class Terms:
                 and all(map(_text, (c["name"], c["expires"])))
                 and _flag(c["simulated"])
                 and all((n is None) == (privacy["kind"] == "none") for n in real.values())
+                and all(n is None or n > 0 for n in real.values())
+                and (real["delta"] is None or real["delta"] < 1)
                 and datetime.fromisoformat(c["expires"]).tzinfo is not None
             )
             if not good:
