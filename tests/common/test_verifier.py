@@ -1562,9 +1562,9 @@ def test_hostile_payloads_are_cheap(copied: Path, payload: bytes) -> None:
     body = b'{"body":' + payload + b"," + line[1:]
     for data in (line, body, payload):
         (copied / L0).write_bytes(data + b"\n")
-        began = time.monotonic()
+        began = time.process_time()
         verdict = verdict_of(copied)
-        assert time.monotonic() - began < 3
+        assert time.process_time() - began < 3
         assert (L0, 1) in {(v["file"], v["line"]) for v in verdict["violations"]}
 
 
