@@ -443,7 +443,13 @@ _create = Budget.create
 
 @contextlib.contextmanager
 def laboratory() -> Iterator[None]:
-    """The process in which worlds live: work is replaced, what writes is watched, and what is pure is remembered."""
+    """The process in which worlds live: work is replaced, what writes is watched, and what is pure is remembered.
+
+    Within another one it changes nothing.
+    """
+    if app_module.train_locally is _train:
+        yield
+        return
     changes = [
         (app_module, "train_locally", _train),
         (app_module, "SecureNoise", _Noise),
