@@ -145,6 +145,7 @@ class Node:
     def evaluate(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
         """Measure the model on held-out rows, as the charter's evaluation says."""
         self._check_model(tensors)
+        self._asked(request)
         evaluation = self._agreed(request).evaluation
         public = evaluation.kind == "public"
         before = self._gate.admit_public(request, digest) if public else self._gate.debit(request, digest, "evaluate")

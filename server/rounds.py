@@ -187,7 +187,7 @@ class Coordinator:
             if number in measured:
                 state.save(path)
                 self._record(state)
-                metrics, answers = self._evaluate(grid, run_id, number, state.accepted, state.model)
+                metrics, answers = self._evaluate(grid, run_id, number, state)
                 state.answers = {"evaluate": answers}
             state.round, state.trained = number, False
             state.history.append({"round": number, "metrics": metrics, "partners": len(state.folded)})
@@ -282,9 +282,13 @@ class Coordinator:
         return total, folded, answers, said
 
     def _evaluate(
-        self, grid: Grid, run_id: str, number: int, accepted: list[str], model: Arrays
+        self, grid: Grid, run_id: str, number: int, state: Checkpoint
     ) -> tuple[dict[str, float], dict[str, Answer]]:
         """Metrics over all evaluated rows, pooled in the order of the roster; private ones from the summed histogram."""
+        assert state.accepted is not None
+        # A node sees by its own last head that it was put back to an older copy, before it charges this either. The checkpoint
+        # has what is asked here, so it is the same after a crash.
+        shown = {name: {**asked, "since": [], "heads": []} for name, asked in state.witness.items()}
         classes = len(self._task.classes)
         parts: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
 
@@ -306,7 +310,7 @@ class Coordinator:
                     raise MessageError(f"{partner}'s histogram is not finite, or has counts not below {MAX_UPDATE:g}")
             parts[partner] = tensors
 
-        answers = self._exchange(grid, run_id, number, "evaluate", "evaluate", accepted, model, take)
+        answers = self._exchange(grid, run_id, number, "evaluate", "evaluate", state.accepted, state.model, take, shown)
         ordered = [parts[name] for name in self._roster if name in parts]
         if not ordered:
             return {}, answers
