@@ -212,7 +212,6 @@ def test_a_round_behind_a_head_is_refused() -> None:
     assert not w.behind
 
 
-@pytest.mark.xfail(reason="clients/app.py looks at `witness` in requests to train alone", strict=True)
 def test_an_evaluation_behind_a_head_is_refused() -> None:
     w, reply = _put_back("evaluate")
     assert reply.kind == "refused"
