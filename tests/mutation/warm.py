@@ -132,9 +132,10 @@ class Warm:
         else:
             os.killpg(child, signal.SIGKILL)
         os.close(receive)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        late = not ready or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM)
         by = said.decode(errors="replace").strip()
-        result = "timeout" if not ready else "survived" if by == "survived" else "killed"
+        result = "timeout" if late else "survived" if by == "survived" else "killed"
         if result == "killed" and by:
             self.kills[by] = self.kills.get(by, 0) + 1
         return {
@@ -155,6 +156,7 @@ class Warm:
             replace(self.files, mutant)
             said = b"survived"
             for number, item in enumerate(reach):
+                signal.alarm(int(4 + 10 * self.took[item.nodeid]))  # nothing handles it: the process ends
                 following = reach[number + 1] if number + 1 < len(reach) else None
                 if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
                     said = item.nodeid.encode()
