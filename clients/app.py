@@ -31,7 +31,7 @@ from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity, sha256
 from ..common.ledger import Ledger
-from ..common.messages import Manifest, Tensors, Wire, is_finite
+from ..common.messages import Manifest, Tensors, Wire, is_finite, manifest_sha256
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
 from ..common.witness import Asked, signatures, telling
@@ -56,11 +56,11 @@ class Doorkeeper(Protocol):
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Hold a run's plan or raise Refused."""
 
-    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> bool:
-        """Spend, or raise Refused; True when answered before."""
+    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> str | None:
+        """Spend, or raise Refused; the SHA-256 of its reply when that was committed before."""
 
-    def admit_public(self, request: Manifest, request_sha256: str) -> bool:
-        """Let a public evaluation through, or raise Refused; True when answered before."""
+    def admit_public(self, request: Manifest, request_sha256: str) -> str | None:
+        """Let a public evaluation through, or raise Refused; the SHA-256 of its reply when that was committed before."""
 
     def check_head(self, head: Head) -> None:
         """Raise Refused when this ledger is not what a head that this node signed states."""
@@ -123,8 +123,9 @@ class Node:
         """One round of local training; answers with the update w_after − w_before."""
         self._check_model(tensors)
         asked = self._asked(request)
-        if self._gate.debit(request, digest, "train"):
-            return self._again(request)
+        before = self._gate.debit(request, digest, "train")
+        if before is not None:
+            return self._again(request, before)
         charter = self._agreed(request)
         settings = local_settings(charter)
         rows = self._rows().train
@@ -149,8 +150,8 @@ class Node:
         evaluation = self._agreed(request).evaluation
         public = evaluation.kind == "public"
         before = self._gate.admit_public(request, digest) if public else self._gate.debit(request, digest, "evaluate")
-        if before:
-            return self._again(request)
+        if before is not None:
+            return self._again(request, before)
         rows = self._rows().held_out
 
         def scores() -> Tensors:
@@ -265,10 +266,14 @@ class Node:
         self._gate.commit(request, digest, reply_sha256, public=public)
         return reply
 
-    def _again(self, request: Manifest) -> RecordDict:
+    def _again(self, request: Manifest, reply_sha256: str) -> RecordDict:
+        """The committed reply and no other: what an attempt before a crash left in an older outbox is a second draw."""
         if self._outbox is None:
             raise MessageError(f"{request.request_id} was answered before")
-        return self._outbox.get(request.run_id, request.request_id)
+        reply = self._outbox.get(request.run_id, request.request_id)
+        if manifest_sha256(reply) != reply_sha256:
+            raise MessageError(f"the reply to {request.request_id} in the outbox is not the one that was committed")
+        return reply
 
     def _asked(self, request: Manifest) -> Asked | None:
         """What the request asks about heads; checked before anything is spent.

@@ -41,7 +41,16 @@ from ..common.charter import Charter, SignedCharter
 from ..common.closing import CLOSING_TYPE, read_closing
 from ..common.errors import DataError, IdentityError, LedgerError, MessageError, OutputError
 from ..common.home import Home
-from ..common.identity import TEMPORARY, canonical, fsync_folder, output_error, read_envelope, strict_json, write_whole
+from ..common.identity import (
+    TEMPORARY,
+    canonical,
+    fsync_folder,
+    make_folder,
+    output_error,
+    read_envelope,
+    strict_json,
+    write_whole,
+)
 from ..common.ledger import Counter, Entry, read_ledger
 from .law import Control, restored_counted, restored_length
 from .settings import NodeSettings
@@ -136,8 +145,8 @@ def restore(settings: NodeSettings, archive: Path, closings: Sequence[Path]) -> 
     """
     charters = _charters(settings)
     try:
-        settings.state.mkdir(parents=True, exist_ok=True)
-        settings.home.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.state)
+        make_folder(settings.home)
         with tempfile.TemporaryDirectory(dir=settings.state, prefix=TEMPORARY) as temporary, _unused(settings.ledger):
             staged = Path(temporary)
             names = _unpack(archive, staged)
@@ -363,7 +372,7 @@ def _place(staged: Path, settings: NodeSettings, name: PurePosixPath) -> None:
     if name.parts[0] == "home":  # may be on another disk
         write_whole(target, staged.read_bytes(), mode=0o600)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     os.replace(staged, target)
     fsync_folder(target.parent)
 

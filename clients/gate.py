@@ -148,20 +148,23 @@ class Gate:
             {"lineage": lineage, "hold": [[event_fields(item.event), item.count] for item in plan]},
         )
 
-    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> bool:
-        """Spend one planned event on this request. Returns True when it was committed before: answer from the outbox.
+    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> str | None:
+        """Spend one planned event on this request.
+
+        Returns:
+            The SHA-256 of the reply that was committed before, to answer with from the outbox; None: spent, so work.
 
         Raises:
             Refused: with the reason; whoever answers records it with `refuse`.
         """
         known = self._known(request, request_sha256)
-        if known is not None and known.done:
-            return True
+        if known is not None and known.reply_sha256 is not None:
+            return known.reply_sha256
         charter, dataset = self._charter(request)
         self._ask_site(charter, request)
         hold = self._open_hold(request, dataset)
         if known is not None:
-            return False  # debited, then a crash: nothing was released, so the same debit pays for it
+            return None  # debited, then a crash: nothing was released, so the same debit pays for it
         item = next(
             (i for i in plan_of(charter.algorithm, charter.privacy, charter.evaluation) if i.purpose == purpose),
             None,
@@ -189,23 +192,24 @@ class Gate:
             request.charter_sha256,
             {"lineage": hold.lineage, "debit": event_fields(item.event)},
         )
-        return False
+        return None
 
-    def admit_public(self, request: Manifest, request_sha256: str) -> bool:
-        """Let a public evaluation through. Returns True when it was answered before: answer from the outbox.
+    def admit_public(self, request: Manifest, request_sha256: str) -> str | None:
+        """Let a public evaluation through. Returns the SHA-256 of the reply that was committed before, if there is one.
 
         Raises:
             Refused: with the reason; whoever answers records it with `refuse`.
         """
-        if self._known(request, request_sha256) is not None:
-            return True
+        known = self._known(request, request_sha256)
+        if known is not None:
+            return known.reply_sha256
         charter, dataset = self._charter(request)
         self._ask_site(charter, request)
         hold = self._open_hold(request, dataset)
         if charter.evaluation.kind != "public" or dataset.held_out != "public":
             raise Refused(Refusal.NOT_HELD, "the charter agrees to no public evaluation")
         self._check_round(request, charter, hold, "public")
-        return False
+        return None
 
     def commit(self, request: Manifest, request_sha256: str, reply_sha256: str, *, public: bool) -> None:
         """Record that the reply is in the outbox; after this its bytes may leave."""
@@ -293,6 +297,9 @@ class Gate:
     # -- rules -------------------------------------------------------------------------------------------------------
 
     def _known(self, request: Manifest, request_sha256: str) -> Exchange | None:
+        # What failed to be recorded may be on disk all the same: no work is done, nor put into the outbox over it, until the
+        # ledger was read again.
+        self.ledger.check_open()
         known = self._standing.exchanges.get((request.charter_sha256, request.request_id))
         if known is not None and known.sha256 != request_sha256:
             raise Refused(Refusal.REPLAY, "a request of this id but other content was taken before")

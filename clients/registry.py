@@ -24,7 +24,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from ..common.errors import CharterError, ConfigError, DataError, LedgerError, Refusal, Refused
-from ..common.identity import TEMPORARY, drop_unfinished, output_error, write_whole
+from ..common.identity import TEMPORARY, drop_unfinished, make_folder, output_error, write_whole
 from ..common.ledger import Entry, read_ledger
 from ..common.tasks import Task, load_task
 from .datasets import (
@@ -236,7 +236,7 @@ class Registry:
     def _alone(self) -> Iterator[None]:
         """One command at a time; what a killed one left is gone."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             lock = (self._state / "datasets.lock").open("ab")
         except OSError as err:
             raise output_error(self._folder, err) from err

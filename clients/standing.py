@@ -55,10 +55,15 @@ class Hold:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request that the ledger knows: its hash, and whether it was answered."""
+    """A request that the ledger knows.
+
+    Attributes:
+        sha256: of the request's manifest.
+        reply_sha256: of its one reply's; None until that was committed, empty where a reply is made anew each time.
+    """
 
     sha256: str
-    done: bool
+    reply_sha256: str | None = None
 
 
 @dataclass
@@ -131,12 +136,12 @@ class Standing:
                     event_from(item["event"])  # known to this version?
                     hold.left[kind_of(item["purpose"], item["event"])] += item["count"]
                 self.holds[charter, body["run_id"]] = hold
-                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], done=True)
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], "")
             case "debit":
                 hold = self.holds[charter, body["run_id"]]
                 hold.left[kind_of(body["purpose"], body["event"])] -= 1
                 hold.rounds[body["purpose"], body["round"]] = body["request_id"]
-                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], done=False)
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"])
                 event, account = event_from(body["event"]), self.accounts[hold.lineage]
                 account.unbounded |= event is None
                 if event is not None:
@@ -144,7 +149,7 @@ class Standing:
             case "commit" | "public":
                 if entry.type == "public":
                     self.holds[charter, body["run_id"]].rounds["public", body["round"]] = body["request_id"]
-                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], done=True)
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], body["reply_sha256"])
             case "release":
                 self.holds[charter, body["run_id"]].ended = body["why"]
             case "refuse":

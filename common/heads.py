@@ -19,6 +19,7 @@ from .identity import (
     Identity,
     canonical,
     fsync_folder,
+    make_folder,
     output_error,
     read_envelope,
     sha256,
@@ -170,7 +171,7 @@ class KeptHeads:
         self._known: set[str] = set()
         self._unsigned: Counter[str] = Counter()  # by owner, heads that were not countersigned here
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             new = not path.exists()
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  held open: one writer
             if new:

@@ -313,7 +313,7 @@ def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)
@@ -337,6 +337,14 @@ def drop_unfinished(folder: Path) -> None:
         if path.is_file():  # a restore's is a folder, and may be another process's
             with contextlib.suppress(OSError):  # it is in nobody's way
                 path.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that their names survive a power cut, too."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        fsync_folder(one.parent)
 
 
 def fsync_folder(folder: Path) -> None:

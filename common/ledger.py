@@ -26,6 +26,7 @@ from .identity import (
     canonical,
     fingerprint,
     fsync_folder,
+    make_folder,
     output_error,
     read_envelope,
     sha256,
@@ -122,7 +123,7 @@ class Ledger:
         self._identity = identity
         self._counter = counter
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             new = not path.exists()
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  held open: the lock lives with it
             if new:
@@ -203,6 +204,7 @@ class Ledger:
 
         Raises:
             OutputError: it could not be written; the ledger is as it was before.
+            LedgerError: see `check_open`.
         """
         time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         salt = secrets.token_hex(16)
@@ -211,8 +213,7 @@ class Ledger:
             {"v": VERSION, "seq": self.length, "root": self.root, "body_sha256": sha256(whole), "privacy": privacy}
         )
         line = _line(self._identity.seal(ENTRY_TYPE, header), whole)
-        if self._file.closed:
-            raise LedgerError(f"{self._path}: is closed, or could not be written before", "Open it again.")
+        self.check_open()
         try:
             view = memoryview(line + b"\n")
             while view:  # an unbuffered write may be short (a signal, a nearly full disk)
@@ -237,6 +238,15 @@ class Ledger:
                 self.close()  # the entry stands in the ledger, but nobody here acts on it: nothing more may follow
                 raise
         return entry
+
+    def check_open(self) -> None:
+        """Return when entries may follow.
+
+        Raises:
+            LedgerError: it was closed, or an entry could not be written whole.
+        """
+        if self._file.closed:
+            raise LedgerError(f"{self._path}: is closed, or could not be written before", "Open it again.")
 
     def of(self, *kinds: str) -> list[Entry]:
         """The entries of these types, in order."""

@@ -304,6 +304,18 @@ def pieces(tensor: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def manifest_sha256(records: RecordDict) -> str:
+    """The SHA-256 by which ledgers name a signed message. Its signature is not looked at.
+
+    Raises:
+        MessageError: no signed message.
+    """
+    sealed = _record(records, "manifest", ConfigRecord).get("sealed")
+    if not isinstance(sealed, bytes):
+        raise MessageError("a message without a manifest")
+    return sha256(read_envelope(sealed, MESSAGE_TYPE).payload)
+
+
 def to_bytes(records: RecordDict) -> bytes:
     """A signed message as one byte string, for a node's outbox."""
     sealed = _record(records, "manifest", ConfigRecord)["sealed"]

@@ -1160,7 +1160,10 @@ def _held_out(value: Any) -> bool:
 
 
 def _day(value: Any) -> bool:
-    return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+    try:
+        return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
 
 
 def _declared(value: Any) -> bool:

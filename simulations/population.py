@@ -132,7 +132,7 @@ class PopulationGate:
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Held for everybody when the run began."""
 
-    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> bool:
+    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> str | None:
         """Check that this round was debited.
 
         Raises:
@@ -140,14 +140,14 @@ class PopulationGate:
         """
         if (request.run_id, request.round, purpose) not in self._records.debited:
             raise Refused(Refusal.NOT_HELD, f"round {request.round} was not debited")
-        return False
+        return None
 
     def check_head(self, head: Head) -> None:
         """There is one ledger, and nobody shows its head to a client."""
 
-    def admit_public(self, request: Manifest, request_sha256: str) -> bool:
+    def admit_public(self, request: Manifest, request_sha256: str) -> str | None:
         """Public rows cost nothing."""
-        return False
+        return None
 
     def commit(self, request: Manifest, request_sha256: str, reply_sha256: str, *, public: bool) -> None:
         """The cohort commits as a whole when its answers are in."""

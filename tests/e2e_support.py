@@ -174,8 +174,8 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Bodies of a ledger's whole lines, read without the package's own reader."""
-    return [json.loads(line)["body"] for line in whole_lines(path)]
+    """Bodies of a ledger's whole lines that are disclosed, read without the package's own reader."""
+    return [line["body"] for line in map(json.loads, whole_lines(path)) if "body" in line]
 
 
 def of_type(path: Path, kind: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -140,6 +140,11 @@ class Site:
     def control(self) -> Control:
         """What `hansa node` commands write to."""
         return Control(self.folder / "control")
+
+    def and_after_a_restart(self, gate: Gate, *charters: SignedCharter) -> Iterator[Gate]:
+        """This gate, and then the node's next."""
+        yield gate
+        yield self.gate(*charters)
 
     def gate(self, *charters: SignedCharter, code: str = CODE) -> Gate:
         """(Re)start the node: everything but the files is forgotten."""

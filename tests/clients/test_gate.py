@@ -70,7 +70,7 @@ def opened(gate: Gate, signed: SignedCharter, run: str = "run-1") -> None:
 def train(gate: Gate, signed: SignedCharter, number: int = 1, run: str = "run-1", **changes: Any) -> Manifest:
     """Debit one round; returns the request."""
     ask = request(signed, "train", number, run=run, **changes)
-    assert gate.debit(ask, digest(ask), "train") is False
+    assert gate.debit(ask, digest(ask), "train") is None
     return ask
 
 
@@ -214,7 +214,7 @@ def test_two_charters_share_one_budget(site: Site) -> None:
     signed, greedy = charter(), charter(name="greedy", privacy__epsilon=50.0)
     gate = site.gate(signed, greedy)
     exhaust(gate, signed)
-    for fresh in (gate, site.gate(greedy, signed)):
+    for fresh in site.and_after_a_restart(gate, greedy, signed):
         with refused(Refusal.BUDGET, "cap 2"):
             opened(fresh, greedy, "greedy")
 
@@ -374,11 +374,11 @@ def test_debited_but_not_committed_runs_again_and_is_charged_once(site: Site) ->
     ask = train(site.gate(signed), signed)
     for _ in range(3):
         gate = site.gate(signed)
-        assert gate.debit(ask, digest(ask), "train") is False
+        assert gate.debit(ask, digest(ask), "train") is None
     assert gate.spent() == [EVENT]
     committed(gate, ask)
-    for fresh in (gate, site.gate(signed)):
-        assert fresh.debit(ask, digest(ask), "train") is True, "answered only from the outbox"
+    for fresh in site.and_after_a_restart(gate, signed):
+        assert fresh.debit(ask, digest(ask), "train") == digest("reply"), "answered only from the outbox"
     assert site.kinds().count("debit") == site.kinds().count("commit") == 1
 
 
@@ -387,7 +387,7 @@ def test_the_same_id_with_another_hash(site: Site) -> None:
     gate = site.gate(signed)
     opened(gate, signed)
     ask = train(gate, signed)
-    for fresh in (gate, site.gate(signed)):
+    for fresh in site.and_after_a_restart(gate, signed):
         for do in (
             fresh.debit,
             lambda a, h, _, g=fresh: g.admit_public(a, h),
@@ -435,7 +435,7 @@ def test_what_needs_an_open_hold(site: Site) -> None:
     opened(gate, signed)
     pending = train(gate, signed)
     gate.close_run("run-1", signed.sha256)
-    for fresh in (gate, site.gate(signed)):
+    for fresh in site.and_after_a_restart(gate, signed):
         with refused(Refusal.NOT_HELD, "not open here"):
             train(fresh, signed, 2)
         with refused(Refusal.NOT_HELD, "not open here"):
@@ -451,7 +451,7 @@ def test_private_evaluation_is_charged_as_its_own_event(site: Site) -> None:
     opened(gate, signed)
     for number in (2, 3):
         ask = request(signed, "evaluate", number)
-        assert gate.debit(ask, digest(ask), "evaluate") is False
+        assert gate.debit(ask, digest(ask), "evaluate") is None
     assert gate.spent() == [PrivacyEvent(1.0, 8.0, 1)] * 2
     assert site.ledger is not None
     assert site.ledger.entries[-1].body["clip_norm"] is None
@@ -467,11 +467,11 @@ def test_public_evaluation_is_free_and_once_a_round(site: Site) -> None:
     gate = site.gate(signed)
     opened(gate, signed)
     ask = request(signed, "evaluate", 1)
-    assert gate.admit_public(ask, digest(ask)) is False
-    assert gate.admit_public(ask, digest(ask)) is False, "nothing was answered yet"
+    assert gate.admit_public(ask, digest(ask)) is None
+    assert gate.admit_public(ask, digest(ask)) is None, "nothing was answered yet"
     gate.commit(ask, digest(ask), digest("r"), public=True)
-    for fresh in (gate, site.gate(signed)):
-        assert fresh.admit_public(ask, digest(ask)) is True
+    for fresh in site.and_after_a_restart(gate, signed):
+        assert fresh.admit_public(ask, digest(ask)) == digest("r")
         other = request(signed, "evaluate", 1, request_id="another")
         with refused(Refusal.ROUND):
             fresh.admit_public(other, digest(other))
@@ -491,7 +491,7 @@ def test_unprotected_must_be_allowed_and_makes_the_budget_unbounded(site: Site) 
     opened(gate, plain, "plain")
     assert not gate.unbounded()
     train(gate, plain, 1, "plain")
-    for fresh in (gate, site.gate(plain, local)):
+    for fresh in site.and_after_a_restart(gate, plain, local):
         assert fresh.unbounded()
         assert fresh.spent_epsilon() is None
         with refused(Refusal.BUDGET, "unprotected run made this budget unbounded"):
@@ -540,9 +540,9 @@ def test_equal_names_under_two_charters_are_two_runs(site: Site) -> None:
     asks = {signed.sha256: train(gate, signed, 1) for signed in (one, two)}
     assert len({ask.request_id for ask in asks.values()}) == 1
     committed(gate, asks[one.sha256])
-    for fresh in (gate, site.gate(one, two)):
-        assert fresh.debit(asks[one.sha256], digest(asks[one.sha256]), "train") is True
-        assert fresh.debit(asks[two.sha256], digest(asks[two.sha256]), "train") is False, "not answered yet"
+    for fresh in site.and_after_a_restart(gate, one, two):
+        assert fresh.debit(asks[one.sha256], digest(asks[one.sha256]), "train") == digest("reply")
+        assert fresh.debit(asks[two.sha256], digest(asks[two.sha256]), "train") is None, "not answered yet"
     gate = site.gate(one, two)
     gate.close_run("run-1", one.sha256)
     with refused(Refusal.NOT_HELD):
@@ -760,12 +760,12 @@ class Histories(RuleBasedStateMachine):
         if known.get((signed.sha256, name), sha) != sha:
             assert result is Refusal.REPLAY
         elif (signed.sha256, name) in self.commits:
-            assert result is True, "a committed request is answered only from the outbox"
+            assert result == digest("r"), "a committed request is answered only from the outbox"
         elif (signed.sha256, name) in known:
-            assert result in (False, Refusal.NOT_HELD), "a debit stays good until its run is closed"
+            assert result in (None, Refusal.NOT_HELD), "a debit stays good until its run is closed"
         elif owed and not crashes:
-            assert result is False, "what is held was refused: somebody else took it"
-        elif result is True:
+            assert result is None, "what is held was refused: somebody else took it"
+        elif result == digest("r"):
             raise AssertionError("answered as committed, but was not")
 
     @rule(pick=st.integers(0, 50))

@@ -456,6 +456,7 @@ def test_odometer_never_reports_more_than_the_filter_charges() -> None:
 def test_public_names() -> None:
     assert sorted(accounting.__all__) == [
         "Budget",
+        "MAX_STEPS",
         "MIN_NOISE_MULTIPLIER",
         "PrivacyEvent",
         "Reading",

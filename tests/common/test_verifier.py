@@ -399,7 +399,7 @@ LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # name, bundle, lie, file
     ("disjoint_without_date", SMALL, declare("disjoint"), L0, "layout", "declared"),
     ("disjoint_from_before", SMALL, declare("disjoint", cutoff="2026-11-21"), L0, "lineage", "registered on"),
     ("disjoint_from_tomorrow", SMALL, declare("disjoint", cutoff="2026-11-23"), L0, "lineage", "yet to come"),
-    ("disjoint_from_no_day", SMALL, declare("disjoint", cutoff="0001-99-99"), L0, "layout", "malformed"),
+    ("disjoint_from_no_day", SMALL, declare("disjoint", cutoff="0001-99-99"), L0, "layout", "declared"),
     ("disjoint_of_something", SMALL, declare("disjoint", short("x"), "2026-01-01"), L0, "layout", "declared"),
     ("version_of_nothing", SMALL, declare("version"), L0, "layout", "declared"),
     ("version_with_a_date", SMALL, declare("version", short("x"), "2026-01-01"), L0, "layout", "declared"),
