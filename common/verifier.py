@@ -641,13 +641,20 @@ class Odometer:
     3. Beyond `kinds`, those that are alike are rounded to one, q up and sigma down: both are undone by post-processing (each
        joining record is made to stay away with some probability; noise is added), so no loss becomes smaller.
 
-    Above epsilon 200 or 10^6 steps the answer is a plain Renyi or Gaussian bound.
+    Above epsilon 200 or 10^6 steps, and once its work is used up, the answer is a plain Renyi or Gaussian bound.
+
+    Attributes:
+        left: of its work, in cells that are composed.
     """
 
     kinds = 96
-    cells = 2**21  # of all compositions: some seconds of work
+    cells = 2**21  # of all compositions of one history: some seconds of work
+    work = (
+        2**28
+    )  # of all histories: about two minutes; whoever writes a bundle does not choose how long its audit takes
 
     def __init__(self) -> None:
+        self.left: float = self.work
         self._known: dict[tuple[History, float, float], Reading] = {}
 
     def read(self, history: History, delta: float, interval: float = 0.0) -> Reading:
@@ -671,13 +678,15 @@ class Odometer:
         least = tuple(item for (_, item), chance in zip(noticed, few, strict=True) if chance > 1e-4 * delta)
         bound, order = _plain(least, delta * (1 - 1e-4))
         bound = min(bound, _gaussian_epsilon(_mu(history), delta))
+        if self.left <= 0:
+            return Reading(bound, plain=True)
         events = self._rounded(least, order)
         rounded = max(0.0, _renyi_sum(tuple(events.items()), order) - _renyi_sum(least, order))
         if bound <= 1e-4 or bound > 200 or sum(events.values()) > 10**6:
             return Reading(bound, 0.0, plain=bound > 1e-4)
         try:
             if interval:
-                found = self.at(events, delta * (1 - 1e-4), interval)
+                found = self._at(events, delta * (1 - 1e-4), interval)
             else:
                 found, interval, moved = self._refined(events, delta * (1 - 1e-4), rounded)
                 rounded += moved
@@ -705,19 +714,26 @@ class Odometer:
     def _refined(self, events: Mapping[Kind, int], delta: float, rounded: float) -> tuple[float, float, float]:
         """Epsilon, the interval at which it moves no more, or by less than rounding costs anyway; else by how much it did."""
         count = sum(events.values())
-        tail = math.log(1e-4 * delta / count)  # noise this improbable is charged as certain loss
-        # An n-fold composition is about sqrt(n) times as wide as one step.
-        least = sum(self._span(q, sigma, tail) * math.sqrt(n) for (q, sigma), n in events.items()) / self.cells
+        least = self._width(events, delta) / self.cells
         interval = max(0.5 * math.sqrt(_renyi_sum(tuple(events.items()), 2) / count), least)
-        found = self.at(events, delta, interval)
+        found = self._at(events, delta, interval)
         moved = found
         while moved > max(5e-4, 5e-4 * found, 0.1 * rounded):
             if interval / 2 < least:
                 return found, interval, moved
             interval, coarse = interval / 2, found
-            found = self.at(events, delta, interval)
+            found = self._at(events, delta, interval)
             moved = coarse - found
         return found, interval, 0.0
+
+    def _at(self, events: Mapping[Kind, int], delta: float, interval: float) -> float:
+        self.left -= self._width(events, delta) / interval + 2**14 * len(events)  # each kind costs some milliseconds
+        return self.at(events, delta, interval)
+
+    def _width(self, events: Mapping[Kind, int], delta: float) -> float:
+        """Of all that is composed. An n-fold composition is about sqrt(n) times as wide as one step."""
+        tail = math.log(1e-4 * delta / sum(events.values()))
+        return sum(self._span(q, sigma, tail) * math.sqrt(n) for (q, sigma), n in events.items())
 
     @staticmethod
     def at(events: Mapping[Kind, int], delta: float, interval: float) -> float:
@@ -726,7 +742,7 @@ class Odometer:
         from dp_accounting.pld import privacy_loss_distribution as pld
 
         count = sum(events.values())
-        tail = math.log(1e-4 * delta / count)
+        tail = math.log(1e-4 * delta / count)  # noise this improbable is charged as certain loss
         total = pld.identity(interval)
         for (q, sigma), steps in events.items():
             step = pld.from_gaussian_mechanism(
@@ -2339,9 +2355,7 @@ class _Bill:
     def _say(self, reading: Reading, epsilon: float, file: str, names: list[str]) -> None:
         if self.coarse.isdisjoint(names) and (reading.plain or reading.rounded > 1e-3 * max(1.0, epsilon)):
             self.coarse.update(names)
-            what = (
-                f"{names[0]}: too long or too hostile a history for the tight epsilon; {epsilon:.6g} is a plain bound"
-            )
+            what = f"{names[0]}: too long or too hostile a history, or bundle, for the tight epsilon; {epsilon:.6g} is a plain bound"
             if not reading.plain:
                 what = f"{names[0]}: of epsilon {epsilon:.6g} about {reading.rounded:.2g} is by rounding"
             self.report.warn("coarse", file, None, what)
@@ -2427,8 +2441,10 @@ def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]
         for number, (point, event, _) in enumerate(account.debits):
             _charge(spent, event)
             point = point | ({"lineage": lineage} if len(used) > 1 else {})
-            if account.budget and point["epsilon_filter"] is not None and (last - number) % every == 0:
-                final = number == last
+            final = number == last
+            # Half of the work is kept for what everybody's histories come to.
+            tell = (last - number) % every == 0 and (final or bill.odometer.left > bill.odometer.work / 2)
+            if account.budget and point["epsilon_filter"] is not None and tell:
                 tight = bill.odometer.read(_history(spent), account.budget.delta, 0.0 if final else interval)
                 point["epsilon"] = min(tight.epsilon, point["epsilon_filter"])
             points.append(point)

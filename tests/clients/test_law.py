@@ -270,7 +270,9 @@ def test_paused_while_running(site: Site) -> None:
     ):
         with refused(Refusal.PAUSED):
             step()
-    assert gate.debit(ask, digest(ask), "train") == digest("r"), "what was committed may have left: it is answered as it was"
+    assert gate.debit(ask, digest(ask), "train") == digest("r"), (
+        "what was committed may have left: it is answered as it was"
+    )
     site.control.resume()
     site.control.resume()
     assert gate.debit(pending, digest(pending), "train") is None

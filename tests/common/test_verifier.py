@@ -1674,6 +1674,36 @@ def test_losses_beyond_a_float_give_a_plain_bound(monkeypatch: pytest.MonkeyPatc
     assert good.epsilon < found.epsilon < math.inf
 
 
+def test_whoever_writes_a_bundle_does_not_choose_how_long_its_audit_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    histories = [(((q, 3.0), 60),) for q in (0.1, 0.11, 0.12)]
+    tight = [Odometer().read(history, 1e-5) for history in histories]
+    one = Odometer()
+    one.read(histories[0], 1e-5)
+    monkeypatch.setattr(Odometer, "work", 1.5 * (one.work - one.left))  # the second uses it up
+    bounded = Odometer()
+    found = [bounded.read(history, 1e-5) for history in histories]
+    assert (found[0], found[0].plain) == (tight[0], False)
+    assert found[2].plain
+    assert tight[2].epsilon < found[2].epsilon < 2 * tight[2].epsilon
+    assert bounded.read(histories[0], 1e-5) == tight[0], "what is known costs nothing"
+
+
+def test_half_of_the_work_is_not_for_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_many_debits([gaussian(7.0, 0.1)] * 20)
+    folder = made.write(tmp_path / "b")
+
+    def points(work: int) -> list[float | None]:
+        monkeypatch.setattr(Odometer, "work", work)
+        partner = verdict_of(folder)["partners"]["hospital-0"]
+        assert partner["epsilon"] == partner["trajectory"][-1]["epsilon"]
+        return [point["epsilon"] for point in partner["trajectory"]]
+
+    plenty, little = points(2**28), points(2**18)
+    assert None not in plenty
+    assert 0 < little.count(None) < len(little)
+    assert little[-1] == plenty[-1]
+
+
 def test_a_coarse_epsilon_is_said_and_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(5)
     made = with_many_debits([gaussian(rng.uniform(5, 9), rng.uniform(0.01, 0.1)) for _ in range(20)])
