@@ -609,7 +609,7 @@ def test_it_is_on_disk_before_the_reply(closed: Desk, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", fsync)
     Ending(closed).send()
-    files = [name.removeprefix(".hansa-tmp-").rpartition(".")[0] for name in synced if name != "run-1"]
+    files = [name.removeprefix(".hansa-tmp-").rpartition(".")[0] for name in synced if name.startswith(".hansa-tmp-")]
     assert files == ["closing.json", "model.safetensors", "model.json"], "whose folder it is first, the manifest last"
 
     def full(_: int) -> None:

@@ -73,6 +73,7 @@ def test_help_of_the_whole_and_of_groups_names_every_command() -> None:
         )
     )
     call("charter", "--help").expect(0).says("new", "show", "sign", "verify")
+    call("audit", "--help").expect(0).says("a bundle: the folder that a run wrote")  # click 8.5 with our typer: none
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_the_stages_of_a_run_are_where_we_think(syncs: list[str]) -> None:
         "writing": ["model.safetensors", "result.json", "report.html"],
     }.items():
         assert all(any(word in path for path in at[stage]) for word in words), stage
-    assert sum("outbox" in path for path in at["round"]) == sum("outbox" in path for path in at["evaluation"]) == 8
+    assert sum("outbox/" in path for path in at["round"]) == sum("outbox/" in path for path in at["evaluation"]) == 8
 
 
 @pytest.mark.parametrize(

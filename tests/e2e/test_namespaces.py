@@ -36,7 +36,7 @@ def hosts(folder: Path) -> Iterator[Fabric]:
         yield made
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_five_hosts_partition_delay_and_loss(tmp_path: Path) -> None:
     away = "cleveland"
     config = write(tmp_path / "c.yaml", federation(rounds=ROUNDS).replace("quorum: 2", "quorum: 4"))

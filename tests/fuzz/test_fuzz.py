@@ -13,7 +13,7 @@ from fuzz.targets import TARGETS
 
 REGRESSIONS = sorted(Path(__file__).parent.joinpath("regressions").glob("*/*"))
 INPUTS = 300
-SECONDS = 20.0
+SECONDS = 10.0
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -134,6 +134,8 @@ def one_set(name: str, args: argparse.Namespace, copy: Path, tool: Path) -> None
     ]
     subprocess.run([*command, str(args.longest), str(args.minutes * 60)], cwd=copy, env=environment, check=True)
     results = json.loads(out.read_text())
+    if cold and try_cold({**cold[0], "at": 0, "to": 0, "text": ""}, copy, tests, environment)["result"] != "survived":
+        raise SystemExit("the tests fail without any mutant: nothing would be learnt from those at import")
     for mutant in cold:
         if time.monotonic() - began > args.minutes * 60:
             break

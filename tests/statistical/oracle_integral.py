@@ -99,5 +99,5 @@ def _epsilon(
     while low > 0.0 and excess(low) <= 0:
         low, gap = max(0.0, low - gap), 1.3 * gap
     if low == highest:
-        return highest
+        return math.nan  # above a bound that holds: not fine enough yet
     return float(brentq(excess, low, highest, xtol=1e-9)) if excess(low) > 0 else 0.0
