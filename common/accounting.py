@@ -44,10 +44,11 @@ MAX_STEPS = 10**9
 
 _MECHANISM = "poisson-gaussian/1"
 _MAX_SIGMA = 1e9  # more noise is charged as this much, so that 1/σ² cannot vanish in a float
+_MIN_RATE = 1e-30  # less is charged as this much: far below it a sum of 4,096 orders loses more than its slack
 _MAX_ORDER = 4096
 
 
-@dataclass(frozen=True, order=False)
+@dataclass(frozen=True)
 class PrivacyEvent:
     """`steps` Poisson-subsampled Gaussian steps on one dataset.
 
@@ -171,8 +172,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta", "gaussian_delta"):
             object.__setattr__(self, name, _real(getattr(self, name), name))
-        if not self.epsilon > 0.0:
-            raise ConfigError(f"epsilon {self.epsilon!r} is not positive", "Common caps are 0.5 to 8.")
+        _check_epsilon(self.epsilon)
         _check_delta(self.delta)
         alphas = [alpha for alpha, _ in self.orders]
         shares = [*(_real(share, "share") for _, share in self.orders), self.gaussian_delta]
@@ -210,10 +210,7 @@ class Budget:
         Raises:
             ConfigError: ε not positive and finite, δ not in (0, 1), a plan out of range.
         """
-        epsilon = _real(epsilon, "epsilon")
-        if not epsilon > 0.0:
-            raise ConfigError(f"epsilon {epsilon!r} is not positive", "Common caps are 0.5 to 8.")
-        delta = _check_delta(delta)
+        epsilon, delta = _check_epsilon(epsilon), _check_delta(delta)
         if plan is not None:
             event = PrivacyEvent(plan[0], 1.0, plan[1])  # checks both
             plan = event.sampling_rate, event.steps
@@ -308,10 +305,7 @@ class Budget:
         def admitted(steps: int) -> bool:
             return self.admits([*before, PrivacyEvent(sampling_rate, noise_multiplier, steps)])
 
-        low, high = 0, 1  # low fits, high is to be tried
-        while high <= MAX_STEPS and admitted(high):
-            low, high = high, 2 * high
-        high = min(high, MAX_STEPS + 1)
+        low, high = 0, MAX_STEPS + 1  # low fits, high does not, or is no event
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if admitted(middle) else (low, middle)
@@ -354,7 +348,7 @@ def _merge(events: Iterable[PrivacyEvent]) -> Counter[tuple[float, float]]:
     """(q, σ) -> steps, in a fixed order."""
     history: Counter[tuple[float, float]] = Counter()
     for event in events:
-        history[event.sampling_rate, min(event.noise_multiplier, _MAX_SIGMA)] += event.steps
+        history[max(event.sampling_rate, _MIN_RATE), min(event.noise_multiplier, _MAX_SIGMA)] += event.steps
     return Counter(dict(sorted(history.items())))
 
 
@@ -412,7 +406,7 @@ def _choose(
 def _near(best: int, without: set[int]) -> list[int]:
     """Orders near the best for much noise (ρ(α) ∝ α): less δ wants a larger one, less noise a smaller one."""
     low, high = max(2, round(0.5 * best)), min(max(round(1.4 * best), 6), _MAX_ORDER)
-    return [alpha for alpha in _grid(min(low, high - 4), high, 14) if alpha not in without]
+    return [alpha for alpha in _grid(low, high, 14) if alpha not in without]
 
 
 def _split(epsilon: float, delta: float, share: float, candidates: Sequence[int], count: int) -> dict[int, float]:
@@ -494,6 +488,13 @@ def _real(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{name} {value!r} is not a finite number", "Give a plain decimal number.")
     return float(value)
+
+
+def _check_epsilon(epsilon: float) -> float:
+    epsilon = _real(epsilon, "epsilon")
+    if not epsilon > 0.0:
+        raise ConfigError(f"epsilon {epsilon!r} is not positive", "Common caps are 0.5 to 8.")
+    return epsilon
 
 
 def _check_delta(delta: float) -> float:

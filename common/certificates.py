@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
@@ -282,6 +282,7 @@ _MALFORMED = (
     ValueError,
     TypeError,
     UnsupportedAlgorithm,
+    InternalError,  # OpenSSL, of a key of another kind than it says
     x509.InvalidVersion,
     x509.DuplicateExtension,
     x509.ExtensionNotFound,

@@ -64,6 +64,8 @@ def gaussian_epsilon(mu_squared: float, delta: float) -> float:
     if not too_much(0.0):
         return 0.0
     low, high = 0.0, mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))  # Gaussian tail: δ(high) <= δ
-    while low < (middle := (low + high) / 2) < high and high - low > 1e-14 * high:
+    # It ends: far above the least floats, the curve is in floats what it is at 0, so high stays up there.
+    while high - low > 1e-14 * high:
+        middle = (low + high) / 2
         low, high = (middle, high) if too_much(middle) else (low, middle)
     return high * (1 + _SLACK) + _SLACK

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -161,7 +161,7 @@ def read_private_key(path: Path, passphrase: str | None = None) -> PrivateKeyTyp
         )
     try:
         return serialization.load_pem_private_key(pem, _secret(passphrase) if passphrase and encrypted else None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as err:
         if encrypted:
             raise IdentityError(
                 f"{path}: this passphrase does not open it", f"Give the right one (in {PASSPHRASE}, or when asked)."
@@ -198,7 +198,7 @@ def key_from_pem(pem: bytes) -> str:
     """
     try:
         public = serialization.load_pem_public_key(pem)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as err:
         raise IdentityError("not a public key in PEM form") from err
     if not isinstance(public, Ed25519PublicKey):
         raise IdentityError("not an Ed25519 public key")

@@ -52,8 +52,9 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from fractions import Fraction
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -185,7 +186,7 @@ class Report:
 # -- bytes ---------------------------------------------------------------------------------------------------
 
 
-def _open(root: Path, file: str) -> IO[bytes]:
+def _open(root: Path, file: str) -> BufferedReader:
     """A regular file inside the bundle, reached through no link. Opening never blocks (a FIFO would)."""
     path = root / file
     if any(p.is_symlink() for p in [path, *path.parents[: file.count("/")]]):
@@ -221,10 +222,7 @@ def _lines(root: Path, file: str) -> Iterator[bytes]:
 
 def _hash_of(root: Path, file: str) -> str:
     with _open(root, file) as handle:
-        digest = hashlib.sha256()
-        while chunk := handle.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _listing(root: Path, folder: str) -> list[str]:
@@ -429,7 +427,7 @@ def _event(value: Any) -> Event:
     q, sigma = _real(value["q"]), _real(value["sigma"])
     if not (0 < q <= 1 and sigma >= 0.3):
         raise Bad("layout", f"an event with q = {q:g}, sigma = {sigma:g}; allowed are 0 < q <= 1 and sigma from 0.3")
-    return q, min(sigma, 1e9), value["steps"]
+    return max(q, 1e-30), min(sigma, 1e9), value["steps"]
 
 
 def _plan(value: Any) -> dict[str, tuple[int, Event]]:
@@ -1305,7 +1303,6 @@ class Partner(Book):
         self.refusals: list[Act] = []
         self.refused: set[tuple[str, str, str, str]] = set()
         self.rounds: set[tuple[str, int]] = set()
-        self.debits = 0
 
     # what headers say
 
@@ -1384,7 +1381,6 @@ class Partner(Book):
         point: dict[str, Any] = {"entry": entry.line, "time": entry.time, "run": None, "round": None}
         point |= {"charter": "this" if own else "other", "epsilon_filter": spent, "epsilon": None}
         account.debits.append((point, event, own))
-        self.debits += 1
         if not held and not own and account.pools[True][event] > 0:
             raise Bad("hidden", "a debit that only a hold of this charter covers: it must be shown")
         if not held:
@@ -1991,7 +1987,7 @@ class Witnesses:
         Args:
             given: it is not of this bundle, so it may be of another charter, with other people's signatures.
         """
-        number = 1
+        number = 0
         try:
             for number, line in enumerate(_lines(root, file), start=1):
                 try:

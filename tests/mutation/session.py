@@ -50,6 +50,7 @@ pytest.main(
         "not slow and not soak and not bench",
         "-o",
         "tmp_path_retention_policy=none",
+        f"--basetemp={Path(work).parent / 'tmp'}",  # no other session's clearing up may fail these tests
         *json.loads(tests),
     ],
     plugins=[plugin],

@@ -63,6 +63,10 @@ class Warm:
             f"{len(chosen)} tests in {sum(self.took[i.nodeid] for i in chosen):.0f} s, {len(self.left_out)} left out",
             flush=True,
         )
+        # Once more as mutants are tried, but with nothing changed: what fails then would notice everything.
+        while by := self._unfounded(chosen):
+            print(f"fails in a fork without any mutant, so it is left out: {by}", flush=True)
+            chosen = [item for item in chosen if item.nodeid != by]
         for mutant in self.mutants:
             if time.monotonic() > self.deadline:
                 break
@@ -74,7 +78,17 @@ class Warm:
                 )
             )
             self.told(self._try(mutant, reach))
+        if by := self._unfounded(chosen):
+            raise SystemExit(f"{by} fails by now without any mutant: what it noticed it may not have noticed")
         return True
+
+    def _unfounded(self, chosen: list[pytest.Item]) -> str:
+        """The first test that fails in a fork though nothing is changed, if there is one."""
+        nothing = {"file": next(iter(self._spans)), "at": 0, "to": 0, "text": ""}
+        by = str(self._try(nothing, chosen)["by"])
+        if by != "survived" and by not in self.lines:
+            raise SystemExit(f"the tests cannot be run in a fork: {by or 'too slow'}")
+        return "" if by == "survived" else by
 
     def _reaches(self, test: str, mutant: dict[str, Any]) -> bool:
         """Whether it calls the outermost function around the mutant, or one inside of it."""
