@@ -77,6 +77,7 @@ def _print_lineage(console: Console, report: dict[str, Any], one: dict[str, Any]
             table.add_row(plain(name), cap, f"{numbers['delta']:g}", *known[:3], known[3] if capped else "")
     if table.row_count:
         console.print(table)
+    if one["budget"] is not None:
         _print_history(console, one)
     else:
         console.print("nothing was asked for yet: the first run that is accepted fixes the budget")

@@ -125,6 +125,7 @@ def budget(
     """What each lineage of data sets has spent, holds for open runs, and has left: over time and by charter.
 
     Read from the ledger; the node may be running. The filter decides; the odometer is the tight figure beside it.
+    Exit 1 when the run of --plan would be refused.
 
     Example: hansa node budget --plan charter.json --plot budget.svg
     """
@@ -138,6 +139,8 @@ def budget(
         show_json(report)
     else:
         print_budget(_console, report)
+    if report["plan"] is not None and any(one["stops"] for one in report["plan"]["lineages"]):
+        raise typer.Exit(1)
 
 
 def approve(

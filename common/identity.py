@@ -314,6 +314,8 @@ def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
     temporary = None
     try:
         make_folder(path.parent)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a folder is refused below; a link is replaced
+            raise OutputError(f"{path}: is no ordinary file, and would be replaced", "Give the name of a file.")
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)

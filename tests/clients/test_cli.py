@@ -121,6 +121,8 @@ def test_what_a_planned_run_costs_and_a_plot(realm: Realm, node: Screen) -> None
     for name in NAMES:
         realm.start(name)
     assert "nothing was spent or held yet" in node("budget", "--plot", "budget.svg", code=2)
+    assert "nothing was asked for yet" in node("budget")
+    assert " such run(s), one after the other" in node("budget", "--plan", "first.json")
     realm.run("run-1")
     (one,) = node.json("budget", "--plan", "first.json")["plan"]["lineages"]
     assert one["fits"] > 1
@@ -129,6 +131,9 @@ def test_what_a_planned_run_costs_and_a_plot(realm: Realm, node: Screen) -> None
     assert "odometer" in shown
     assert Path("plots/budget.svg").read_bytes().startswith(b"<?xml")
     assert "No such file" in node("budget", "--plan", "none.yaml", code=2)
+    realm.rules["ada"] = {"epsilon_cap": 0.01}
+    realm.start("ada")
+    assert "refused, by" in node("budget", "--plan", "first.json", code=1)
 
 
 def test_rows_are_public_only_when_their_owner_says_so(

@@ -37,7 +37,7 @@ from hansa.common.verifier import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bundles import NONE, OTHER, Draft, Item, Kept, Shape, digest, identity, result_for
+from bundles import NONE, OTHER, Draft, Item, Kept, Shape, dataset, digest, identity, result_for
 from test_verifier import (
     CLIENTS,
     COORD,
@@ -53,7 +53,9 @@ from test_verifier import (
     Lie,
     again,
     change,
+    declare,
     fresh,
+    header,
     verdict_of,
     without,
 )
@@ -419,15 +421,24 @@ def curve(mu: float, epsilon: float) -> float:
     ("mu", "delta", "within"),
     [
         (1.0, 1e-5, 1e-11),
-        (0.1, 1e-131, 1e-8),  # by erfc: -b is 24.4
-        (0.1, 1e-140, 1e-6),  # by the series, beyond -25: it leaves out 105/b^8
-        (0.1, 1e-200, 1e-6),
-        (22.0, 1e-6, 1e-8),
-        (40.0, 1e-6, 1e-8),
+        (0.1, 1e-131, 1e-10),  # b = 24.3
+        (0.1, 1e-134, 1e-10),  # b = 24.6
+        (1.0, 1e-128, 1e-10),  # b = 24.98
+        (
+            0.1,
+            1e-140,
+            3e-7,
+        ),  # b = 25.1: by a series that leaves out 105/b^8, so that delta is too large rather than too small
+        (0.1, 1e-200, 1e-7),  # b = 30
+        (22.0, 1e-6, 1e-9),
+        (40.0, 1e-6, 1e-9),
     ],
 )
 def test_far_out_the_gaussian_curve_is_as_exact(mu: float, delta: float, within: float) -> None:
-    assert curve(mu, verifier._gaussian_epsilon(mu, delta)) == pytest.approx(delta, rel=within)
+    """Where what is left is the difference of two numbers that hardly differ; and never below the truth."""
+    found = curve(mu, verifier._gaussian_epsilon(mu, delta))
+    assert found == pytest.approx(delta, rel=within, abs=0)
+    assert found <= delta * (1 + 1e-10)
 
 
 def test_nothing_costs_nothing() -> None:
@@ -591,6 +602,24 @@ def test_a_cap_is_a_cap_but_for_what_honest_implementations_differ_by() -> None:
         assert [v["code"] for v in book.report.violations] == ([] if fits else ["over_budget"])
 
 
+def test_what_is_released_is_free_once() -> None:
+    event, account, partner = (1.0, 20.0, 2), Account(), Partner(Report(), terms_of(SMALL), P0)
+    account.fix(HELD)
+    assert account.charged is not None
+    for own in (True, False):
+        partner.others = 1
+        partner._holds(account, [(event, 3)], own)
+        partner._frees(account, [(event, 2)], own)
+        assert account.pools[own][event] == 1
+        assert account.charged.epsilon() == filter_epsilon(HELD, (((1.0, 20.0), 2),))
+        with bad("not_held", "releases what is not held"):
+            partner._frees(account, [(event, 1)], not own)
+        with bad("not_held", "releases what is not held"):
+            partner._frees(account, [(event, 2)], own)
+        assert account.pools[own][event] == 0
+        assert account.charged.epsilon() == 0.0
+
+
 def test_kinds_are_remembered_by_rate_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier, "MAX_EVENTS", 2)
     partner = Partner(Report(), terms_of(SMALL), P0)
@@ -621,6 +650,12 @@ def evaluation_unprotected(d: Draft) -> None:
     d.add(C, "cohort-debit", None, d.index(C, "round"), **fields, declared_records=100, clients=[[0, 1]])
 
 
+def held_elsewhere(d: Draft) -> None:
+    """The header reserves on a lineage that the data set of the hold is not in."""
+    declare("disjoint", cutoff="2026-11-22")(d)
+    header(P0, "hold", lambda privacy: privacy | {"lineage": dataset(P0, SMALL, 1)["lineage"]})(d)
+
+
 UNPROTECTED = Shape(clients=150, rounds=2, kind="none", evaluation="none")
 LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # as in test_verifier.py
     ("debit_unplanned", PLAIN, change(P0, "debit", purpose="evaluate"), L0, "not_held", "not in its hold"),
@@ -630,6 +665,7 @@ LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # as in test_verifier.py
     ("hold_fewer_rounds", FULL, lambda d: d.entry(P0, "hold")["plan"][0].update(count=1), L0, "terms", "counts"),
     ("round_again_later", FULL, lambda d: d.add(C, "round", None, d.index(C, "close"), **d.entry(C, "round")), COORD, "record", "not the next round"),
     ("clients_commit_before_debit", CLIENTS, without(C, "cohort-debit", 2), COORD, "run_order", "no debit of the same"),
+    ("hold_on_another_lineage", SMALL, held_elsewhere, L0, "privacy_differs", "hold: its header says"),
     ("debit_of_no_data_set", SMALL, debit_of_no_data_set, L0, "unknown", "unknown form"),
     ("debit_of_no_data_set_at_all", SMALL, debit_of_no_data_set, L0, "layout", "malformed"),
 ]  # fmt: skip
@@ -736,6 +772,17 @@ def test_only_clients_that_were_debited_commit(clients: list[list[int]], debited
     else:
         with bad("run_order", "were not all debited"):
             book._cohort_commit(Entry(1, "cohort-commit", None), body)
+
+
+def test_nobody_commits_before_a_debit() -> None:
+    book = Population(Report(), replace(terms_of(CLIENTS), clients=10))
+    book.runs["x"] = Run(1)
+    body = {"run_id": "x", "round": 1, "purpose": "train", "clients": []}
+    with bad("run_order", "no debit of the same run"):
+        book._cohort_commit(Entry(1, "cohort-commit", None), body)
+    book.cohort["x", "train"] = (2, [[0, 9]])
+    with bad("run_order", "no debit of the same run"):
+        book._cohort_commit(Entry(1, "cohort-commit", None), body)
 
 
 def test_summary_of_a_client(tmp_path: Path) -> None:
@@ -895,6 +942,12 @@ def test_metrics_that_agree() -> None:
     assert verifier._same_metrics({}, {})
     for said in ({"auc": 0.8}, {"auc": 0.7, "loss": 1.0}, {}, {"loss": 0.7}, None, ["auc"], {"auc": "0.7"}):
         assert not verifier._same_metrics(said, {"auc": "0.7"})
+
+
+def test_a_result_whose_refusals_say_nothing(tmp_path: Path) -> None:
+    made = fresh(FULL)
+    made.result = result_for(made, verdict_of(made.write(tmp_path / "b"))) | {"refusals": [{}]}
+    assert places(verdict_of(made.write(tmp_path / "b"))) == {("result", "result.json", None)}
 
 
 @pytest.mark.parametrize(
