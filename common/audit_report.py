@@ -148,6 +148,8 @@ def state(figures: Fields) -> tuple[str, str]:
     spent, cap = page.number(figures.get("epsilon_filter")), page.number(figures.get("epsilon_cap"))
     if unbounded(figures):
         return "bad", "UNBOUNDED"
+    if figures.get("whole") is False:
+        return "bad", "NOT READ TO ITS END"
     if spent is None or cap is None:
         return "plain", "no figures"
     if spent > cap * (1 + SLACK):
@@ -273,6 +275,7 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
         "kind": kind,
         "state": words,
         "unbounded": unbounded(figures),
+        "whole": figures.get("whole") is not False,
         "epsilon": page.number(figures.get("epsilon")),
         "epsilon_filter": spent,
         "cap": cap,

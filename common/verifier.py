@@ -1538,11 +1538,11 @@ class Partner(Book):
     def finish(self) -> None:
         """What only the end shows."""
         for request, debit in self.acts["debit"].items():
-            if request not in self.acts["commit"]:
+            if request not in self.acts["commit"] and self.whole:
                 what = "a debit without a commit: nothing left, it stays charged"
                 self.report.warn("uncommitted", self.file, debit.line, what)
         for run_id, hold in self.holds.items():
-            if hold.open:
+            if hold.open and self.whole:
                 self.report.warn("unreleased", self.file, None, f"the hold of run {run_id} was never released")
         for account in self.accounts.values():
             if account.budget and account.debited and not account.unbounded:
@@ -2416,6 +2416,7 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
         "refusals_by_reason": dict(Counter(act.body["reason"] for act in partner.refusals)),
         "entries": partner.length,
         "undisclosed": partner.undisclosed,
+        "whole": partner.whole,  # or else all of this is of the entries before the first bad one
         "lineages": lineages,
         "events": _merged((event, own) for _, event, own in debits),
         "trajectory": _trajectory(used, bill),
@@ -2470,6 +2471,7 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
             "refusals_by_reason": {},
             "entries": total["debit"] + total["commit"],
             "undisclosed": 0,
+            "whole": book.whole,
             "events": _merged((event, True) for event in events.elements()),
             "trajectory": [],
             "budget": book.agreed,

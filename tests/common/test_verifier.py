@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from hansa.common import verifier
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
+from hansa.common.audit_report import state
 from hansa.common.identity import Envelope, canonical, sha256, write_envelope
 from hansa.common.ledger import ENTRY_TYPE, read_ledger
 from hansa.common.merkle import Tree, leaf_hash
@@ -991,6 +992,20 @@ def test_missing_or_odd_file(copied: Path, file: str, how: str) -> None:
         case "unreadable bytes":
             path.write_bytes(b'{"payload":"\xff\xfe\\ud800"}\n')
     assert file in files_of(verdict_of(copied))
+
+
+def test_figures_of_a_ledger_that_was_not_read_to_its_end_are_said_to_be_that(copied: Path) -> None:
+    lines = (copied / L0).read_bytes().splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if b'"type":"debit"' in line)
+    lines[at] = lines[at].replace(b'"time":"2026', b'"time":"2025', 1)
+    (copied / L0).write_bytes(b"".join(lines))
+    verdict = verdict_of(copied)
+    cut, other = verdict["partners"][P0], verdict["partners"][P1]
+    assert (cut["whole"], cut["entries"], cut["debits"]) == (False, at, 0)
+    assert (other["whole"], other["debits"] > 0) == (True, True)
+    assert not any(w["file"] == L0 and w["code"] in ("unreleased", "uncommitted") for w in verdict["warnings"])
+    assert state(cut) == ("bad", "NOT READ TO ITS END")
+    assert state(other) == ("good", "within cap")
 
 
 @pytest.mark.parametrize("folder", ["keys", "coordinator", "partners", "closing"])
