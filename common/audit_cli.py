@@ -46,6 +46,8 @@ def audit(
     try:
         verdict = verifier.verify_bundle(folder, against or ())
     except verifier.Unreadable as err:
+        if err.file in map(str, against or ()):
+            raise HansaError(str(err), "Give --against a ledger, heads, a checkpoint, or a folder with such.") from err
         where = "" if err.file == str(folder) else f"{folder}: "
         raise HansaError(f"{where}{err}", "Give the folder that a run wrote (with charter.json in it).") from err
     if report is not None:

@@ -1,7 +1,7 @@
 """The `hansa` command, what all commands share, and two groups of this floor: charter and task.
 
 Each floor registers its own through the entry points `hansa.commands`. Exit codes: 0 fine, 1 the answer is no, 2 bad usage
-or input, 130 stopped by Ctrl-C. Only members of the error tree are shown; anything else is a fault of ours and says so.
+or input, 130 stopped by Ctrl-C, 141 the reader of the output went away. Only members of the error tree are shown; anything else is a fault of ours and says so.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ def run(arguments: list[str]) -> int:
         return say(err.message, err.hint, err.exit_code)
     except KeyboardInterrupt:
         return say("stopped; a run goes on with --resume", "", _CTRL_C)
+    except SystemExit:  # rich makes this of a broken pipe, with a 1 that would be taken for an answer
+        return _READER_GONE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _READER_GONE
     except ModuleNotFoundError as err:
         if err.name is not None and err.name.split(".")[0] in _TRAINING_PACKAGES:
             return say(f"{err.name} is not installed", "This command trains: pip install 'hansa[train]'", 2)
@@ -100,6 +102,7 @@ def run(arguments: list[str]) -> int:
 
 
 _CTRL_C = 130
+_READER_GONE = 141  # what a shell says of a process that SIGPIPE ended: no answer
 _TRAINING_PACKAGES = {"torch", "flwr", "opacus", "numpy", "safetensors", "sklearn", "matplotlib"}
 
 

@@ -363,7 +363,7 @@ def output_error(path: Path, err: OSError) -> OutputError:
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{path}: the disk is full; nothing that was recorded is lost",
-            "Free some space and run the same command again with --resume.",
+            "Free some space and run the same command again; a run goes on with --resume.",
         )
     return OutputError(f"{path}: {err.strerror or err}", "Give a folder that this user may write to.")
 

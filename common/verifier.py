@@ -2083,6 +2083,8 @@ class Witnesses:
 
     def read_given(self, given: Path) -> None:
         """A copy of a ledger, a file of heads, a checkpoint, or a folder with such."""
+        if not os.path.exists(given):  # never raises
+            raise Unreadable(str(given), None, "not there, so nothing can be compared with it")
         before, path = self.used + len(self.report.violations), given.resolve()
         if not path.is_dir():
             self._copy(path.parent, path.name, str(given))

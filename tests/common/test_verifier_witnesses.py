@@ -14,7 +14,7 @@ import pytest
 from hansa.common import verifier
 from hansa.common.heads import HEAD_TYPE
 from hansa.common.identity import Envelope, canonical, sha256, write_envelope
-from hansa.common.verifier import verify_bundle
+from hansa.common.verifier import Unreadable, verify_bundle
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bundles import MODEL, Draft, Kept, Shape, digest, honest, identity
@@ -420,7 +420,8 @@ def test_what_is_given_is_nonsense(tmp_path: Path, made: Draft, data: bytes) -> 
 
 def test_what_is_given_is_not_there_or_too_much(tmp_path: Path, made: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made.write(tmp_path / "b")
-    assert found(verify_bundle(folder, [tmp_path / "none"])) == {("copy", str(tmp_path / "none"), 1)}
+    with pytest.raises(Unreadable, match="not there"):
+        verify_bundle(folder, [tmp_path / "none"])
     many = tmp_path / "many"
     many.mkdir()
     assert found(verify_bundle(folder, [many])) == {("copy", str(many), None)}

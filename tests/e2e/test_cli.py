@@ -221,6 +221,16 @@ def test_the_reader_of_the_output_may_go_away(demo_run: DemoRun) -> None:
     )  # fmt: skip
     assert len(shown.stdout) == 10
     assert shown.stderr == ""
+    for command in (
+        ["ledger", "show", str(book)],
+        ["ledger", "show", str(book), "--format", "json"],
+        ["audit", str(demo_run[0])],
+    ):
+        shown = subprocess.run(
+            ["bash", "-c", '"$@" | true; echo ${PIPESTATUS[0]}', "-", *script(), *command],
+            env=environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (shown.stdout, shown.stderr) == ("141\n", ""), "neither yes nor no"
 
 
 def test_plan_says_whether_it_fits(demo_run: DemoRun, tmp_path: Path) -> None:
