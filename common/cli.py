@@ -85,8 +85,10 @@ def run(arguments: list[str]) -> int:
         return say(err.message, err.hint, err.exit_code)
     except KeyboardInterrupt:
         return say("stopped; a run goes on with --resume", "", _CTRL_C)
-    except SystemExit:  # rich makes this of a broken pipe, with a 1 that would be taken for an answer
-        return _READER_GONE
+    except SystemExit as err:
+        if not isinstance(err.__context__, BrokenPipeError):
+            raise
+        return _READER_GONE  # rich makes a 1 of it, which would be taken for an answer
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE

@@ -165,6 +165,7 @@ class Report:
         self.warnings: list[dict[str, Any]] = []
         self.checked = Counter({"ledgers": 0, "entries": 0, "signatures": 0, "heads": 0, "proofs": 0})
         self.known: set[bytes] = set()  # signatures that were checked: a head stands in many files
+        self.odometer = Odometer()  # one for all: its work is bounded over the whole bundle
 
     def wrong(self, code: str, file: str, line: int | None, what: str) -> None:
         """One violation."""
@@ -649,7 +650,7 @@ class Odometer:
     cells = 2**21  # of all compositions of one history: some seconds of work
     work = (
         2**28
-    )  # of all histories: about two minutes; whoever writes a bundle does not choose how long its audit takes
+    )  # of all histories, about two minutes: whoever writes a bundle does not choose how long its audit takes
 
     def __init__(self) -> None:
         self.left: float = self.work
@@ -1137,7 +1138,7 @@ class Book:
         if (budget.epsilon, budget.delta) != (self.terms.epsilon, self.terms.delta):
             raise Bad("budget", f"not the charter's epsilon {self.terms.epsilon} and delta {self.terms.delta}")
 
-    def _cost(self, odometer: Odometer, budget: Budget | None, history: History, tight: bool = True) -> float:
+    def _cost(self, budget: Budget | None, history: History, tight: bool = True) -> float:
         """Least epsilon known for what the charter fixed in advance, at its delta; 0 when it agrees to no bound.
 
         What a gate's filter admits is never above the charter's: the plain bounds and its own filter are looked at first.
@@ -1147,7 +1148,7 @@ class Book:
         cost = filter_epsilon(budget.at(self.terms.epsilon, self.terms.delta), history) if budget else math.inf
         if cost > self.terms.epsilon:
             plain = _plain(history, self.terms.delta)[0]
-            cost = min(cost, odometer.read(history, self.terms.delta).epsilon if tight else plain, plain)
+            cost = min(cost, self.report.odometer.read(history, self.terms.delta).epsilon if tight else plain, plain)
         return cost
 
     def _too_dear(self, cost: float) -> bool:
@@ -1567,13 +1568,13 @@ class Partner(Book):
             what = f"{len(others)} debit(s) under other charters on the same lineage: charged, their terms were not checked"
             self.report.warn("other_charter", self.file, others[0], what)
         own = [(point["entry"], event) for point, event, own in account.debits if own]
-        odometer, few = Odometer(), len(account.spent(own=True)) <= 16
+        few = len(account.spent(own=True)) <= 16
 
         def cost(debits: int) -> float:
             spent: Counter[Kind] = Counter()
             for _, event in own[:debits]:
                 _charge(spent, event)
-            return self._cost(odometer, account.budget, _history(spent), few or debits == len(own))
+            return self._cost(account.budget, _history(spent), few or debits == len(own))
 
         total = cost(len(own))
         if not self._too_dear(total):
@@ -1917,7 +1918,7 @@ class Population(Runs):
 
     def finish(self) -> None:
         """What only the end shows."""
-        odometer, costs = Odometer(), dict[History, float]()
+        costs = dict[History, float]()
         for counts, ranges in self.groups().items():
             for (kind, run_id, purpose), n in zip(self.steps, counts, strict=True):
                 if kind == "debit" and n > self.plans[run_id][purpose][0]:
@@ -1936,7 +1937,7 @@ class Population(Runs):
                     )
             history = _history(self.spent(counts))
             if history not in costs:
-                costs[history] = self._cost(odometer, self.budget, history)
+                costs[history] = self._cost(self.budget, history)
             if self._too_dear(costs[history]):
                 what = f"client {ranges[0][0]}: all debits cost epsilon {costs[history]:.6g}, the charter's is "
                 self.wrong(
@@ -2326,7 +2327,6 @@ class _Bill:
 
     terms: Terms
     report: Report
-    odometer: Odometer = field(default_factory=Odometer)
     coarse: set[str] = field(default_factory=set)
 
     def of(
@@ -2339,7 +2339,7 @@ class _Bill:
         tight = coarse
         if coarse is not None and budget:
             coarse = filter_epsilon(budget, history)
-            reading = self.odometer.read(history, budget.delta)
+            reading = self.report.odometer.read(history, budget.delta)
             tight = min(reading.epsilon, coarse)
             self._say(reading, tight, file, names)
         return {
@@ -2428,7 +2428,7 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
 
 def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]]:
     """Every debit in order; the odometer is read at some: the fewer, the more different events there are."""
-    points = []
+    points, odometer = [], bill.report.odometer
     for lineage, account in used.items():
         spent: Counter[Kind] = Counter()
         last = len(account.debits) - 1
@@ -2436,15 +2436,15 @@ def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]
         every = math.ceil((last + 1) / max(1, MAX_POINTS // several))
         interval = 0.0
         if account.budget:
-            interval = bill.odometer.read(_history(account.spent()), account.budget.delta).interval
+            interval = odometer.read(_history(account.spent()), account.budget.delta).interval
         for number, (point, event, _) in enumerate(account.debits):
             _charge(spent, event)
             point = point | ({"lineage": lineage} if len(used) > 1 else {})
             final = number == last
             # Half of the work is kept for what everybody's histories come to.
-            tell = (last - number) % every == 0 and (final or bill.odometer.left > bill.odometer.work / 2)
+            tell = (last - number) % every == 0 and (final or odometer.left > odometer.work / 2)
             if account.budget and point["epsilon_filter"] is not None and tell:
-                tight = bill.odometer.read(_history(spent), account.budget.delta, 0.0 if final else interval)
+                tight = odometer.read(_history(spent), account.budget.delta, 0.0 if final else interval)
                 point["epsilon"] = min(tight.epsilon, point["epsilon_filter"])
             points.append(point)
     return sorted(points, key=lambda point: int(point["entry"]))

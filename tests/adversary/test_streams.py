@@ -32,7 +32,7 @@ from .judge import judge
 from .stream import MODEL, Stream, run
 from .world import World, charter, laboratory, message, world
 
-STREAMS = 200
+STREAMS = 250
 SEEDS = (0, 18, 19, *range(150))
 """For controls; the first ones are known to show one."""
 

@@ -593,16 +593,22 @@ LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # name, bundle, lie, file
 ]  # fmt: skip
 
 
+def found_of(folder: Path, shape: Shape, lie: Lie, file: str, code: str, what: str) -> list[dict[str, Any]]:
+    """The violations that a lie is found by; there are some."""
+    made = fresh(shape)
+    lie(made)
+    verdict = verdict_of(made.write(folder))
+    assert not verdict["verified"]
+    found = [v for v in verdict["violations"] if (v["file"], v["code"]) == (file, code) and what in v["what"]]
+    assert found, verdict["violations"]
+    return found
+
+
 @pytest.mark.parametrize(("name", "shape", "lie", "file", "code", "what"), LIES, ids=[row[0] for row in LIES])
 def test_signed_lie_is_found(
     tmp_path: Path, name: str, shape: Shape, lie: Lie, file: str, code: str, what: str
 ) -> None:
-    made = fresh(shape)
-    lie(made)
-    verdict = verdict_of(made.write(tmp_path / "b"))
-    assert not verdict["verified"]
-    found = [v for v in verdict["violations"] if (v["file"], v["code"]) == (file, code) and what in v["what"]]
-    assert found, verdict["violations"]
+    found = found_of(tmp_path / "b", shape, lie, file, code, what)
     assert all("malformed (" not in v["what"] for v in found)  # by its rule, not by the safety net
 
 
@@ -1701,6 +1707,17 @@ def test_whoever_writes_a_bundle_does_not_choose_how_long_its_audit_takes(monkey
     assert found[2].plain
     assert tight[2].epsilon < found[2].epsilon < 2 * tight[2].epsilon
     assert bounded.read(histories[0], 1e-5) == tight[0], "what is known costs nothing"
+
+
+def test_all_ledgers_of_a_bundle_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Odometer] = []
+    read = Odometer.read
+    monkeypatch.setattr(Odometer, "read", lambda self, *about: (asked.append(self), read(self, *about))[1])
+    made = fresh(DEAR)
+    under_another_charter(made, 200.0, 0.01)  # so what its debits cost under their own is read, too
+    assert not verdict_of(made.write(tmp_path / "b"))["verified"]
+    assert len(asked) > 3
+    assert len(set(map(id, asked))) == 1
 
 
 def test_half_of_the_work_is_not_for_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from fuzz.targets import TARGETS
 REGRESSIONS = sorted(Path(__file__).parent.joinpath("regressions").glob("*/*"))
 INPUTS = 300
 SECONDS = 10.0
+LEAST = 20
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -35,9 +36,11 @@ def test_nothing_but_a_refusal(name: str) -> None:
     session = Session(TARGETS[name])
     until = time.monotonic() + SECONDS
     with bounded():
-        pool(session, random.Random(name), lambda count: count >= INPUTS or time.monotonic() > until)
+        pool(
+            session, random.Random(name), lambda count: count >= INPUTS or (count >= LEAST and time.monotonic() > until)
+        )
     assert not session.findings, "\n\n".join(f"{place}\n{words}" for place, (words, _) in session.findings.items())
-    assert sum(session.outcomes.values()) >= 5  # a busy machine tries fewer
+    assert sum(session.outcomes.values()) >= LEAST
     assert session.outcomes["refused"] + session.outcomes["taken"] > session.outcomes["skipped"] / 3
 
 
