@@ -48,6 +48,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from fractions import Fraction
@@ -75,7 +76,7 @@ LIMITS = [
     "What an entry that is not disclosed did to the budget is its owner's signed word: no request or answer confirms it.",
     "The keys are those in this charter: whether they are the partners' own, only the partners can say (fingerprints).",
     "Metrics (AUC and the like) are the coordinator's word.",
-    "Not checked: what else result.json says (baselines, timings, descriptions), and report.html.",
+    "Not checked: what else result.json says (baselines, timings, descriptions), report.html, and files of other names.",
     "epsilon takes the history as fixed in advance; epsilon_filter also holds when it was chosen adaptively.",
 ]
 MEANS = {
@@ -114,7 +115,6 @@ MEANS = {
     "entries_missing": "The ledger's owner once signed for more entries than are here: its end was cut off (a rollback).",
     "entry_differs": "The ledger's owner signed for another history than is shown here: entries were edited, dropped or replaced.",
     "fork": "The ledger's owner signed two different entries for one place: it shows different people different histories.",
-    "copy": "What was given to compare with is not what its owner signed: it proves nothing, for this bundle or against it.",
     "model": "The model in the bundle is not the one that the ledgers are about.",
     "result": "result.json does not say what the ledgers say: do not rely on it.",
     "more": "There is more of this than a reader can use.",
@@ -130,6 +130,7 @@ MEANS = {
     "disjoint": "These records have a budget of their own, because their owner declared that no earlier data set has them.",
     "unanswered": "The partner did its part and the answer was lost on the way, or came too late.",
     "coarse": "A figure is larger than the exact one would be; it is still a bound.",
+    "copy": "What was given to compare with is not what its owner signed: it proves nothing, for this bundle or against it.",
     "unrelated": "This belongs to somebody who does not stand in this charter, and was not compared.",
 }
 """What a code of a violation or warning means to a reader."""
@@ -221,6 +222,15 @@ def _lines(root: Path, file: str) -> Iterator[bytes]:
             yield data[:-1]
 
 
+def _count(root: Path, file: str) -> int:
+    """Lines of a file, a torn last one among them; 0 where it cannot be read."""
+    count, last = 0, b"\n"
+    with suppress(Bad), _open(root, file) as handle:
+        while part := handle.read(2**20):
+            count, last = count + part.count(b"\n"), part[-1:]
+    return count + (last != b"\n")
+
+
 def _hash_of(root: Path, file: str) -> str:
     with _open(root, file) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -248,7 +258,7 @@ def _json(data: bytes, floats: bool = False) -> Any:
     outside = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])  # not within strings
     brackets = re.sub(rb"[^\[\]{}]", b"", outside)
     for _ in range(16):
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        brackets = re.sub(rb"\[\]|\{\}", b"", brackets)  # the innermost level alone
     try:
         if brackets:
             raise ValueError("nested too deeply, or brackets that do not match")
@@ -867,7 +877,8 @@ class Terms:
                 made = {"mechanism": "poisson-gaussian/1", "q": local["sampling_rate"], "steps": local["steps"]}
                 plan["train"] = _event(made | {"sigma": privacy["noise_multiplier"]})
             if evaluation["kind"] == "private":
-                plan["evaluate"] = (1.0, _real(evaluation["noise_multiplier"]), 1)
+                made = {"mechanism": "poisson-gaussian/1", "q": "1", "steps": 1}
+                plan["evaluate"] = _event(made | {"sigma": evaluation["noise_multiplier"]})
             return cls(
                 sha256=_sha256(payload),
                 name=c["name"],
@@ -1055,7 +1066,8 @@ class Book:
     def __init__(self, report: Report, terms: Terms, owner: str, file: str) -> None:
         self.report, self.terms, self.owner, self.file = report, terms, owner, file
         self.chain = Chain(report, terms.keys[owner])
-        self.whole = False  # read to its end
+        self.whole = False  # read to its end, and nobody shows that there was more
+        self.unread = 0  # lines from the first bad one on
         self.ledger_id: str | None = None
         self.undisclosed = 0
         self.recorded = False  # this charter
@@ -1079,6 +1091,7 @@ class Book:
             self.whole = True
         except Bad as bad:
             self.wrong(bad.code, None if bad.code == "file" else self.length + 1, str(bad))
+            self.unread = _count(root, self.file) - self.length
         self.report.checked["ledgers"] += 1
         self.report.checked["entries"] += self.length
 
@@ -1744,7 +1757,10 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
                     if outcome not in DONE:
                         if (request_id, digest, run_id, outcome.removeprefix("refused: ")) not in partner.refused:
                             report.wrong(
-                                "not_done", partner.file, None, f"no refusal for '{_show(outcome)}' to {where}"
+                                "not_done",
+                                partner.file,
+                                None,
+                                f"no refusal for {_show(outcome.removeprefix('refused: '))} to {where}",
                             )
                     elif (act := partner.acts[kind].get(request_id)) is None:
                         report.wrong("not_done", partner.file, None, f"no {kind} for the {outcome} answer to {where}")
@@ -1994,7 +2010,7 @@ class Witnesses:
                 try:
                     made = self._head(line, label, number, given)
                 except Bad as bad:
-                    self.report.wrong("head", label, number, str(bad))
+                    self._worthless("head", label, number, str(bad), given)
                     continue
                 if made is None:
                     self.report.warn("unrelated", label, number, "a head of somebody else's ledger")
@@ -2005,7 +2021,14 @@ class Witnesses:
                 told = {"owner": made.owner, "holder": holder, "length": made.length, "signers": list(made.signers)}
                 self.heads.append(told)
         except Bad as bad:
-            self.report.wrong(bad.code, label, None if bad.code == "file" else number + 1, str(bad))
+            self._worthless(bad.code, label, None if bad.code == "file" else number + 1, str(bad), given)
+
+    def _worthless(self, code: str, label: str, line: int | None, what: str, given: bool) -> None:
+        """Bad evidence in a bundle is a violation; what somebody brought along can do no harm to a bundle by being bad."""
+        if given:
+            self.report.warn("copy", label, line, what)
+        else:
+            self.report.wrong(code, label, line, what)
 
     def _head(self, line: bytes, file: str, number: int, given: bool) -> Statement | None:
         """What a head states; None when it is of nobody's ledger here."""
@@ -2049,73 +2072,91 @@ class Witnesses:
         self.used += 1
         return dict(p)
 
-    def check_closings(self, root: Path, runs: dict[str, Run]) -> str | None:
-        """Every run that was closed has its checkpoint. Returns the run of the newest good one, if there is one."""
-        latest: tuple[int, str | None] = (0, None)
-        coordinator, closed = self.books[self.terms.coordinator], set()
+    def read_closings(self, root: Path) -> None:
+        """Those of the bundle."""
         for name in _listing(root, "closing"):
             file = f"closing/{name}"
             try:
                 p = self.read_closing(root, file, file)
                 if name != f"{p['run_id']}.json":
-                    raise Bad("closing", "named after another run")
-                run, ends = runs.get(p["run_id"]), {item["owner"]: item["length"] for item in p["ledgers"]}
-                if run is None or run.close is None or run.closed_at > ends[self.terms.coordinator]:
-                    if coordinator.whole:
-                        raise Bad("closing", "of a run that the coordinator's ledger does not close before it")
-                elif run.close["model_sha256"] != p["model_sha256"]:
-                    raise Bad("closing", "names another model than the coordinator's ledger")
-                closed.add(p["run_id"])
-                latest = max(latest, (ends[self.terms.coordinator], p["run_id"]), key=lambda item: item[0])
-                self.closings.append({"run_id": p["run_id"], "ledgers": p["ledgers"]})
+                    raise Bad("closing", f"named after another run than it closes, {p['run_id']}")
+                self.closings.append(p)
             except Bad as bad:
                 self.report.wrong("file" if bad.code == "file" else "closing", file, 1, str(bad))
+
+    def check_closings(self, runs: dict[str, Run]) -> None:
+        """Every run that was closed has its checkpoint; those that are not good are forgotten."""
+        coordinator, good = self.books[self.terms.coordinator], []
+        for p in self.closings:
+            run, ends = runs.get(p["run_id"]), {item["owner"]: item["length"] for item in p["ledgers"]}
+            what = ""
+            if run is None or run.close is None or run.closed_at > ends[self.terms.coordinator]:
+                if coordinator.whole:
+                    what = f"of run {p['run_id']}, which the coordinator's ledger does not close in its first "
+                    what += f"{ends[self.terms.coordinator]} entries, those that the checkpoint is about"
+            elif run.close["model_sha256"] != p["model_sha256"]:
+                what = (
+                    f"names another model than the coordinator's ledger: {_model(p)}, there it is {_model(run.close)}"
+                )
+            if what:
+                self.report.wrong("closing", f"closing/{p['run_id']}.json", 1, what)
+            else:
+                good.append(p)
+        self.closings = sorted(good, key=self._reach)
+        closed = {p["run_id"] for p in good}
         for run_id, run in runs.items():
             if run.close is None:
-                self.report.warn("open_run", coordinator.file, run.line, f"run {run_id} was not closed (resume it)")
+                if coordinator.whole:
+                    self.report.warn("open_run", coordinator.file, run.line, f"run {run_id} was not closed (resume it)")
             elif run_id not in closed:
                 what = "the run was closed, but its checkpoint is missing or not good (resume it)"
                 self.report.wrong("closing_missing", f"closing/{run_id}.json", None, what)
-        if not runs:
+        if not runs and coordinator.whole:
             self.report.warn("no_runs", coordinator.file, None, "no run under this charter")
-        return latest[1]
+
+    def _reach(self, checkpoint: Mapping[str, Any]) -> int:
+        """How far into the coordinator's ledger it reaches: the order in which runs were closed."""
+        ends = {item["owner"]: int(item["length"]) for item in checkpoint["ledgers"]}
+        return ends[self.terms.coordinator]
 
     # what was given to compare with
 
     def read_given(self, given: Path) -> None:
-        """A copy of a ledger, a file of heads, a checkpoint, or a folder with such."""
+        """A copy of a ledger, a file of heads, a checkpoint, or a folder with such, whatever they are called.
+
+        Raises:
+            Unreadable: there is nothing in it that could be compared with this bundle, or too much.
+        """
         if not os.path.exists(given):  # never raises
             raise Unreadable(str(given), None, "not there, so nothing can be compared with it")
-        before, path = self.used + len(self.report.violations), given.resolve()
+        before, path = self.used, given.resolve()
         if not path.is_dir():
-            self._copy(path.parent, path.name, str(given))
+            self._copy(path.parent, path.name, str(given), _kind(path.parent, path.name))
         else:
-            files = [
-                str(Path(folder, name).relative_to(path))
-                for folder, _, names in os.walk(path)
-                for name in names
-                if name.endswith(".jsonl") or name == "closing.json" or Path(folder).name == "closing"
-            ]
-            for file in sorted(files)[:MAX_COPIES]:
-                self._copy(path, file, str(given / file))
-            if len(files) > MAX_COPIES:
-                self.report.wrong("more", str(given), None, f"more than {MAX_COPIES} files to compare with")
-        if before == self.used + len(self.report.violations):
-            self.report.wrong("copy", str(given), None, "nothing in it can be compared with this bundle")
+            files = (str(Path(folder, name).relative_to(path)) for folder, _, names in os.walk(path) for name in names)
+            copies = [(file, kind) for file in sorted(files) if (kind := _kind(path, file))]
+            if len(copies) > MAX_COPIES:
+                raise Unreadable(str(given), None, f"more than {MAX_COPIES} files to compare with: give some at a time")
+            for file, kind in copies:
+                self._copy(path, file, str(given / file), kind)
+        if before == self.used:
+            why = "; ".join(sorted({one["what"] for one in self.report.warnings if one["file"].startswith(str(given))}))
+            why = f": {why}" if why else ""
+            raise Unreadable(str(given), None, f"nothing in it can be compared with this bundle{why}")
 
-    def _copy(self, root: Path, file: str, label: str) -> None:
+    def _copy(self, root: Path, file: str, label: str, kind: str | None) -> None:
         try:
-            with _open(root, file) as handle:
-                first = _json(handle.readline(MAX_LINE).removesuffix(b"\n"))
-            kind = first.get("payloadType", "ledger" if "envelope" in first else None)
             if kind == HEAD_TYPE:
                 self.read_heads(root, file, label, label, given=True)
             elif kind == CLOSING_TYPE:
-                if _json(base64.b64decode(first["payload"]))["charter_sha256"] == self.terms.sha256:
+                payload, _ = _file_of_one(root, file, CLOSING_TYPE)
+                if _canonical(payload)["charter_sha256"] == self.terms.sha256:
                     self.read_closing(root, file, label)
                 else:
                     self.report.warn("unrelated", label, None, "of another charter")
-            elif kind == "ledger":
+            elif kind == ENTRY_TYPE:
+                with _open(root, file) as handle:
+                    first = _json(handle.readline(MAX_LINE).removesuffix(b"\n"))
                 owner, key = (first["body"]["data"][name] for name in ("owner", "key"))
                 if self.terms.keys.get(owner) == key and owner in self.books:
                     self._ledger(root, file, label, self.books[owner])
@@ -2123,8 +2164,8 @@ class Witnesses:
                     self.report.warn("unrelated", label, 1, f"the ledger of {_show(owner)} with a key of its own")
             else:
                 raise Bad("copy", "neither a ledger, nor heads, nor a closing checkpoint")
-        except (Bad, AttributeError, LookupError, TypeError, ValueError) as err:
-            self.report.wrong("copy", label, 1, str(err) if isinstance(err, Bad) else f"malformed ({_show(str(err))})")
+        except (Bad, LookupError, TypeError) as err:
+            self.report.warn("copy", label, 1, str(err) if isinstance(err, Bad) else f"malformed ({_show(str(err))})")
 
     def _ledger(self, root: Path, file: str, label: str, book: Book) -> None:
         chain = Chain(self.report, self.terms.keys[book.owner])
@@ -2133,8 +2174,8 @@ class Witnesses:
                 chain.take(line)
         except Bad as bad:
             if bad.code != "torn":  # it was written while it was copied; whole lines count
-                self.report.wrong("copy", label, chain.length + 1, f"not what {book.owner} signed: {bad}")
-        self.used += 1
+                self.report.warn("copy", label, chain.length + 1, f"not what {book.owner} signed: {bad}")
+        self.used += chain.length > 0
         self.report.checked["proofs"] += 1
         pairs = zip(chain.roots, book.chain.roots, strict=False)
         if fork := next((number for number, (copy, here) in enumerate(pairs) if copy != here), None):
@@ -2147,7 +2188,7 @@ class Witnesses:
     # all together
 
     def compare(self) -> None:
-        """Every statement with its ledger; those that it keeps to are left."""
+        """Every statement with its ledger; those that it keeps to are left. A ledger that once was longer is not whole."""
         for owner, book in self.books.items():
             good: list[Statement] = []
             known: dict[int, Statement] = {}
@@ -2171,10 +2212,11 @@ class Witnesses:
                 book.wrong("entry_differs", first, f"{what} ({wrong.source})")
             length, source = self.longer.get(owner, (0, ""))
             if length > book.length and book.whole:
-                first, what = 1 + max(same), f"entries {book.length + 1} to {length} are missing"
+                first, what = 1 + max(same), f"{_entries(book.length + 1, length)} missing"
                 if first <= book.length:
                     what += f" (or as many from {first} on, where nothing else shows what stood there)"
                 book.wrong("entries_missing", first, f"{what}: {owner} signed for {length} ({source})")
+                book.whole = False
             self.statements[owner] = good
 
     def witnessed(self, owner: str) -> dict[str, Any]:
@@ -2190,13 +2232,34 @@ class Witnesses:
         by = [name for name in self.terms.keys if name != owner and reach[name] >= length > 0]
         book, last = self.books[owner], max(closed, default=0)
         if (tail := book.length - length) and book.whole:
-            lines = f"entries {length + 1} to {book.length}" if tail > 1 else f"entry {book.length}"
-            what = f"{tail} not covered by a head that others signed, nor by a closing checkpoint: {lines}"
+            what = f"{_entries(length + 1, book.length)} covered by no head that others signed, nor by a closing checkpoint"
             self.report.warn("tail", book.file, length + 1, what)
         return {
             "witnessed": {"length": length, "by": by, "closing": closed[last] if 0 < last >= length else None},
             "tail": tail,
+            "missing": max(0, self.longer.get(owner, (0, ""))[0] - book.length),
         }
+
+
+def _kind(root: Path, file: str) -> str | None:
+    """What a file begins as: of ENTRY_TYPE, HEAD_TYPE, CLOSING_TYPE, or None."""
+    try:
+        with _open(root, file) as handle:
+            start = handle.read(1)
+            first = _json((start + handle.readline(MAX_LINE)).removesuffix(b"\n")) if start == b"{" else {}
+    except Bad:
+        return None
+    kind = first.get("payloadType", ENTRY_TYPE if "envelope" in first else None)
+    return kind if kind in (ENTRY_TYPE, HEAD_TYPE, CLOSING_TYPE) else None
+
+
+def _entries(first: int, last: int) -> str:
+    """As the subject of a sentence, with its verb."""
+    return f"entry {first} is" if first == last else f"entries {first} to {last} are"
+
+
+def _model(said: Mapping[str, Any]) -> str:
+    return str(said["model_sha256"])[:16]
 
 
 # -- model and result ---------------------------------------------------------------------------------------
@@ -2208,12 +2271,16 @@ def _last(runs: dict[str, Run]) -> dict[str, Any] | None:
     return done[-1].rounds[-1] if done else None
 
 
-def _check_model(root: Path, report: Report, last: dict[str, Any] | None) -> None:
-    file = "model.safetensors"
+def _check_model(root: Path, report: Report, book: Runs, closings: list[dict[str, Any]]) -> None:
+    """The model is the newest completed run's, by the coordinator's ledger, or by checkpoints where that lacks its end."""
+    file, last = "model.safetensors", _last(book.runs) if book.whole else None
+    if not book.whole:
+        last = next((p for p in reversed(closings) if p["model_sha256"]), None)
     try:
-        if last and _hash_of(root, file) != last["model_sha256"]:
-            raise Bad("model", "not the model that the newest completed run ended with")
-        if not last and os.path.lexists(root / file):
+        if last and (found := _hash_of(root, file)) != last["model_sha256"]:
+            what = f"not the model that the newest completed run ended with: {found[:16]}, that was {_model(last)}"
+            raise Bad("model", what)
+        if not last and book.whole and os.path.lexists(root / file):
             raise Bad("model", "a model, but no run was completed")
     except Bad as bad:
         report.wrong(bad.code, file, None, str(bad))
@@ -2231,12 +2298,18 @@ def _check_result(
     root: Path,
     report: Report,
     terms: Terms,
-    runs: dict[str, Run],
+    book: Runs,
     refusals: Counter[tuple[Any, ...]],
     partners: dict[str, Any],
     coarse: set[str],
 ) -> None:
-    """Compare `result.json` with what was recomputed; `refusals` counts (partner, run_id, round, reason)."""
+    """Compare `result.json` with what was recomputed, where that is of whole ledgers.
+
+    Args:
+        refusals: counts (partner, run_id, round, reason).
+        partners: the verdict's.
+        coarse: whose ε is only bounded.
+    """
     file = "result.json"
     if not os.path.lexists(root / file):
         return
@@ -2257,13 +2330,19 @@ def _check_result(
                 if not isinstance(claims, dict) or (key not in claims and key != "epsilon_filter"):
                     raise Bad("result", f"{name}: {key} is missing")
                 wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
-                if key in claims and not (key == "epsilon" and name in coarse):
+                if key in claims and partners[name]["whole"] and not (key == "epsilon" and name in coarse):
                     _compare(report, f"{name}: {key}", claims[key], wanted, ODOMETERS if key == "epsilon" else 1e-6)
-        _check_rounds(result, runs)
+        if book.whole:
+            _check_rounds(result, book.runs)
         listed = result.get("refusals")
-        keys = ("partner", "run_id", "round", "reason")
-        if not isinstance(listed, list) or Counter(tuple(r[key] for key in keys) for r in listed) != refusals:
-            raise Bad("result", "refusals are not those in the partners' ledgers")
+        if not isinstance(listed, list):
+            raise Bad("result", "refusals are missing")
+        said = Counter(tuple(r[key] for key in ("partner", "run_id", "round", "reason")) for r in listed)
+        for one in {**said, **refusals}:
+            if said[one] != refusals[one] and partners.get(one[0], {"whole": True})["whole"]:
+                name, run_id, number, reason = map(_show, one)
+                what = f"refusals: by {name} in run {run_id}, round {number}, for {reason}: {said[one]}, in its ledger {refusals[one]}"
+                raise Bad("result", what)
     except Bad as bad:
         report.wrong("result", file, None, str(bad))
     except (ArithmeticError, LookupError, TypeError, ValueError) as err:
@@ -2288,19 +2367,21 @@ def _check_rounds(result: dict[str, Any], runs: dict[str, Run]) -> None:
     for one, (number, metrics) in zip(said, rounds, strict=True):
         if not isinstance(one, dict) or type(one.get("round")) is not int or one["round"] != number:
             raise Bad("result", f"round {number} is missing or out of order")
-        if not _same_metrics(one.get("metrics"), metrics):
-            raise Bad("result", f"round {number}: metrics are not those in the coordinator's ledger, {_show(metrics)}")
-    final = rounds[-1][1] if rounds else {}
-    if not _same_metrics(result.get("final"), final):
-        raise Bad("result", f"final is not the metrics of the last round in the coordinator's ledger, {_show(final)}")
+        if other := _other_metrics(one.get("metrics"), metrics):
+            raise Bad("result", f"round {number}: {other}")
+    if other := _other_metrics(result.get("final"), rounds[-1][1] if rounds else {}):
+        raise Bad("result", f"final: {other}")
 
 
-def _same_metrics(said: Any, metrics: dict[str, Any]) -> bool:
-    return (
-        isinstance(said, dict)
-        and set(said) == set(metrics)
-        and all(_same(said[name], _real(value)) for name, value in metrics.items())
-    )
+def _other_metrics(said: Any, metrics: dict[str, str]) -> str:
+    """How these differ from the coordinator's ledger; "" where they do not."""
+    if not isinstance(said, dict):
+        return "metrics are missing"
+    for name in sorted({*said, *metrics}, key=str):
+        if name not in said or name not in metrics or not _same(said[name], _real(metrics[name])):
+            here, there = (_show(one[name]) if name in one else "missing" for one in (said, metrics))
+            return f"metric {_show(name)} is {here}, in the coordinator's ledger it is {there}"
+    return ""
 
 
 # -- the verdict ---------------------------------------------------------------------------------------------
@@ -2418,7 +2499,8 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
         "refusals_by_reason": dict(Counter(act.body["reason"] for act in partner.refusals)),
         "entries": partner.length,
         "undisclosed": partner.undisclosed,
-        "whole": partner.whole,  # or else all of this is of the entries before the first bad one
+        "whole": partner.whole,  # or else all of this is of the entries before the first bad or missing one
+        "unread": partner.unread,
         "lineages": lineages,
         "events": _merged((event, own) for _, event, own in debits),
         "trajectory": _trajectory(used, bill),
@@ -2474,6 +2556,7 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
             "entries": total["debit"] + total["commit"],
             "undisclosed": 0,
             "whole": book.whole,
+            "unread": book.unread,
             "events": _merged((event, True) for event in events.elements()),
             "trajectory": [],
             "budget": book.agreed,
@@ -2490,10 +2573,11 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
 
     Args:
         against: further copies of what is in the bundle, from whoever kept them: a ledger, a file of heads, a closing checkpoint, or
-            a folder with such (another bundle; what a partner's node kept). What the bundle lacks or has otherwise is a violation.
+            a folder with such (another bundle; what a partner's node kept). What the bundle lacks or has otherwise is a violation;
+            what their owners did not sign is a warning, and counts for nothing.
 
     Returns:
-        `verified`, `bundle`, `charter_sha256`, `simulated`, `claim`,
+        `verified`, `bundle`, `charter_sha256`, `simulated`, `claim` (None unless verified),
         `checked` {ledgers, entries, signatures, heads, proofs: signed statements and copies that ledgers were compared with},
         `partners` {name: {
             epsilon (odometer), epsilon_filter, epsilon_cap, delta: the most of any lineage used under this charter, over all that
@@ -2505,14 +2589,17 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
             trajectory [{entry, time, run, round, charter, epsilon_filter, epsilon}] after each debit (time, run and round are None
             where they are not shown; epsilon at some; with `lineage` where there is more than one),
             budget {epsilon, delta, orders, gaussian_delta} of the first lineage (None: none was fixed),
-            witnessed {length, by [names], closing (run or None)}, tail: entries beyond it}} (of a population's clients: no
-            lineages, trajectory, witnessed and tail),
-        `coordinator` {entries, undisclosed, witnessed, tail},
+            whole: whether the ledger is here to its end (else all figures are of the `entries` that were read), unread: lines that
+            were not, from the first bad one on,
+            witnessed {length, by [names], closing (run or None)}, tail: entries beyond it, missing: entries that its owner signed
+            for and that were not read}} (of a population's clients: no lineages, trajectory, witnessed, tail and missing),
+        `coordinator` {entries, undisclosed, whole, unread, witnessed, tail, missing},
         `heads` [{owner, holder, length, signers}], `closings` [{run_id, ledgers [{owner, length, root}]}], `open_runs` [run_id],
         `violations` and `warnings` [{code, file, line, what, means}], `limits` (sentences to show wherever a verdict is shown).
 
     Raises:
-        Unreadable: the folder or its charter is missing or is none at all, so that nothing can be judged.
+        Unreadable: the folder or its charter is missing or is none at all, so that nothing can be judged; or nothing in one of
+            `against` can be compared.
     """
     report, root = Report(), Path(folder)
     if not root.is_dir():
@@ -2524,20 +2611,17 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
     if terms.clients:
         book = Population(report, terms)
         book.read(root)
-        book.finish()
     else:
         book = Coordinator(report, terms)
         book.read(root)
         partners = {name: Partner(report, terms, name) for name in terms.declared}
         for partner in partners.values():
             partner.read(root)
-            partner.finish()
-        _cross_check(report, book, partners)
     for name in _listing(root, "partners"):
         if name not in partners:
             report.wrong("stranger", f"partners/{name}", None, "no partner of this charter")
     others = Witnesses(report, terms, {**partners, terms.coordinator: book})
-    newest = others.check_closings(root, book.runs)
+    others.read_closings(root)
     for name in _listing(root, "heads"):
         if name.removesuffix(".jsonl") in terms.keys and name.endswith(".jsonl"):
             others.read_heads(root, f"heads/{name}", name.removesuffix(".jsonl"), f"heads/{name}")
@@ -2546,7 +2630,14 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
     for given in against:
         others.read_given(Path(given))
     others.compare()
-    _check_model(root, report, _last(book.runs))
+    # Only now is it known which ledgers lack their end: what is not there is no contradiction.
+    for ledger in (*partners.values(), book):
+        if isinstance(ledger, Partner | Population):
+            ledger.finish()
+    if isinstance(book, Coordinator):
+        _cross_check(report, book, partners)
+    others.check_closings(book.runs)
+    _check_model(root, report, book, others.closings)
     if isinstance(book, Population):
         bills = _client_summaries(book, bill)
     else:
@@ -2556,7 +2647,8 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
         for name, partner in partners.items()
         for act in partner.refusals
     )
-    _check_result(root, report, terms, book.runs, refusals, bills, bill.coarse)
+    _check_result(root, report, terms, book, refusals, bills, bill.coarse)
+    newest = next((p["run_id"] for p in reversed(others.closings)), None)
     complete = (
         f"The bill is complete as of the newest closing checkpoint in this bundle, run {newest}, and the newest heads: whoever made "
         "the bundle could withhold later runs together with everybody's later entries."
@@ -2564,27 +2656,39 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
         else "No good closing checkpoint is in this bundle: beyond the newest heads nobody vouches that it is complete."
     )
     simulated = ["Simulated: all keys and data were on one machine, so the signatures bind nobody."]
+    cut = [name for name, ledger in others.books.items() if not ledger.whole]
+    partly = f"Not here to their end are the ledgers of {', '.join(cut)}: figures are of what was read, and the rest of it was "
+    partly += "compared with nothing."
     return {
         "verified": not report.violations,
         "bundle": str(folder),
         "charter_sha256": terms.sha256,
         "simulated": terms.simulated,
-        "claim": _claim(terms),
+        "claim": None if report.violations else _claim(terms),
         "checked": dict(report.checked),
         "partners": bills,
-        "coordinator": {"entries": book.length, "undisclosed": book.undisclosed} | others.witnessed(terms.coordinator),
+        "coordinator": {
+            "entries": book.length,
+            "undisclosed": book.undisclosed,
+            "whole": book.whole,
+            "unread": book.unread,
+        }
+        | others.witnessed(terms.coordinator),
         "heads": others.heads,
-        "closings": others.closings,
-        "open_runs": [run_id for run_id, run in book.runs.items() if run.close is None],
+        "closings": [{"run_id": p["run_id"], "ledgers": p["ledgers"]} for p in others.closings],
+        "open_runs": [run_id for run_id, run in book.runs.items() if run.close is None and book.whole],
         "violations": report.violations,
         "warnings": report.warnings,
-        "limits": [*LIMITS, complete] + (simulated if terms.simulated else []),
+        "limits": [*LIMITS, complete, *([partly] if cut else []), *(simulated if terms.simulated else [])],
     }
 
 
 def main(arguments: list[str]) -> int:
     """`python verifier.py BUNDLE [--against PATH ...]`."""
     folder, *rest = arguments or [""]
+    if folder in ("-h", "--help"):
+        print(f"{main.__doc__}\n\nPrints the verdict as JSON. Exit 0: verified; 1: a violation; 2: unreadable.")
+        return 0
     if not folder or len(rest) % 2 or any(flag != "--against" for flag in rest[::2]):
         print("usage: python verifier.py BUNDLE [--against PATH ...]", file=sys.stderr)
         return 2

@@ -882,8 +882,9 @@ def test_who_vouches_for_nothing_and_for_one_entry(tmp_path: Path) -> None:
 def test_what_is_given_is_other_nonsense(tmp_path: Path, data: bytes) -> None:
     folder, given = fresh(SMALL).write(tmp_path / "b"), tmp_path / "given"
     given.write_bytes(data)
-    assert places(verify_bundle(folder, [given])) == {("copy", str(given), 1)}
-    assert verifier.main([str(folder), "--against", str(given)]) == 1
+    with pytest.raises(Unreadable, match=r"nothing in it can be compared with this bundle: .+"):
+        verify_bundle(folder, [given])
+    assert verifier.main([str(folder), "--against", str(given)]) == 2
     assert verifier.main([str(folder), "--against", str(folder / L0), "--against", str(folder / COORD)]) == 0
 
 
@@ -934,10 +935,19 @@ def test_numbers_that_agree() -> None:
 
 
 def test_metrics_that_agree() -> None:
-    assert verifier._same_metrics({"auc": 0.7}, {"auc": "0.7"})
-    assert verifier._same_metrics({}, {})
-    for said in ({"auc": 0.8}, {"auc": 0.7, "loss": 1.0}, {}, {"loss": 0.7}, None, ["auc"], {"auc": "0.7"}):
-        assert not verifier._same_metrics(said, {"auc": "0.7"})
+    assert verifier._other_metrics({"auc": 0.7}, {"auc": "0.7"}) == ""
+    assert verifier._other_metrics({}, {}) == ""
+    wrong: list[tuple[Any, str]] = [
+        ({"auc": 0.8}, "metric 'auc' is 0.8, in the coordinator's ledger it is '0.7'"),
+        ({"auc": 0.7, "loss": 1.0}, "metric 'loss' is 1.0, in the coordinator's ledger it is missing"),
+        ({}, "metric 'auc' is missing, in the coordinator's ledger it is '0.7'"),
+        ({"loss": 0.7}, "metric 'auc' is missing, in the coordinator's ledger it is '0.7'"),
+        (None, "metrics are missing"),
+        (["auc"], "metrics are missing"),
+        ({"auc": "0.7"}, "metric 'auc' is '0.7', in the coordinator's ledger it is '0.7'"),
+    ]
+    for said, what in wrong:
+        assert verifier._other_metrics(said, {"auc": "0.7"}) == what
 
 
 def test_a_result_whose_refusals_say_nothing(tmp_path: Path) -> None:
