@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from . import verifier
-from .audit_report import by_code, histories, place, state, unbounded, write_audit_report
+from .audit_report import budgets, by_code, histories, partly, place, state, unbounded, write_audit_report
 from .charter import SignedCharter, in_words
 from .cli import Format, FormatOption, out, plain, show_json
 from .errors import HansaError, OutputError
@@ -113,7 +113,8 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 def _print_partners(partners: dict[str, Any]) -> None:
     """One line a partner; many partners by history, the largest epsilon first."""
     rows = histories(partners) if len(partners) > 20 else [([name], p) for name, p in partners.items()]
-    other = any(_this_charter(p) for _, p in rows[:20])
+    listed = [row for group in rows[:20] for row in budgets(*group)]
+    other = any(_this_charter(p) for _, p in listed)
     table = Table(box=None, padding=(0, 1, 0, 0))
     titles = [
         "partner",
@@ -127,8 +128,10 @@ def _print_partners(partners: dict[str, Any]) -> None:
         "",
     ]
     for title in titles if other else [t for t in titles if t != "this\ncharter"]:
-        table.add_column(title, justify="left" if title in ("partner", "") else "right", no_wrap=title != "partner")
-    for names, p in rows[:20]:
+        table.add_column(
+            title, justify="left" if title in ("partner", "") else "right", no_wrap=title not in ("partner", "")
+        )
+    for names, p in listed:
         kind, stands = state(p)
         color = {"bad": "red", "good": "green", "plain": "dim"}[kind]
         table.add_row(
@@ -138,11 +141,16 @@ def _print_partners(partners: dict[str, Any]) -> None:
             _epsilon(p, "epsilon"),
             _exact(p.get("delta")),
             *([_epsilon(p.get("charter_epsilon") or {}, "epsilon_filter", "-")] if other else []),
-            str(p["rounds"]),
-            str(p["refusals"]),
+            *(_exact(p.get(key)) for key in ("rounds", "refusals")),
             f"[{color}]{stands}[/]",
         )
     out.print(table)
+    if len(listed) > len(rows[:20]):
+        out.print(
+            "a partner with several budgets has a line for each lineage (data sets that share records): epsilon is about those"
+        )
+    if any(partly(p) for _, p in listed):
+        out.print("+ ?: of a ledger that is not here, or was not read, to its end; what was charged may be more")
     if any(len(names) > 1 for names, _ in rows[:20]):
         out.print("(+n): so many more partners with the same history")
     if len(rows) > 20:
@@ -162,14 +170,21 @@ def _print_witnesses(ledgers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     found: dict[str, list[str]] = {}
     for name, p in ledgers:
         length, tail, by = p["witnessed"].get("length"), p.get("tail"), p["witnessed"].get("by") or []
-        words = f"up to entry {length} of {p['entries']}" if tail else "to the end"
-        found.setdefault(f"{words} by {_some(by)}" if by and length else "by nobody", []).append(name)
+        there = p["entries"] + (p.get("missing") or 0)
+        words = f"up to entry {length} of {there}" if tail or partly(p) else "to the end"
+        words += f", {p['missing']} of them missing here," if p.get("missing") else ""
+        words = f"{words} by {_some(by)}" if by and length else "by nobody"
+        if not p["entries"] and p.get("missing"):
+            words = f"by others, but none of the {p['missing']} entries that it signed for is here"
+        found.setdefault(words, []).append(name)
     for words, names in list(found.items())[:20]:
         out.print(f"countersigned {words}: {_some(names)}")
 
 
 def _epsilon(figures: Mapping[str, Any], key: str, absent: str = "unbounded") -> str:
     value = number(figures.get(key))
+    if partly(figures) and not unbounded(figures):
+        return f"{up(value)} + ?" if value else "?"
     return absent if value is None else up(value)
 
 
@@ -190,7 +205,7 @@ def _print_found(found: Sequence[Mapping[str, Any]], label: str) -> None:
             files.setdefault(item["file"], []).append(item)
         if code is not None:
             out.print(
-                f"  {label} [bold]{plain(code)}[/], {len(items)} place(s){': ' if means else ''}{plain(means or '')}"
+                f"  {label} [bold]{plain(code)}[/], {len(items)} place{'s' if len(items) != 1 else ''}{': ' if means else ''}{plain(means or '')}"
             )
         most = 8 if len(files) < 4 else 3
         for file, some in list(files.items())[:20]:

@@ -148,8 +148,13 @@ def state(figures: Fields) -> tuple[str, str]:
     spent, cap = page.number(figures.get("epsilon_filter")), page.number(figures.get("epsilon_cap"))
     if unbounded(figures):
         return "bad", "UNBOUNDED"
-    if figures.get("whole") is False:
-        return "bad", "NOT READ TO ITS END"
+    if partly(figures):
+        unread, missing = (page.number(figures.get(key)) or 0 for key in ("unread", "missing"))
+        if not figures.get("entries"):
+            return "bad", "NOT THERE" if not unread else "NOT READ"
+        return "bad", f"READ TO LINE {figures['entries']}, " + (
+            f"{unread:g} MORE UNREAD" if unread else f"{missing:g} MISSING" if missing else "NOT TO ITS END"
+        )
     if spent is None or cap is None:
         return "plain", "no figures"
     if spent > cap * (1 + SLACK):
@@ -160,6 +165,27 @@ def state(figures: Fields) -> tuple[str, str]:
 def unbounded(figures: Fields) -> bool:
     """Whether no finite ε holds for a partner."""
     return bool(figures.get("unbounded")) or page.number(figures.get("epsilon_filter")) in (None, math.inf)
+
+
+def partly(figures: Fields) -> bool:
+    """Whether the ledger was not there, or not read, to its end: what was charged may be more."""
+    return figures.get("whole") is False or bool(page.number(figures.get("missing")))
+
+
+def budgets(names: Sequence[str], figures: Fields) -> list[tuple[list[str], Fields]]:
+    """A partner's figures once for each of its lineages, where it has several: no epsilon holds for all of its records.
+
+    What is the partner's and no lineage's (rounds, refusals) is left to the first.
+    """
+    lineages: Mapping[str, Fields] = figures.get("lineages") or {}
+    if len(lineages) < 2:
+        return [(list(names), figures)]
+    of_partner = {"rounds": None, "refusals": None}
+    found: list[tuple[list[str], Fields]] = []
+    for lineage, one in lineages.items():
+        made = {**figures, "charter_epsilon": None, **one, **(of_partner if found else {}), "lineages": {}}
+        found.append(([f"{names[0]} {lineage[:8]}"], made))
+    return found
 
 
 def _spent(figures: Fields) -> float:
@@ -175,6 +201,7 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
     violations, warnings = list(verdict.get("violations") or []), list(verdict.get("warnings") or [])
     many = len(partners) > MANY
     groups = histories(partners) if many else [([name], figures) for name, figures in partners.items()]
+    apart = [row for group in groups for row in budgets(*group)]
     told = [g for g in groups[:FEW] if g[1].get("events") or g[1].get("trajectory")] if many else groups
     verified = verdict.get("verified") is True and not violations
     open_ended = [name for names, figures in groups if unbounded(figures) for name in names]
@@ -211,11 +238,12 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         },
         "unprotected": UNPROTECTED,
         "many": many,
-        "rows": [_row(names, figures) for names, figures in groups[: LISTED if many else None]],
+        "rows": [_row(names, figures) for names, figures in apart[: LISTED if many else None]],
+        "several": [name for names, figures in groups if len(figures.get("lineages") or {}) > 1 for name in names],
         "groups": len(groups),
-        "bars": _bars(groups[:LISTED] if many else groups),
+        "bars": _bars(apart[:LISTED] if many else apart),
         "distribution": _distribution(groups) if many else None,
-        "odds": _odds(groups),
+        "odds": _odds(apart),
         "sections": [_section(i, *group) for i, group in enumerate(told)],
         "heads": _heads(heads),
         "covered": [] if many else _covered(partners, verdict.get("coordinator")),
@@ -275,7 +303,7 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
         "kind": kind,
         "state": words,
         "unbounded": unbounded(figures),
-        "whole": figures.get("whole") is not False,
+        "partly": partly(figures),
         "epsilon": page.number(figures.get("epsilon")),
         "epsilon_filter": spent,
         "cap": cap,
@@ -288,7 +316,16 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
         "tail": page.number(figures.get("tail")),
         **{
             key: page.number(figures.get(key))
-            for key in ("debits", "uncommitted_debits", "rounds", "refusals", "entries", "undisclosed")
+            for key in (
+                "debits",
+                "uncommitted_debits",
+                "rounds",
+                "refusals",
+                "entries",
+                "undisclosed",
+                "unread",
+                "missing",
+            )
         },
     }
 

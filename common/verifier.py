@@ -2475,14 +2475,15 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
     lineages, charter = {}, []
     for lineage, account in used.items():
         unbounded = account.unbounded is not None
+        unprotected = any(own and event is None for _, event, own in account.debits)
+        charter.append(bill.of_charter(partner.file, names, account.budget, unprotected, account.spent(own=True)))
         lineages[lineage] = bill.of(partner.file, names, account.budget, unbounded, account.spent())
+        lineages[lineage]["charter_epsilon"] = charter[-1]
         lineages[lineage]["datasets"] = [
             {"dataset": dataset, "declared": b["declared"]}
             for dataset, b in partner.datasets.items()
             if b["lineage"] == lineage
         ]
-        unprotected = any(own and event is None for _, event, own in account.debits)
-        charter.append(bill.of_charter(partner.file, names, account.budget, unprotected, account.spent(own=True)))
     nothing = bill.of(partner.file, names, None, False, {})
     charter = charter or [bill.of_charter(partner.file, names, None, False, {})]
     figures = list(lineages.values()) or [nothing]
@@ -2584,7 +2585,7 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
             was debited on it under any charter (None: no bound),
             charter_epsilon {epsilon, epsilon_filter, cap}: of the debits under this charter alone, at its delta,
             unbounded, debits, uncommitted_debits, rounds, refusals, refusals_by_reason {reason: count}, entries, undisclosed,
-            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, datasets [{dataset, declared}]}},
+            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, charter_epsilon, datasets [{dataset, declared}]}},
             events [{mechanism, q, sigma, steps, count, charter "this" or "other"}]: what was debited on these lineages,
             trajectory [{entry, time, run, round, charter, epsilon_filter, epsilon}] after each debit (time, run and round are None
             where they are not shown; epsilon at some; with `lineage` where there is more than one),

@@ -523,13 +523,94 @@ def test_the_terminal_groups_by_code(audited: Callable[..., int], capsys: pytest
     assert audited(verdicts.failing()) == 1
     shown = _flat(capsys.readouterr().out)
     assert shown.startswith("NOT VERIFIED")
-    assert "violation entry-signature, 33 place(s): The bytes of this entry" in shown
+    assert "violation entry-signature, 33 places: The bytes of this entry" in shown
     assert shown.count("bad signature") == 8
     assert "and 25 more: --format json shows all" in shown
-    assert "violation over-cap, 1 place(s)" in shown
-    assert "violation head-differs, 1 place(s) heads/switzerland.jsonl:3: another root" in shown
+    assert "violation over-cap, 1 place" in shown
+    assert "violation head-differs, 1 place heads/switzerland.jsonl:3: another root" in shown
     assert "1.2312 1 1.1450 1e-4 0.7920 10 1 OVER CAP" in shown
     assert "UNBOUNDED" in shown
+
+
+def _partly(**figures: Any) -> dict[str, Any]:
+    made = verdicts.failing()
+    made["partners"]["hungary"] |= {"whole": False, "unread": 0, "missing": 0} | figures
+    return made
+
+
+@pytest.mark.parametrize(
+    ("figures", "stands", "filter_words", "vouched"),
+    [
+        ({"unread": 7}, "READ TO LINE 58, 7 MORE UNREAD", "0.9813 + ?", "up to entry 33 of 58 by"),
+        (
+            {"missing": 7},
+            "READ TO LINE 58, 7 MISSING",
+            "0.9813 + ?",
+            "up to entry 33 of 65, 7 of them missing here, by",
+        ),
+        (
+            {"whole": True, "missing": 1},
+            "READ TO LINE 58, 1 MISSING",
+            "0.9813 + ?",
+            "of 59, 1 of them missing here, by",
+        ),
+        ({"unread": 2, "entries": 0, "epsilon_filter": 0.0}, "NOT READ", "?", "by nobody"),
+        (
+            {"missing": 37, "entries": 0, "epsilon_filter": 0.0},
+            "NOT THERE",
+            "?",
+            "none of the 37 entries that it signed for is here",
+        ),
+    ],
+)
+def test_a_ledger_that_is_not_whole(
+    audited: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    figures: dict[str, Any],
+    stands: str,
+    filter_words: str,
+    vouched: str,
+) -> None:
+    """Neither on the terminal nor on the page does a figure of a part look like the whole."""
+    made = _partly(**figures)
+    if not made["partners"]["hungary"]["entries"]:
+        made["partners"]["hungary"] |= {
+            "epsilon": 0.0,
+            "witnessed": {"length": 0, "by": [], "closing": None},
+            "tail": 0,
+        }
+    assert audited(made) == 1
+    shown = _flat(capsys.readouterr().out)
+    assert re.search(rf"hungary {re.escape(filter_words)} 1 [0-9. +?]+ 1e-4 .*10 0 {stands}", shown)
+    assert vouched in shown
+    assert "+ ?: of a ledger that is not here, or was not read, to its end" in shown
+    shown = audit_report.render(made, made=MADE)
+    text = _flat(re.sub("<[^>]+>", " ", shown))
+    assert stands in text
+    assert filter_words in text
+    assert "what was charged may be more" in text
+    assert "No entry is without a witness" not in text.split("hungary")[3]
+
+
+def test_several_budgets_are_not_one(audited: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """An epsilon for each lineage; none is shown as if it were for all records of a partner."""
+    made = verdicts.verdict()
+    one = made["partners"]["hungary"]
+    (lineage,) = one["lineages"].values()
+    one["lineages"] = {
+        "0a1b2c3d" * 4: lineage | {"charter_epsilon": {"epsilon": 0.1, "epsilon_filter": 0.11, "cap": 1.0}},
+        "ffee0011" * 4: lineage | {"epsilon": 0.4, "epsilon_filter": 0.5, "delta": 1e-5, "epsilon_cap": 2.0},
+    }
+    assert audited(made) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["hungary", "0a1b2c3d", "0.9813", "1", "0.9127", "1e-4", "0.1100", "10", "0", "within", "cap"] in lines
+    assert ["hungary", "ffee0011", "0.5000", "2", "0.4000", "1e-5", "-", "-", "-", "within", "cap"] in lines
+    assert "a partner with several budgets has a line for each lineage" in _flat(shown)
+    text = _flat(re.sub("<[^>]+>", " ", audit_report.render(made, made=MADE)))
+    assert "hungary ffee0011 0.5000 2 25.0 % 0.4000 1e-5" in text.replace("—", " ")
+    assert "has several budgets, each in a row of its own" in text
+    assert "It has 2 budgets, told apart below; on one of them at most" in text
 
 
 def test_the_terminal_tells_a_population_by_history(

@@ -1010,7 +1010,8 @@ def test_figures_of_a_ledger_that_was_not_read_to_its_end_are_said_to_be_that(co
     assert (cut["whole"], cut["entries"], cut["debits"]) == (False, at, 0)
     assert (other["whole"], other["debits"] > 0) == (True, True)
     assert not any(w["file"] == L0 and w["code"] in ("unreleased", "uncommitted") for w in verdict["warnings"])
-    assert state(cut) == ("bad", "NOT READ TO ITS END")
+    assert cut["unread"] == len(lines) - at
+    assert state(cut) == ("bad", f"READ TO LINE {at}, {len(lines) - at} MORE UNREAD")
     assert state(other) == ("good", "within cap")
 
 
