@@ -11,16 +11,15 @@ from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from .accounting import MAX_STEPS, Budget, PrivacyEvent, odometer
 from .charter import ADVERSARY
 from .claims import Finding, lint_file, refused
-from .cli import Format, FormatOption, out, plain, print_findings, show_json
+from .cli import Format, FormatOption, out, plain, print_findings, progress, show_json
 from .config import Federation, load_config
 from .errors import ConfigError, LedgerError, Refused, RunFailed
-from .identity import canonical, strict_json, write_whole
+from .identity import canonical, check_writable, strict_json, write_whole
 from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
 from .plan import Caps, budget_of, calibrated, evaluations_of, event_from, events_of, largest, plan_of, stopped_by
 
@@ -82,7 +81,8 @@ def plan(
     federation = load_config(config)
     points = _options(federation, simulate, ledger, epsilons, rounds, to)
     simulator = _simulator() if simulate else None
-    report = {**planned(federation, ledger), "findings": [f.to_fields() for f in findings]}
+    with progress("computing what it costs"):
+        report = {**planned(federation, ledger), "findings": [f.to_fields() for f in findings]}
     if form is Format.TEXT:
         _print_plan(report, ledger)
         _print_flags(config, findings)
@@ -386,6 +386,8 @@ def _options(
         raise ConfigError(f"{to}: written are {', '.join(_PLOTS)} and .csv", "Give --out such an ending.")
     if to is not None and not to.parent.is_dir():
         raise ConfigError(f"{to.parent}: no such folder", "Make it, or give another --out.")
+    if to is not None:
+        check_writable(to)  # now, and not when minutes of simulation are done
     caps = sorted({_listed(text, "--epsilons", float) for text in epsilons.split(",")})
     if any(not 0 < cap <= 100 for cap in caps):
         raise ConfigError(f"--epsilons {epsilons}: each is above 0 and at most 100", f"The default is {EPSILONS}.")
@@ -421,15 +423,10 @@ def _simulated(
     seeds: int,
     form: Format,
 ) -> dict[str, Any]:
-    console = Console(stderr=True, highlight=False, quiet=form is Format.JSON)
-    if not console.is_terminal:
+    console = Console(stderr=True, highlight=False)
+    if form is Format.TEXT and not console.is_terminal:
         console.print(f"simulating {len(epsilons) * len(rounds)} points x {seeds} seeds ...")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("simulating", total=None)
-
-        def told(done: int, total: int, what: str) -> None:
-            progress.update(bar, completed=done, total=total, description=plain(what))
-
+    with progress("simulating") as told:
         return simulator.run(federation, base, epsilons, rounds, seeds, told)
 
 
