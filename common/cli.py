@@ -342,7 +342,9 @@ def charter_verify(
         return 0 if valid else 1
     print_findings(file, findings)
     if problem is not None:
-        say(f"{file}: {problem.message}", problem.hint, 1)
+        say(
+            f"{file}: {problem.message}" if signed else problem.message, problem.hint, 1
+        )  # loading names the file itself
     elif signed is not None and not wrong:
         out.print(plain(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}"))
     return 0 if valid else 1

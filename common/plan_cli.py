@@ -78,7 +78,12 @@ def plan(
         else:
             print_findings(config, findings)
         return 1
-    federation = load_config(config)
+    try:
+        federation = load_config(config)
+    except ConfigError:
+        if form is Format.TEXT:
+            print_findings(config, findings)  # a file of another tool has flags, too
+        raise
     points = _options(federation, simulate, ledger, epsilons, rounds, to)
     simulator = _simulator() if simulate else None
     with progress("computing what it costs"):
