@@ -7,7 +7,7 @@ else. The *filter* decides; the *odometer* is the tight figure beside it and dec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..common.errors import ConfigError, LedgerError, Refusal
 from ..common.home import Home
 from ..common.identity import real
 from ..common.ledger import Entry, read_ledger
-from ..common.plan import budget_of, calibrated, events_of, plan_of
+from ..common.plan import budget_of, calibrated, events_of, largest, plan_of, stopped_by
 from .law import Control
 from .registry import Registered, Registry, fitting, serving
 from .settings import NodeSettings
@@ -287,13 +287,13 @@ def _cost(
     }
     if site.epsilon_cap is not None:
         caps["the site's cap"] = (Budget.create(site.epsilon_cap, agreed.delta), taken)
-    stops = [name for name, (budget, before) in caps.items() if not budget.admits([*before, *events])]
+    stops = stopped_by(caps, events)
     stops += ["an unprotected run made it unbounded"] if account.unbounded else []
     stops += ["restored from a backup, spending not proved"] if books.control.restored.exists() else []
 
     def admitted(count: int) -> bool:
         more = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * count) for e in events]
-        return all(budget.admits([*before, *more]) for budget, before in caps.values())
+        return not stopped_by(caps, more)
 
     most = min([_MANY, *(_MOST_STEPS // e.steps for e in events)])
     return {
@@ -302,24 +302,12 @@ def _cost(
         "before": _figures(own, taken),
         "after": _figures(own, [*taken, *events]),
         "stops": stops,
-        "fits": 0 if stops else _largest(admitted, most),
+        "fits": 0 if stops else largest(admitted, most),
     }
 
 
 def _figures(budget: Budget, events: list[PrivacyEvent]) -> dict[str, float]:
     return {"filter": budget.spent(events), "odometer": odometer(events, budget.delta)}
-
-
-def _largest(admitted: Callable[[int], bool], most: int) -> int:
-    """The largest count that is admitted, from 1 on."""
-    low, high = 0, 1
-    while high <= most and admitted(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if admitted(middle) else (low, middle)
-    return low
 
 
 def noise_of(item: Mapping[str, Any]) -> str:

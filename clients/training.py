@@ -2,7 +2,7 @@
 
 Abadi et al. (1607.00133), adjacency add-or-remove-one record. Opacus gives per-record gradients and nothing
 else: its optimiser draws noise from torch's generator, sums in float32 and divides by the real size, each of
-which is replaced here. Rules of DESIGN section 5 that this file keeps:
+which is replaced here. Rules of the house that this file keeps:
 
 - a record whose gradient is not finite contributes exactly zero, in the same time as any other;
 - noise comes from `SecureNoise`, once per step, also when nobody was sampled;

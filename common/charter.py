@@ -6,6 +6,7 @@ on every message and ledger entry. Nobody's word counts but the signatures: thre
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -41,6 +42,9 @@ from .identity import (
 
 CHARTER_TYPE = "application/vnd.hansa.charter+json"
 ADVERSARY = "everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
+
+_SECTIONS = re.compile(rb"^[ \t]*\"?(task|algorithm|privacy|partners|population)\"?[ \t]*:", re.MULTILINE)
+"""Two of these, and an unreadable charter is a configuration."""
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -224,7 +228,15 @@ class SignedCharter:
         try:
             envelope = read_envelope(data.removesuffix(b"\n"), CHARTER_TYPE)
         except MessageError as err:
-            raise CharterError(f"not a charter: {err.message}", "Ask the coordinator for the file again.") from err
+            if len(set(_SECTIONS.findall(data[:1_000_000]))) > 1:
+                raise CharterError(
+                    "a configuration, and no charter yet",
+                    "`hansa plan FILE` reads a configuration; `hansa charter new FILE --keys KEYS` makes the charter from it.",
+                ) from err
+            raise CharterError(
+                f"not a charter: {err.message}",
+                "Ask the coordinator for the file again: the one that `hansa charter new` wrote.",
+            ) from err
         return cls(envelope.payload, envelope.signatures)
 
     def to_bytes(self) -> bytes:

@@ -13,6 +13,8 @@ The rules look at what is *written*. That noise is drawn, or batches sampled, as
 from __future__ import annotations
 
 import math
+import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -57,10 +59,11 @@ CODES: Mapping[str, Code] = {
     ),
     "sensitivity-not-the-clip": Code(
         "The noise was scaled to another sensitivity than what clipping enforces, or to a clip that the data chose; the "
-        "epsilon is then that of a mechanism that did not run.",
+        "epsilon is then that of a mechanism that did not run. Noise that is not stated relative to the clip hides which.",
         "Abadi et al. 1607.00133, Alg. 1 (noise is sigma times C, the clip); Andrew et al. 1905.03871 (a clip taken from "
         "data must itself be paid for)",
-        "Leave sensitivity out: the noise is noise_multiplier x clip_norm, both agreed beforehand.",
+        "Leave sensitivity and absolute noise out: give noise_multiplier, the noise's standard deviation divided by clip_norm "
+        "(or leave that out, too: it is calibrated), and clip_norm, both agreed beforehand.",
     ),
     "unaccounted-metrics": Code(
         "A loss, a score or a count of private rows is a release of those rows. What leaves without noise that is charged "
@@ -78,7 +81,7 @@ CODES: Mapping[str, Code] = {
     "sizes-from-data": Code(
         "Under add-or-remove-one adjacency the number of records is private. A rate, divisor, weight or step count "
         "computed from it leaves with the update, and differs between the two neighbouring data sets.",
-        "DESIGN section 5 of this project; Ponomareva et al. 2303.00654 on what a report must state",
+        "Ponomareva et al. 2303.00654 on what a report must state; docs/claims.md, sizes-from-data",
         "Declare a rounded size for each partner (declared_records), agreed and public; everything is computed from that.",
     ),
     "delta-not-below-1/n": Code(
@@ -162,7 +165,7 @@ def lint(subject: Mapping[str, Any] | BaseModel, lines: Mapping[Place, int] | No
 
 
 def lint_file(path: Path) -> tuple[Finding, ...]:
-    """`lint` of a YAML or JSON file, or of a charter's envelope. Empty for what cannot be read: its reader says why."""
+    """`lint` of a YAML, JSON or TOML file, or of a charter's envelope. Empty for what cannot be read: its reader says why."""
     try:
         data = path.read_bytes()
         if len(data) > _BYTES:
@@ -173,7 +176,10 @@ def lint_file(path: Path) -> tuple[Finding, ...]:
                 return lint(payload) if isinstance(payload, dict) else ()
             except MessageError:
                 pass  # no envelope: perhaps another tool's JSON
-        node = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
+        text = data.decode("utf-8")
+        if path.suffix.lower() == ".toml":  # as Flower's pyproject.toml
+            return lint(tomllib.loads(text), _toml_lines(text))
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[Place, int] = {}
         value = _plain(node, (), lines, [_NODES])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError):
@@ -184,6 +190,28 @@ def lint_file(path: Path) -> tuple[Finding, ...]:
 _BYTES = 1_000_000
 _NODES = 20_000  # a few aliases in YAML can stand for gigabytes
 _DEPTH = 12
+
+
+def _toml_lines(text: str) -> dict[Place, int]:
+    """Where the tables of a TOML file are, and the keys that begin a line; of an array of tables, those of the first."""
+    lines: dict[Place, int] = {}
+    table: Place = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _TOML_TABLE.match(line):
+            table = _toml_place(header[2])
+            lines.setdefault(table, number)
+            table = (*table, "0") if header[1] else table
+        elif key := _TOML_KEY.match(line):
+            lines.setdefault((*table, *_toml_place(key[1])), number)
+    return lines
+
+
+_TOML_TABLE = re.compile(r"\s*\[(\[?)([^\[\]]+)\]{1,2}\s*(?:#.*)?$")
+_TOML_KEY = re.compile(r"""\s*([\w."'-]+)\s*=""")
+
+
+def _toml_place(dotted: str) -> Place:
+    return tuple(part.strip(" \t\"'") for part in dotted.split("."))
 
 
 def _plain(node: yaml.Node | None, place: Place, lines: dict[Place, int], left: list[int]) -> Any:
@@ -360,6 +388,18 @@ def _sensitivity(file: _File) -> Iterator[Finding]:
     ratios = [n for p, v in file.named(_NOISE - _ABSOLUTE_NOISE, outside="evaluation") if (n := _number(v)) is not None]
     for place, value in file.named(_ABSOLUTE_NOISE, outside="evaluation"):
         std = _number(value)
+        if std is not None and agreed and not ratios:
+            yield file.find(
+                "sensitivity-not-the-clip",
+                Severity.REFUSE
+                if file.ours
+                else Severity.FLAG,  # ours states noise relative to the clip, and nothing else
+                place,
+                f"{place[-1]} is {value}, and not said relative to the clip {agreed[0]:g}; as a noise_multiplier it is "
+                f"{std / agreed[0]:g}."
+                if agreed[0] > 0
+                else f"{place[-1]} is {value}, and the clip is {agreed[0]:g}.",
+            )
         if std is not None and agreed and ratios and not any(math.isclose(std, r * c) for r in ratios for c in agreed):
             yield file.find(
                 "sensitivity-not-the-clip",

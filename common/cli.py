@@ -11,7 +11,8 @@ import os
 import sys
 import traceback
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -22,6 +23,7 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from .charter import SignedCharter, draft, in_words
 from .claims import CODES, Finding, Severity, lint_file, refused
@@ -145,6 +147,19 @@ def clean(text: str, lines: bool = False) -> str:
 def plain(text: str, lines: bool = False) -> str:
     """`clean` text that rich prints as it is."""
     return escape(clean(text, lines))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show on the error stream, where that is a terminal, that something takes a while: `told(done, total, what)` moves the bar."""
+    console = Console(stderr=True, highlight=False, emoji=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
+        bar = shown.add_task(plain(what), total=None)
+
+        def told(done: int, total: int, what: str) -> None:
+            shown.update(bar, completed=done, total=total, description=plain(what))
+
+        yield told
 
 
 def show_json(value: Any) -> None:
@@ -327,7 +342,9 @@ def charter_verify(
         return 0 if valid else 1
     print_findings(file, findings)
     if problem is not None:
-        say(f"{file}: {problem.message}", problem.hint, 1)
+        say(
+            f"{file}: {problem.message}" if signed else problem.message, problem.hint, 1
+        )  # loading names the file itself
     elif signed is not None and not wrong:
         out.print(plain(f"{file}: signed by {', '.join(signed.charter.keys())}; sha-256 {signed.sha256}"))
     return 0 if valid else 1

@@ -243,10 +243,22 @@ def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configu
     Raises:
         ConfigError: naming file, line, key, the value found and what is allowed.
     """
+    if path.suffix.lower() == ".toml":
+        raise ConfigError(
+            f"{path}: a TOML file; what Hansa computes from is YAML",
+            "Of other tools' files `hansa plan` and `hansa charter verify` check the claims (docs/claims.md), and no more. "
+            "docs/configuration.md has what a configuration says.",
+        )
     root = _compose(path, missing)
     try:
         return model.model_validate(_construct(path))
     except ValidationError as err:
+        if isinstance(root, yaml.MappingNode) and "payloadType" in {key.value for key, _ in root.value}:
+            raise ConfigError(
+                f"{path}: a signed file (a charter?) and no configuration",
+                "A charter is read by `hansa charter show` and `verify`; what its run would cost a node says "
+                "`hansa node budget --plan CHARTER`.",
+            ) from err
         items = err.errors()
         # That a list is too short because one of its items is wrong is no second mistake.
         places = [item["loc"] for item in items]
@@ -326,9 +338,12 @@ def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
     """One validation error as `file:line: key: what is wrong (value found)`."""
     loc = [str(part) for part in item["loc"] if part != "[key]"]
     node, line = _find(root, loc)
+    hint = ""
     match item["type"]:
         case "extra_forbidden":
             what = "unknown key"
+            if here := _CALLED_HERE.get(loc[-1].lower().replace("-", "_")):
+                hint = f"; here: {here}"
         case "missing":
             what = "missing; it is required"
         case _:
@@ -345,7 +360,27 @@ def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
         isinstance(found, list) and any(isinstance(one, dict | list) for one in found)
     )
     shown = "" if item["type"] == "missing" or deep else f" (found {_short(found)})"
-    return f"{path}:{line}: {key}: {what}{shown}"
+    return f"{path}:{line}: {key}: {what}{shown}{hint}"
+
+
+_NOISE_HERE = (
+    "noise_multiplier, the noise's standard deviation divided by clip_norm; left out, it is calibrated for epsilon"
+)
+_CLIP_HERE = "clip_norm, to which each record's gradient is clipped"
+_RATE_HERE = "local.sampling_rate, the probability with which each record joins a step; no batch has a fixed size"
+_STEPS_HERE = "algorithm.rounds and local.steps: what costs privacy is a step"
+_CALLED_HERE = {
+    **dict.fromkeys(("noise_std", "noise_stddev", "stddev", "sigma", "noise_scale"), _NOISE_HERE),
+    **dict.fromkeys(("max_grad_norm", "clipping_norm", "l2_norm_clip", "clip", "max_norm"), _CLIP_HERE),
+    **dict.fromkeys(("batch_size", "sample_rate", "q"), _RATE_HERE),
+    **dict.fromkeys(("epochs", "local_epochs", "num_rounds", "num_server_rounds"), _STEPS_HERE),
+    "sensitivity": "nothing: the sensitivity is clip_norm, because each record is clipped to it",
+    "target_epsilon": "epsilon",
+    "eps": "epsilon",
+    "target_delta": "delta",
+    "learning_rate": "local.optimizer.lr",
+}
+"""What other tools call things -> what to write instead."""
 
 
 def _find(node: yaml.Node | None, loc: Sequence[str]) -> tuple[yaml.Node | None, int]:

@@ -12,7 +12,7 @@ who sees what leaves after every step (which is what DP-SGD's accountants assume
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -125,9 +125,23 @@ class Example:
         return self.true / self.basis
 
 
-def examples() -> list[Example]:
-    """Everything, recomputed now (a few seconds)."""
-    return [*_fresh_accountant(), *_rounds_as_epochs(), *_shuffled(), *_clt()]
+def examples(told: Callable[[int, int, str], None] = lambda *_: None) -> list[Example]:
+    """Everything, recomputed now (a few seconds).
+
+    Args:
+        told: called before each kind of mistake with how many are done, of how many, and its title.
+    """
+    kinds = {
+        "fresh-accountant": _fresh_accountant,
+        "rounds-as-epochs": _rounds_as_epochs,
+        "shuffled-batches": _shuffled,
+        "clt": _clt,
+    }
+    found: list[Example] = []
+    for done, (mistake, recomputed) in enumerate(kinds.items()):
+        told(done, len(kinds), MISTAKES[mistake].title)
+        found += recomputed()
+    return found
 
 
 def as_fields(found: Iterable[Example]) -> list[dict[str, Any]]:

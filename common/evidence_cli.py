@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from .cli import Format, FormatOption, out, plain, show_json
+from .cli import Format, FormatOption, out, plain, progress, show_json
 from .errors import ConfigError
 from .evidence import LIMITS, MISTAKES, Example, as_fields, examples, page
-from .identity import write_whole
+from .identity import check_writable, write_whole
 from .page import up
 from .plan import SOFTWARE
 
@@ -45,7 +44,10 @@ def accounting(
         raise ConfigError(
             f"{to}: what is written is a page", "Give --out a name ending in .html; for data: --format json."
         )
-    found = examples()
+    if to is not None:
+        check_writable(to)
+    with progress("recomputing") as told:
+        found = examples(told)
     if to is not None:
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         write_whole(to, page(found, made, SOFTWARE).encode())
@@ -67,24 +69,25 @@ def _print(rows: list[Example], title: str, what: str, instead: str) -> None:
     out.print(
         f"  [dim]unit: {first.unit}; adjacency: {first.adjacency}; noise: {first.noise}; adversary: {first.adversary}; delta by row[/]"
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", overflow="fold")
-    for column in ("claimed", "recomputed", "true", "too low", "delta", "steps: true", "counted"):
-        table.add_column(column, justify="right", no_wrap=True)
+    # By hand: beside seven figures a terminal of 80 columns has no room for the names.
+    out.print(plain(_LINE.format("claimed", "recomputed", "true", "too low", "delta", "steps: true", "counted")))
     for e in rows:
         low = 1 - e.basis / e.true
-        own = "" if e.published else " [dim](our setting)[/]"
-        table.add_row(
-            f"{plain(e.where)}{own}\n  [dim]q {e.sampling_rate:.4g}, sigma {e.noise_multiplier:.4g}[/]",
+        own = "" if e.published else " (our setting)"
+        out.print(f"  {plain(e.where)}[dim]{own}; q {e.sampling_rate:.4g}, sigma {e.noise_multiplier:.4g}[/]")
+        line = _LINE.format(
             f"{e.basis:.3f}" if e.stated is None else f"{e.stated:g}",
             f"{e.claimed:.3f}",
-            "[bold]" + (f">= {e.true:.3f}" if e.bound == "at least" else up(e.true, 3)) + "[/]",
+            f">= {e.true:.3f}" if e.bound == "at least" else up(e.true, 3),
             f"{low:.0%}" if low > 0 else "-",
             f"{e.delta:g}",
             f"{e.steps:,}",
             f"{e.claimed_steps:,}",
         )
-    out.print(table)
+        out.print(f"[bold]{plain(line)}[/]")
     for source in dict.fromkeys(e.source for e in rows):
         out.print(f"  [dim]source: {plain(source)}[/]")
     out.print(f"  instead: {plain(instead)}\n")
+
+
+_LINE = "  {:>9}{:>12}{:>12}{:>9}{:>8}{:>13}{:>9}"

@@ -333,6 +333,25 @@ def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Find out now what `write_whole` would find out after the work: make a file beside `path`, and delete it.
+
+    Raises:
+        OutputError: `path` cannot be written there.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: is no ordinary file, and would be replaced", "Give the name of a file.")
+        folder = next(one for one in path.absolute().parents if one.exists())
+        handle, temporary = tempfile.mkstemp(
+            dir=folder, prefix=f"{TEMPORARY}{path.name}."
+        )  # a name as long as the real one
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as err:
+        raise output_error(path, err) from err
+
+
 def drop_unfinished(folder: Path) -> None:
     """Delete the files directly in `folder` that a killed process had not finished writing."""
     for path in folder.glob(TEMPORARY + "*"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -60,7 +60,7 @@ def _evaluations(algorithm: Algorithm, evaluation: Evaluation) -> tuple[PlanItem
     if evaluation.kind != "private":
         return ()
     assert evaluation.noise_multiplier is not None
-    count = len(evaluated_rounds(algorithm.rounds, evaluation.every))
+    count = -(-algorithm.rounds // evaluation.every)  # as many as `evaluated_rounds` has
     return (PlanItem("evaluate", count, PrivacyEvent(1.0, evaluation.noise_multiplier, 1)),)
 
 
@@ -78,19 +78,46 @@ def events_of(plan: Iterable[PlanItem]) -> list[PrivacyEvent]:
     ]
 
 
-def calibrated(
-    algorithm: Algorithm, privacy: Privacy, evaluation: Evaluation, spent: Iterable[PrivacyEvent] = ()
-) -> float | None:
-    """The noise multiplier of a run: the one that was given, else the least that the filter admits for all its rounds.
+Caps = Mapping[str, tuple[Budget, Sequence[PrivacyEvent]]]
+"""Caps that must all hold: what each is called -> its filter, and what was spent and is held under it already."""
+
+
+def stopped_by(caps: Caps, asked: Sequence[PrivacyEvent]) -> list[str]:
+    """The caps that do not admit `asked` after what was taken, each decided as a node's gate does; none: it fits."""
+    return [name for name, (budget, taken) in caps.items() if not budget.admits([*taken, *asked])]
+
+
+def largest(admitted: Callable[[int], bool], most: int) -> int:
+    """The largest count from 1 to `most` that is admitted, where fewer of an admitted count are; 0 if none is."""
+    low, high = 0, 1
+    while high <= most and admitted(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if admitted(middle) else (low, middle)
+    return low
+
+
+def calibrated(algorithm: Algorithm, privacy: Privacy, evaluation: Evaluation) -> float | None:
+    """The noise multiplier that a charter fixes: the one that was given, else the least at which its own filter admits all rounds.
+
+    What a data set spent before does not enter: every partner signs the same noise, and no ledger but its own tells a node
+    what is left.
 
     Raises:
-        Refused: no noise is enough for what is left of the budget.
+        Refused: no noise is enough for this ε.
     """
     if privacy.kind == "none" or privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     steps = algorithm.rounds * algorithm.local.steps
-    before = [*spent, *events_of(_evaluations(algorithm, evaluation))]
+    before = evaluations_of(algorithm, evaluation)
     return budget_of(privacy, algorithm).calibrate(algorithm.local.sampling_rate, steps, before)
+
+
+def evaluations_of(algorithm: Algorithm, evaluation: Evaluation) -> list[PrivacyEvent]:
+    """The protected events of a plan that do not train: they cost what they cost, at whatever noise the training has."""
+    return events_of(_evaluations(algorithm, evaluation))
 
 
 def budget_of(privacy: Privacy, algorithm: Algorithm) -> Budget:

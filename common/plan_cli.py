@@ -11,18 +11,17 @@ from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from .accounting import Budget, PrivacyEvent, odometer
+from .accounting import MAX_STEPS, Budget, PrivacyEvent, odometer
 from .charter import ADVERSARY
 from .claims import Finding, lint_file, refused
-from .cli import Format, FormatOption, out, plain, print_findings, show_json
+from .cli import Format, FormatOption, out, plain, print_findings, progress, show_json
 from .config import Federation, load_config
-from .errors import ConfigError, HansaError, LedgerError, RunFailed
-from .identity import canonical, strict_json, write_whole
+from .errors import ConfigError, LedgerError, Refused, RunFailed
+from .identity import canonical, check_writable, strict_json, write_whole
 from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
-from .plan import budget_of, calibrated, event_from, events_of, plan_of
+from .plan import Caps, budget_of, calibrated, evaluations_of, event_from, events_of, largest, plan_of, stopped_by
 
 EPSILONS = "0.25,0.5,1,2,4,8"
 SIMULATORS = "hansa.simulators"
@@ -48,7 +47,10 @@ def commands(app: typer.Typer) -> None:
 
 def plan(
     config: Annotated[Path, typer.Argument(help="the federation's YAML file")],
-    ledger: Annotated[Path | None, typer.Option(help="a partner's ledger: count what is already spent")] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="a partner's ledger: would its budget, after what it spent and holds, pay for this run?"),
+    ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="also the frontier: expected AUC by epsilon, from simulated runs")
     ] = False,
@@ -64,7 +66,7 @@ def plan(
 ) -> int:
     """Before any training: epsilon by rounds and noise, what the charter would allow, what would be left.
 
-    Exit 1 when the plan does not fit the budget, or when the file claims what is not differential privacy
+    The noise is what a charter made from the file would fix. Exit 1 when the plan does not fit the budget, or when the file claims what is not differential privacy
     (docs/claims.md). With --simulate also what each epsilon buys, from real runs in this process.
 
     Example: hansa plan federation.yaml --simulate --out frontier.png
@@ -76,12 +78,18 @@ def plan(
         else:
             print_findings(config, findings)
         return 1
-    federation = load_config(config)
+    try:
+        federation = load_config(config)
+    except ConfigError:
+        if form is Format.TEXT:
+            print_findings(config, findings)  # a file of another tool has flags, too
+        raise
     points = _options(federation, simulate, ledger, epsilons, rounds, to)
     simulator = _simulator() if simulate else None
-    report = {**planned(federation, ledger), "findings": [f.to_fields() for f in findings]}
+    with progress("computing what it costs"):
+        report = {**planned(federation, ledger), "findings": [f.to_fields() for f in findings]}
     if form is Format.TEXT:
-        _print_plan(federation, report)
+        _print_plan(report, ledger)
         _print_flags(config, findings)
     if simulator is not None:
         report["frontier"] = _simulated(simulator, federation, config.parent, *points, seeds, form)
@@ -108,61 +116,111 @@ def _print_flags(config: Path, findings: tuple[Finding, ...]) -> None:
 def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any]:
     """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one, local noise.
 
+    The noise is what a charter made from this configuration fixes, whatever a ledger says: a node is asked for that run, and
+    either its budget pays for it or it refuses.
+
+    Args:
+        ledger: of a partner: its budget and what was taken from it decide too, as in that partner's gate.
+
     Raises:
-        Refused: no noise is enough.
+        Refused: no noise is enough for the configuration's own ε.
     """
-    a, p = federation.algorithm, federation.privacy
+    a, p, e = federation.algorithm, federation.privacy, federation.evaluation
     if p.kind == "none":
-        return {"privacy": "none", "fits": True}
-    assert p.delta is not None
-    budget, spent, held = _taken_before(ledger, budget_of(p, a))
-    before = [*spent, *held]
-    sigma = calibrated(a, p, federation.evaluation, before)
+        return _unprotected(federation, ledger)
+    sigma = calibrated(a, p, e)
     assert sigma is not None
-    agreed = p.model_copy(update={"noise_multiplier": sigma})
-    cost = events_of(plan_of(a, agreed, federation.evaluation))
-    other = events_of(i for i in plan_of(a, agreed, federation.evaluation) if i.purpose != "train")
+    agreed = budget_of(p, a)
+    fixed, spent, held = _taken_before(ledger)
+    budget, before = fixed or agreed, [*spent, *held]  # the first run that a node accepts fixes its budget
+    caps: Caps = {OWN: (agreed, [])} if ledger is None else {OWN: (agreed, []), LEDGER: (budget, before)}
     steps, q = a.local.steps, a.local.sampling_rate
 
+    def asked(rounds: int, noise: float) -> list[PrivacyEvent]:
+        terms = p.model_copy(update={"noise_multiplier": noise})
+        return events_of(plan_of(a.model_copy(update={"rounds": rounds}), terms, e))
+
     def after(rounds: int, noise: float) -> dict[str, Any]:
-        history = [*before, *other, PrivacyEvent(q, noise, steps * rounds)]
+        history = [*before, *asked(rounds, noise)]
         return {
             "rounds": rounds,
             "noise_multiplier": noise,
             "epsilon_filter": budget.spent(history),
             "epsilon": odometer(history, budget.delta),
-            "fits": budget.admits(history),
+            "fits": not stopped_by(caps, asked(rounds, noise)),
         }
 
-    by_rounds = [
-        after(r, sigma) for r in sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
-    ]
-    by_noise = [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3]
-    whole = [*before, *cost]
-    needed: list[dict[str, float | None]] = []
-    for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
-        terms = p.model_copy(update={"epsilon": epsilon})
+    run = asked(a.rounds, sigma)
+    whole = [*before, *run]
+    stops = stopped_by(caps, run)
+    listed = sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
+    most = MAX_STEPS // steps
+    rounds_left = 0
+    if not stops:
+        rounds_left = min(f.most_steps(q, sigma, [*taken, *run]) // steps for f, taken in caps.values())
+    enough = _noise_that_fits(caps, federation)
+    others: list[dict[str, Any]] = []
+    for epsilon in OTHER_CAPS if ledger is None else (0.1, 0.25, *OTHER_CAPS):
+        terms = p.model_copy(update={"epsilon": epsilon, "noise_multiplier": None})
         try:
-            needed.append({"epsilon": epsilon, "noise_multiplier": budget_of(terms, a).calibrate(q, steps * a.rounds)})
-        except HansaError:
-            needed.append({"epsilon": epsilon, "noise_multiplier": None})
+            needed = calibrated(a, terms, e)
+        except Refused:
+            needed = None
+        fits = needed is not None and (ledger is None or budget.admits([*before, *asked(a.rounds, needed)]))
+        others.append({"epsilon": epsilon, "noise_multiplier": needed, "fits": fits})
     return {
         "privacy": "local", "unit": "record", "adjacency": "add-or-remove-one", "noise": "local",
         "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
         "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
         "epsilon_spent_before": budget.spent(spent), "epsilon_held_before": budget.spent(held),
+        "epsilon_left_before": max(0.0, budget.epsilon - budget.spent(before)),
         "epsilon_filter": budget.spent(whole), "epsilon": odometer(whole, budget.delta),
-        "fits": budget.admits(whole),
-        "rounds_that_fit": budget.most_steps(q, sigma, [*before, *other]) // steps,
-        "rounds_left_after": max(0, budget.most_steps(q, sigma, whole) // steps) if budget.admits(whole) else 0,
-        "by_rounds": by_rounds, "by_noise": by_noise, "noise_for_other_caps": needed,
+        "run": {"epsilon_cap": agreed.epsilon, "delta": agreed.delta, "epsilon_filter": agreed.spent(run),
+                "epsilon": odometer(run, agreed.delta)},
+        "stops": stops, "fits": not stops,
+        "rounds_that_fit": largest(lambda rounds: not stopped_by(caps, asked(rounds, sigma)), min(most, 1_000_000)),
+        "rounds_left_after": rounds_left,
+        "noise_that_fits": enough,
+        "epsilon_of_noise_that_fits": None if enough is None else agreed.spent(asked(a.rounds, enough)),
+        "by_rounds": [after(rounds, sigma) for rounds in listed if rounds <= most],
+        "by_noise": [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3],
+        "noise_for_other_caps": others,
     }  # fmt: skip
 
 
-def _taken_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
-    """The budget that will enforce the plan, what its dataset spent already, and what its open runs may still spend."""
+OWN, LEDGER = "the charter's own cap", "the ledger's budget"
+OTHER_CAPS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def _noise_that_fits(caps: Caps, federation: Federation) -> float | None:
+    """The least noise at which all rounds are admitted under every cap; None: no noise is enough."""
+    a = federation.algorithm
+    other = evaluations_of(a, federation.evaluation)
+    q, steps = a.local.sampling_rate, a.rounds * a.local.steps
+    try:
+        return max(budget.calibrate(q, steps, [*taken, *other]) for budget, taken in caps.values())
+    except Refused:
+        return None
+
+
+def _unprotected(federation: Federation, ledger: Path | None) -> dict[str, Any]:
+    """Training without privacy: no ε. What is protected all the same (private evaluation) a budget that is there must pay."""
+    report: dict[str, Any] = {"privacy": "none", "stops": [], "fits": True}
     if ledger is None:
-        return fresh, [], []
+        return report
+    try:
+        budget, spent, held = _taken_before(ledger)
+    except RunFailed:  # it is unbounded already
+        return report
+    asked = evaluations_of(federation.algorithm, federation.evaluation)
+    stops = [] if budget is None else stopped_by({LEDGER: (budget, [*spent, *held])}, asked)
+    return {**report, "stops": stops, "fits": not stops}
+
+
+def _taken_before(ledger: Path | None) -> tuple[Budget | None, list[PrivacyEvent], list[PrivacyEvent]]:
+    """The budget of a ledger's data sets (None: not fixed yet), what they spent, and what their open runs may still spend."""
+    if ledger is None:
+        return None, [], []
     entries, torn = read_ledger(ledger)
     if torn or not entries:
         what = f"torn last line ({len(torn)} bytes)" if torn else "empty"
@@ -170,21 +228,22 @@ def _taken_before(ledger: Path | None, fresh: Budget) -> tuple[Budget, list[Priv
     if entries[0].body.get("role") != "partner":
         raise LedgerError(f"{ledger}: not a partner's ledger: {owner_line(entries[0])}", "Give a partner's ledger.")
     try:
-        return _taken(ledger, entries, fresh)
+        return _taken(ledger, entries)
     except (KeyError, TypeError, AttributeError, ValueError) as err:
         raise LedgerError(
             f"{ledger}: its entries are not what a node of Hansa writes", "Give a node's ledger."
         ) from err
 
 
-def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, list[PrivacyEvent], list[PrivacyEvent]]:
+def _taken(ledger: Path, entries: list[Entry]) -> tuple[Budget | None, list[PrivacyEvent], list[PrivacyEvent]]:
     if any(entry.type == UNDISCLOSED for entry in entries):  # what they spent would be missing here
         raise LedgerError(f"{ledger}: some of its entries are not disclosed", "Give the ledger at its own node.")
     if len({entry.body["lineage"] for entry in entries if entry.type == "dataset" and "lineage" in entry.body}) > 1:
         raise LedgerError(
             f"{ledger}: it has several budgets, one for each lineage of datasets",
-            "Ask the node for the one that you mean: hansa node budget",
+            "Ask at its node: hansa node budget --plan CONFIG",
         )
+    budget: Budget | None = None
     spent: list[PrivacyEvent] = []
     # (charter, run) -> (purpose, event) -> how many, as in the node's gate: two coordinators may use one name.
     left: dict[tuple[str | None, str], Counter[tuple[str, bytes]]] = {}
@@ -208,57 +267,107 @@ def _taken(ledger: Path, entries: list[Entry], budget: Budget) -> tuple[Budget, 
                     left[entry.charter, body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
             case "release":
                 left.pop((entry.charter, body["run_id"]), None)
-            case _:
+            case known if known in _SPENDS_NOTHING:
                 pass
+            case unknown:
+                raise LedgerError(
+                    f"{ledger}: entry {entry.seq} is of the type {unknown!r}, which this version does not know",
+                    "Install the version of hansa that wrote it: what it spent must be counted.",
+                )
     kinds = [(event_from(strict_json(fields)), n) for run in left.values() for (_, fields), n in run.items()]
     held = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * n) for e, n in kinds if e is not None and n > 0]
     return budget, spent, held
 
 
-def _print_plan(federation: Federation, report: dict[str, Any]) -> None:
+_SPENDS_NOTHING = {"genesis", "charter", "dataset", "commit", "public", "refuse", "recovered", "restored"}
+
+
+def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
     if report["privacy"] == "none":
         out.print(
             "privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on."
         )
+        if report["stops"]:
+            out.print(
+                "  [red]does not fit[/]: what is left in the ledger's budget does not pay for the private evaluation"
+            )
         return
+    run = report["run"]
     out.print(
-        f"Each partner, record level, add-or-remove-one, local noise, delta {report['delta']:g}:\n"
+        f"Each partner, record level, add-or-remove-one, local noise, delta {run['delta']:g}:\n"
         f"  {report['rounds']} rounds x {report['steps_per_round']} steps, sampling rate {report['sampling_rate']:g}, "
         f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
-        f"  epsilon {report['epsilon_filter']:.4f} by the filter that enforces the cap, {report['epsilon']:.4f} by the odometer (tight); "
-        f"cap {report['epsilon_cap']:g}"
+        f"  epsilon {run['epsilon_filter']:.4f} by the filter that enforces the cap, {run['epsilon']:.4f} by the odometer (tight); "
+        f"cap {run['epsilon_cap']:g}"
     )
-    if report["epsilon_spent_before"]:
-        out.print(f"  of which {report['epsilon_spent_before']:.4f} was spent before this run")
-    if report["epsilon_held_before"]:
-        out.print(f"  of which open runs still hold {report['epsilon_held_before']:.4f} (counted by itself)")
-    if report["fits"]:
-        out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
-    else:
-        out.print(
-            f"  [red]does not fit[/]: {report['rounds_that_fit']} such round(s) fit. Fewer rounds, more noise, or a larger cap."
-        )
+    if ledger is not None:
+        _print_before(report, ledger)
+    _print_verdict(report, ledger)
     for title, rows in (("epsilon by rounds", report["by_rounds"]), ("epsilon by noise", report["by_noise"])):
-        table = Table("rounds", "noise multiplier", "epsilon (filter)", "epsilon (odometer)", "", title=title, box=None,
-                      title_justify="left", pad_edge=False)  # fmt: skip
+        table = _table(title + _WITH_LEDGER * (ledger is not None), "rounds", "noise multiplier", "epsilon (filter)",
+                       "epsilon (odometer)", "")  # fmt: skip
         for row in rows:
-            fits = "fits" if row["fits"] else "[red]refused[/]"
             table.add_row(
                 str(row["rounds"]),
                 f"{row['noise_multiplier']:g}",
                 f"{row['epsilon_filter']:.4f}",
                 f"{row['epsilon']:.4f}",
-                fits,
+                _fits(row["fits"]),
             )
         out.print(table)
-    table = Table("cap", "noise multiplier needed", title="the same rounds under other caps", box=None, title_justify="left",
-                  pad_edge=False)  # fmt: skip
+    table = _table("the same rounds under other caps" + _WITH_LEDGER * (ledger is not None), "cap", "noise multiplier needed",
+                   *[""] * (ledger is not None))  # fmt: skip
     for row in report["noise_for_other_caps"]:
-        table.add_row(
-            f"{row['epsilon']:g}",
-            "no noise is enough" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:g}",
-        )
+        needed = row["noise_multiplier"]
+        cells = [f"{row['epsilon']:g}", "no noise is enough" if needed is None else f"{needed:g}"]
+        table.add_row(*cells, *[_fits(row["fits"])] * (ledger is not None))
     out.print(table)
+
+
+_WITH_LEDGER = ", with what the ledger has spent and holds"
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, box=None, title_justify="left", pad_edge=False)
+
+
+def _fits(fits: bool) -> str:
+    return "fits" if fits else "[red]refused[/]"
+
+
+def _print_before(report: dict[str, Any], ledger: Path) -> None:
+    out.print(
+        plain(f"The budget in {ledger}: cap {report['epsilon_cap']:g}, delta {report['delta']:g}; by its filter:")
+    )
+    out.print(f"  {report['epsilon_spent_before']:.4f} was spent before this run")
+    if report["epsilon_held_before"]:
+        out.print(f"  {report['epsilon_held_before']:.4f} is held by open runs (counted by itself)")
+    out.print(
+        f"  {report['epsilon_left_before']:.4f} is left\n"
+        f"  {report['epsilon_filter']:.4f} with this run ({report['epsilon']:.4f} by the odometer)"
+    )
+
+
+def _print_verdict(report: dict[str, Any], ledger: Path | None) -> None:
+    rounds, noise = report["rounds_that_fit"], report["noise_that_fits"]
+    if report["fits"]:
+        out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
+    elif LEDGER not in report["stops"]:
+        out.print(f"  [red]does not fit[/]: {rounds} such round(s) fit. Fewer rounds, more noise, or a larger cap.")
+    else:
+        out.print(
+            "  [red]does not fit[/]: the node with this ledger would refuse it, and no charter changes its budget."
+        )
+        out.print(f"  What fits: {rounds} such round(s).")
+        if noise is None:
+            out.print(f"  All {report['rounds']} rounds fit at no noise multiplier.")
+        else:
+            out.print(
+                f"  All {report['rounds']} rounds fit from noise multiplier {noise:g} on "
+                f"(epsilon {report['epsilon_of_noise_that_fits']:.4f} by itself)."
+            )
+    if ledger is not None:
+        out.print("  The site's own rules are not in a ledger; at the node, ask: hansa node budget --plan CONFIG")
 
 
 # -- frontier ------------------------------------------------------------------------------------------------------------
@@ -282,6 +391,8 @@ def _options(
         raise ConfigError(f"{to}: written are {', '.join(_PLOTS)} and .csv", "Give --out such an ending.")
     if to is not None and not to.parent.is_dir():
         raise ConfigError(f"{to.parent}: no such folder", "Make it, or give another --out.")
+    if to is not None:
+        check_writable(to)  # now, and not when minutes of simulation are done
     caps = sorted({_listed(text, "--epsilons", float) for text in epsilons.split(",")})
     if any(not 0 < cap <= 100 for cap in caps):
         raise ConfigError(f"--epsilons {epsilons}: each is above 0 and at most 100", f"The default is {EPSILONS}.")
@@ -317,15 +428,10 @@ def _simulated(
     seeds: int,
     form: Format,
 ) -> dict[str, Any]:
-    console = Console(stderr=True, highlight=False, quiet=form is Format.JSON)
-    if not console.is_terminal:
+    console = Console(stderr=True, highlight=False)
+    if form is Format.TEXT and not console.is_terminal:
         console.print(f"simulating {len(epsilons) * len(rounds)} points x {seeds} seeds ...")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("simulating", total=None)
-
-        def told(done: int, total: int, what: str) -> None:
-            progress.update(bar, completed=done, total=total, description=plain(what))
-
+    with progress("simulating") as told:
         return simulator.run(federation, base, epsilons, rounds, seeds, told)
 
 

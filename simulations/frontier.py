@@ -6,6 +6,7 @@ run in process, with keys, charter, gates and ledgers, and what it spent is read
 
 from __future__ import annotations
 
+import io
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ..common.accounting import odometer
 from ..common.charter import ADVERSARY
 from ..common.config import Federation
 from ..common.errors import ConfigError, OutputError, Refusal, Refused, RunFailed
-from ..common.identity import output_error
+from ..common.identity import write_whole
 from ..common.plan import budget_of, calibrated, events_of, plan_of
 from ..common.tasks import load_task
 from .baselines import baselines
@@ -94,21 +95,32 @@ class Frontier:
         matplotlib.rcParams["svg.hashsalt"] = "hansa"  # equal figures, equal files
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(7.2, 5.2), layout="constrained")
         measured = [p for p in report["points"] if p["mean"] is not None]
-        for count in sorted({p["rounds"] for p in measured}):
+        without = {name: s for name, s in report["without_privacy"].items() if s["mean"] is not None}
+        # A number of rounds has one colour and marker, with privacy and without; what is trained has one kind of line.
+        counts = sorted({one["rounds"] for one in (*measured, *without.values())})
+        legend: list[Any] = []
+        for number, count in enumerate(counts):
+            colour = f"C{number % 10}"
             mine = [p for p in measured if p["rounds"] == count]
-            axes.errorbar(
-                [p["epsilon_cap"] for p in mine],
-                [p["mean"] for p in mine],
-                yerr=[p["sd"] or 0.0 for p in mine],
-                marker="o",
-                capsize=3,
-                label=f"federated, {count} rounds",
-            )
-        for number, (name, spread) in enumerate(report["without_privacy"].items()):
-            if spread["mean"] is not None:
-                axes.axhline(spread["mean"], linestyle=("--", ":", "-.")[number % 3], color="0.35", label=name)
+            if mine:
+                beside = 1.025 ** (number - (len(counts) - 1) / 2)  # so that no bar hides another
+                bars = axes.errorbar(
+                    [p["epsilon_cap"] * beside for p in mine],
+                    [p["mean"] for p in mine],
+                    yerr=[p["sd"] or 0.0 for p in mine],
+                    marker="osD^vP"[number % 6],
+                    capsize=3,
+                    color=colour,
+                    label=f"federated, {count} rounds",
+                )
+                legend.append(bars)
+            for trained, dashes in zip(_NAMES.values(), (":", "--"), strict=True):
+                for name, spread in without.items():
+                    if spread["rounds"] == count and name.startswith(trained):
+                        label = name.removeprefix("all data ")  # three columns must fit
+                        legend.append(axes.axhline(spread["mean"], linestyle=dashes, color=colour, label=label))
         axes.set_xscale("log")
         caps = sorted({p["epsilon_cap"] for p in measured})
         axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
@@ -120,15 +132,17 @@ class Frontier:
         axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {report['seeds']} simulated run(s)")
         axes.set_title("Adversary: everyone but the partner itself", fontsize=9, loc="left")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9)
+        # Below the axes: inside them there is no place that no point, bar or line may need.
+        figure.legend(handles=legend, loc="outside lower center", ncols=min(3, len(counts)), frameon=False, fontsize=8)
+        drawn = io.BytesIO()
+        kind = to.suffix.lower().removeprefix(".")
         try:
-            figure.savefig(to, metadata={"Date": None} if to.suffix.lower() == ".svg" else None, dpi=150)
-        except OSError as err:
-            raise output_error(to, err) from err
+            figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None, dpi=150)
         except ValueError as err:
             raise OutputError(f"{to}: {err}", "Give --out an ending of .png, .svg or .pdf.") from err
         finally:
             pyplot.close(figure)
+        write_whole(to, drawn.getvalue())
 
 
 _NAMES = {"pooled": "all data pooled, no privacy", "federated_without_privacy": "federated, no privacy"}

@@ -17,8 +17,11 @@ from hansa.clients.bill import budget_report, history
 from hansa.clients.bill_show import plot_budget, print_budget
 from hansa.clients.registry import DataFiles, Registry, Relation, Rules
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
+from hansa.common.cli import run
+from hansa.common.config import load_config
 from hansa.common.errors import CharterError, ConfigError, LedgerError, Refusal
 from hansa.common.ledger import Entry, read_ledger
+from hansa.common.plan_cli import planned
 from node_support import NAMES, ROWS, TASK, Realm
 
 BUDGET = Budget.create(2.0, 1e-3)
@@ -130,6 +133,27 @@ def test_the_runs_that_it_says_fit_are_accepted_and_no_more(realm: Realm) -> Non
     assert left["stops"] == ["the lineage's budget", "the charter's own cap"]
     outcome = realm.run("one-more", signed)
     assert realm.reasons(outcome, "ada") == {Refusal.BUDGET.value}
+
+
+@pytest.mark.parametrize(("epsilon", "served"), [(0.3, True), (1.95, False)])
+def test_a_plan_against_the_ledger_says_what_the_node_does(realm: Realm, epsilon: float, served: bool) -> None:
+    """`hansa plan --ledger`, `hansa node budget --plan` and the node that is asked for that very run: one answer."""
+    loud = realm.charter("loud", privacy={"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 4.0})
+    privacy = {"epsilon": epsilon, "delta": 1e-3, "clip_norm": 1.0}
+    signed = realm.charter("next", privacy=privacy)
+    for name in NAMES:
+        realm.start(name, loud, signed)
+    realm.run("run-1", loud)
+    settings, path = realm.settings("ada", loud, signed), config(realm, privacy=privacy)
+    found = planned(load_config(path), settings.ledger)
+    (one,) = budget_report(settings, path)["plan"]["lineages"]
+    assert found["noise_multiplier"] == signed.charter.privacy.noise_multiplier
+    assert (found["fits"], found["stops"]) == (served, [] if served else ["the ledger's budget"])
+    assert one["stops"] == ([] if served else ["the lineage's budget"])
+    assert found["epsilon_filter"] == one["after"]["filter"]
+    assert found["epsilon_cap"] - found["epsilon_left_before"] == pytest.approx(one["before"]["filter"])
+    assert run(["plan", str(path), "--ledger", str(settings.ledger)]) == (0 if served else 1)
+    assert realm.reasons(realm.run("run-2", signed), "ada") == (set() if served else {Refusal.BUDGET.value})
 
 
 def test_what_stops_a_run(realm: Realm) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hansa.common import claims
 from hansa.common.charter import CHARTER_TYPE
 from hansa.common.claims import CODES, Finding, Severity, lint, lint_file, refused
 from hansa.common.cli import run
@@ -83,6 +84,93 @@ def test_the_template_of_a_new_task_passes() -> None:
     assert lint(yaml.safe_load(text)) == ()
 
 
+FLOWER = """\
+[project]
+name = "opacus-fl"
+
+[tool.flwr.app.components]
+clientapp = "opacus_fl.client_app:app"
+
+[tool.flwr.app.config]
+num-server-rounds = 3
+batch-size = 32
+target-delta = 1e-5
+target-epsilon = 3.0
+noise-multiplier = 1.0
+"""
+
+
+def test_a_flower_app_is_read_with_its_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pyproject.toml"
+    path.write_text(FLOWER)
+    config = "tool.flwr.app.config"
+    expected = {
+        ("noise-without-clipping", f"{config}.noise-multiplier", 12),
+        ("bare-epsilon", f"{config}.target-epsilon", 11),
+        ("shuffled-batches", f"{config}.batch-size", 9),
+    }
+    assert {(f.code, f.path, f.line) for f in lint_file(path)} == expected
+    for command in (["plan"], ["charter", "verify"]):
+        assert run([*command, str(path)]) == 1
+        assert f"refused bare-epsilon  {path}:11: " in capfd.readouterr().err
+    # Nothing to refuse, nothing to compute: not fine, and no answer.
+    path.write_text('[tool.flwr.app.config]\nnum-server-rounds = 3\nname = "a = b"\n')
+    assert run(["plan", str(path)]) == 2
+    assert "a TOML file; what Hansa computes from is YAML" in capfd.readouterr().err
+    for broken in ("[a", "a = 1\na = 2", "a = " + "[" * 3000, "\x00"):
+        path.write_text(broken)
+        assert lint_file(path) == ()
+
+
+def test_lines_of_toml() -> None:
+    text = "a = 1\n[b.'c']  # d\n  e-f.g = 2\n[[h]]\ni = 3\n[[h]]\ni = 4\n"
+    tables = {("b", "c"): 2, ("b", "c", "e-f", "g"): 3, ("h",): 4, ("h", "0", "i"): 5}
+    assert claims._toml_lines(text) == {("a",): 1, **tables}
+
+
+def test_absolute_noise_is_explained(tmp_path: Path) -> None:
+    (ours,) = found(OURS.replace("clip_norm: 1.0", "clip_norm: 2.0, noise_std: 3"), tmp_path)
+    assert (ours.code, ours.severity, ours.path) == ("sensitivity-not-the-clip", Severity.REFUSE, "privacy.noise_std")
+    assert "as a noise_multiplier it is 1.5" in ours.what
+    assert "noise_multiplier, the noise's standard deviation divided by clip_norm" in CODES[ours.code].do
+    (other,) = found(OTHER.replace("noise_multiplier: 1.1", "noise_std: 1.1"), tmp_path)
+    assert (other.code, other.severity, other.line) == ("sensitivity-not-the-clip", Severity.FLAG, 10)
+    # Beside a multiplier that it agrees with nothing is wrong with it.
+    assert found(OTHER.replace("steps: 100", "noise_std: 1.1"), tmp_path) == ()
+
+
+def test_flags_of_a_file_that_is_not_ours_are_shown_before_it_is_not_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(OTHER.replace("  adjacency: add-or-remove-one\n", ""))
+    assert run(["plan", str(path)]) == 2
+    told = capfd.readouterr()
+    assert "flag bare-epsilon" in told.out
+    assert "unknown key" in told.err
+
+
+def test_a_configuration_and_a_charter_are_told_apart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, signed = tmp_path / "c.yaml", tmp_path / "charter.json"
+    for text in (OURS, json.dumps(yaml.safe_load(OURS), indent=1)):
+        path.write_text(text)
+        for command in ("verify", "show", "sign"):
+            assert run(["charter", command, str(path)]) == 2
+            told = " ".join(capfd.readouterr().err.split())
+            assert f"hansa: {path}: a configuration, and no charter yet `hansa plan FILE` reads a configuration" in told
+    path.write_text(OURS.replace("1.0e-4", "0.01"))
+    assert run(["charter", "verify", str(path)]) == 1
+    assert f"hansa: {path}: a configuration" in capfd.readouterr().err, "named once"
+    charter().save(signed)
+    assert run(["plan", str(signed)]) == 2
+    assert "no configuration\n  A charter is read by `hansa charter show` and `verify`" in capfd.readouterr().err
+
+
+def test_sources_are_at_hand() -> None:
+    """Published, or in a clone: what only the project's authors have proves nothing to a reader."""
+    assert not [code for code, about in CODES.items() if "DESIGN" in about.source]
+
+
 # Each row: a code, and how the claim can be written in a file of ours or of another tool; the place it must name.
 WRONG = [
     ("noise-without-clipping", OTHER.replace("max_grad_norm: 1.0", "max_grad_norm: null"), "privacy.max_grad_norm", 9),
@@ -132,7 +220,6 @@ def test_a_wrong_claim_is_refused_at_its_place(code: str, text: str, path: str, 
 @pytest.mark.parametrize("code", sorted({w[0] for w in WRONG}))
 def test_each_rule_is_what_finds_its_claims(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its rule each of its rows would pass: no rule is covered by another."""
-    from hansa.common import claims
 
     def silent(rule: Any) -> Any:
         return lambda file: (f for f in rule(file) if f.code != code)

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from hansa.common import evidence
+from hansa.common import evidence, evidence_cli
 from hansa.common.cli import run
 from hansa.common.evidence import FLAMBY_BATCH, FLAMBY_CENTRES, FLAMBY_DELTA, FLAMBY_EPSILON, FLAMBY_ROUNDS, Example
 from hansa.common.page import up
@@ -161,6 +162,37 @@ def test_the_command_tells_everything_beside_each_epsilon(
     assert run(["evidence", "accounting", "--format", "json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert {"claimed", "true", "unit", "adjacency", "delta", "adversary", "noise", "source"} <= set(told["examples"][0])
+
+
+def test_it_shows_how_far_it_is_on_a_terminal_only(
+    found: list[Example], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def examples(told: Any) -> list[Example]:
+        told(1, 4, "Rounds passed as epochs")
+        return found
+
+    monkeypatch.setattr(evidence_cli, "examples", examples)
+    assert run(["evidence", "accounting"]) == 0
+    told = capfd.readouterr()
+    assert told.err == ""
+    figures = [line for line in told.out.splitlines() if re.match(r" +[\d.]+ +[\d.]+ ", line)]
+    assert len(figures) == len(found)
+    assert all(len(line) <= 80 for line in figures)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    assert run(["evidence", "accounting"]) == 0
+    assert "Rounds passed as epochs" in capfd.readouterr().err
+
+
+def test_each_kind_is_told_of_before_it_is_recomputed() -> None:
+    told: list[tuple[int, int, str]] = []
+    evidence.examples(lambda *said: told.append(said))
+    assert told == [(n, 4, mistake.title) for n, mistake in enumerate(evidence.MISTAKES.values())]
+
+
+def test_where_the_page_cannot_be_written_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").touch()
+    monkeypatch.setattr(evidence_cli, "examples", lambda *_: pytest.fail("computed"))
+    assert run(["evidence", "accounting", "--out", str(tmp_path / "f" / "evidence.html")]) == 2
 
 
 def test_the_page_loads_nothing(found: list[Example], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from hansa.common.identity import (
     Envelope,
     Identity,
     canonical,
+    check_writable,
     fingerprint,
     key_from_pem,
     public_pem,
@@ -419,3 +420,20 @@ def test_where_a_folder_cannot_be_made(tmp_path: Path) -> None:
 def test_every_error_here_is_ours() -> None:
     assert all(issubclass(e, HansaError) for e in (IdentityError, MessageError, OutputError))
     assert module.MAX_DEPTH >= 8
+
+
+def test_whether_a_file_can_be_written_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new.csv")
+    check_writable(tmp_path / "not" / "yet" / "new.csv")
+    (tmp_path / "old.csv").write_bytes(b"old")
+    check_writable(tmp_path / "old.csv")
+    for bad in (
+        tmp_path,
+        tmp_path / "old.csv" / "in-a-file.csv",
+        tmp_path / ("x" * 300),
+        Path("/dev/full"),
+        Path("/proc/x.csv"),
+    ):
+        with pytest.raises(OutputError):
+            check_writable(bad)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("old.csv", b"old")]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hansa.common.accounting import PrivacyEvent
+from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import Charter
-from hansa.common.errors import LedgerError, Refused
+from hansa.common.errors import LedgerError
 from hansa.common.plan import (
     PlanItem,
     budget_of,
@@ -15,8 +15,10 @@ from hansa.common.plan import (
     event_fields,
     event_from,
     events_of,
+    largest,
     plan_of,
     plan_sha256,
+    stopped_by,
 )
 from support import NO_PRIVACY, charter
 
@@ -31,6 +33,12 @@ def test_evaluated_rounds_end_with_the_last() -> None:
     assert evaluated_rounds(5, 2) == [2, 4, 5]
     assert evaluated_rounds(4, 2) == [2, 4]
     assert evaluated_rounds(3, 10) == [3]
+
+
+@pytest.mark.parametrize(("rounds", "every"), [(5, 2), (4, 2), (3, 10), (1, 1), (7, 7)])
+def test_as_many_evaluations_are_planned_as_there_are(rounds: int, every: int) -> None:
+    c = charter(algorithm__rounds=rounds, evaluation={**PRIVATE, "every": every}).charter
+    assert _plan(c)[1].count == len(evaluated_rounds(rounds, every))
 
 
 def test_a_plan_is_rounds_and_evaluations() -> None:
@@ -85,8 +93,19 @@ def test_given_noise_is_kept_and_none_stays_none() -> None:
     assert calibrated(off.algorithm, off.privacy, off.evaluation) is None
 
 
-def test_a_spent_budget_refuses_calibration() -> None:
-    c = charter().charter
-    privacy = c.privacy.model_copy(update={"noise_multiplier": None})
-    with pytest.raises(Refused):
-        calibrated(c.algorithm, privacy, c.evaluation, [PrivacyEvent(1.0, 0.5, 1)])
+def test_what_stops_a_run_is_every_cap_that_does_not_admit_it() -> None:
+    loud = [PrivacyEvent(1.0, 0.5, 1)]
+    caps = {
+        "a": (Budget.create(1.0, 1e-4), []),
+        "b": (Budget.create(100.0, 1e-4), loud),
+        "c": (Budget.create(1.0, 1e-4), loud),
+    }
+    assert stopped_by(caps, []) == ["c"]
+    assert stopped_by(caps, loud) == ["a", "c"]
+    assert stopped_by({}, loud) == []
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 8, 100])
+@pytest.mark.parametrize("true", [0, 1, 2, 5, 7, 8, 9, 1000])
+def test_largest(true: int, most: int) -> None:
+    assert largest(lambda n: n <= true, most) == min(true, most)

@@ -54,6 +54,12 @@ def refused(folder: Path, text: str, code: int, *words: str) -> None:
         ("  rounds: 1", "\trounds: 1", ["c.yaml:10:1: not valid YAML", "'\\t'"]),
         ("quorum: 2", "quorum: 2\nqourum: 3", ["c.yaml:15: qourum: unknown key (found 3)", "docs/configuration.md"]),
         ("lr: 0.2", "lr: 0.2, leraning: 1", ["c.yaml:11: algorithm.local.optimizer.leraning: unknown key"]),
+        (
+            "clip_norm: 1.0",
+            "clip_norm: 1.0, sigma: 2",
+            ["privacy.sigma: unknown key (found 2); here: noise_multiplier, the"],
+        ),
+        ("clip_norm: 1.0", "clip_norm: 1.0, eps: 2", ["privacy.eps: unknown key (found 2); here: epsilon"]),
         ("quorum: 2", "quorum: 2\nquorum: 3", ["c.yaml:15:1", "key 'quorum' given twice"]),
         ("quorum: 2\n", "", ["c.yaml:1: quorum: missing; it is required"]),
         ("quorum: 2", "quorum: 9", ["quorum 9 is more than the 4 partner(s) asked in a round"]),

@@ -245,16 +245,17 @@ def test_plan_says_whether_it_fits(demo_run: DemoRun, tmp_path: Path) -> None:
         "does not fit", "round(s) fit", "Fewer rounds, more noise"
     )
     assert not call("plan", tmp_path / "bold.yaml", "--format", "json").expect(1).json()["fits"]
-    # On a dataset that spent its budget the same plan no longer fits; without a fixed multiplier the plan asks for more noise.
+    # On a data set that spent its budget the same run no longer fits: its noise is the charter's, and no ledger changes it.
     spent = demo_run[0] / "partners" / "cleveland" / "ledger.jsonl"
-    agreed = report["noise_multiplier"]
-    fixed = write(
-        tmp_path / "fixed.yaml",
-        fits.read_text().replace("clip_norm: 1.0", f"clip_norm: 1.0, noise_multiplier: {agreed}"),
+    call("plan", fits, "--ledger", spent).expect(1).says(
+        "was spent before this run",
+        "is left",
+        "does not fit: the node with this ledger would refuse it",
+        "0 such round(s)",
     )
-    call("plan", fixed).expect(0)
-    call("plan", fixed, "--ledger", spent).expect(1).says("was spent before this run", "does not fit")
-    assert call("plan", fits, "--ledger", spent, "--format", "json").json()["noise_multiplier"] > 10 * agreed
+    refused = call("plan", fits, "--ledger", spent, "--format", "json").expect(1).json()
+    assert refused["noise_multiplier"] == report["noise_multiplier"]
+    assert refused["stops"] == ["the ledger's budget"]
     call("plan", write(tmp_path / "none.yaml", federation(privacy=None))).expect(0).says("epsilon is unbounded")
 
 

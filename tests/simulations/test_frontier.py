@@ -93,6 +93,48 @@ def test_the_frontier_is_written(config: Path, ending: str, tmp_path: Path) -> N
         assert data.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
 
 
+def test_every_line_of_the_plot_is_told_apart_and_nothing_lies_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    seen: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (seen.append(figure), save(figure, *a, **k))[1])
+    counts, caps = (5, 10, 20), (0.5, 1.0, 2.0)
+    points = [{"rounds": n, "epsilon_cap": c, "mean": 0.8 + c / 20, "sd": 0.03} for n in counts for c in caps]
+    names = [f"{who}, no privacy, {n} rounds" for who in ("all data pooled", "federated") for n in counts]
+    without = {name: {"rounds": int(name.split()[-2]), "mean": 0.9} for name in names}
+    stated = {"delta": 1e-4, "metric": "auc", "seeds": 5}
+    shown = [name.removeprefix("all data ") for name in names]
+    Frontier().draw({"points": points, "without_privacy": without, **stated}, tmp_path / "f.png")
+    (figure,) = seen
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {*shown, *(f"federated, {n} rounds" for n in counts)}
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in shown}
+    looks = {name: (to_hex(line.get_color()), line.get_linestyle()) for name, line in lines.items()}
+    assert len(set(looks.values())) == len(names) == 6
+    bars = {one.get_label(): to_hex(one.lines[0].get_color()) for one in axes.containers}
+    for n in counts:  # one colour a number of rounds
+        assert {bars[f"federated, {n} rounds"]} == {look[0] for name, look in looks.items() if f" {n} rounds" in name}
+    assert len({x for one in axes.containers for x in one.lines[0].get_xdata()}) == len(points), "no bar hides another"
+    box = legend.get_window_extent()
+    assert not box.overlaps(axes.get_window_extent())
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize("name", ["folder.png", "x" * 300 + ".png"])
+def test_where_it_cannot_be_written_nothing_is_simulated(
+    config: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(Frontier, "run", lambda *_: pytest.fail("simulated"))
+    call("plan", config, "--simulate", "--out", tmp_path / name).expect(2).says("hansa: ", name)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
