@@ -15,7 +15,7 @@ from typing import Any
 from ..common.accounting import Budget, PrivacyEvent, odometer
 from ..common.charter import ADVERSARY, Charter, SignedCharter
 from ..common.config import Algorithm, Privacy, load_config
-from ..common.errors import ConfigError, LedgerError, Refusal
+from ..common.errors import ConfigError, LedgerError, Refusal, counted
 from ..common.home import Home
 from ..common.identity import real
 from ..common.ledger import Entry, read_ledger
@@ -328,6 +328,6 @@ def noise_of(item: Mapping[str, Any]) -> str:
     if "sigma" not in event:
         return f"{item['count']} x {item['purpose']}, without protection"
     return (
-        f"{item['count']} x {item['purpose']}: {event['steps']} step(s), noise multiplier {real(float(event['sigma']))}, "
+        f"{item['count']} x {item['purpose']}: {counted(event['steps'], 'step')}, noise multiplier {real(float(event['sigma']))}, "
         f"sampling rate {real(float(event['q']))}"
     )

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from ..common.errors import CharterError, ConfigError, DataError, LedgerError, Refusal, Refused
+from ..common.errors import CharterError, ConfigError, DataError, LedgerError, Refusal, Refused, counted
 from ..common.identity import TEMPORARY, drop_unfinished, make_folder, output_error, write_whole
 from ..common.ledger import Entry, read_ledger
 from ..common.tasks import Task, load_task
@@ -357,7 +357,7 @@ def _apart(files: DataFiles, task: Task, rules: Rules) -> Split:
     split = files.source(task)()
     if not rules.allow_equal_rows and (both := rows_in_both(split)):
         raise DataError(
-            f"{len(both)} row(s) of {files.held_out} stand in {files.data} as well (rows {_some(both)})",
+            f"{files.held_out} and {files.data} have {counted(len(both), 'row')} in common (rows {_some(both)} of the first)",
             "A record is either trained on or held out: remove it from one of the files. If they are different "
             "records that look the same: --allow-equal-rows",
         )
@@ -489,7 +489,8 @@ def _refuse_known(files: DataFiles, split: Split, other: Registered, rules: Rule
     for path, alike in pairs:
         if alike:
             raise DataError(
-                f"{len(alike)} row(s) of {path} look like rows of {other.name}, which has a budget of its own (rows {_some(alike)})",
+                f"{counted(len(alike), 'row')} of {path} cannot be told from rows of {other.name}, which has a budget of its own "
+                f"(rows {_some(alike)})",
                 "They would have two budgets. Leave them out, also where different records only look the same; or share that "
                 f"budget: --overlaps {other.name}",
             )
@@ -514,7 +515,8 @@ def _refuse_published(files: DataFiles, split: Split, other: Registered) -> None
             found |= set(_alike(files.held_out, split.held_out, place, known, same_task=other.task.name == files.task))
     if found:
         raise DataError(
-            f"{len(found)} row(s) of {files.held_out} look like private rows of {other.name} (rows {_some(sorted(found))})",
+            f"{counted(len(found), 'row')} of {files.held_out} cannot be told from private rows of {other.name} "
+            f"(rows {_some(sorted(found))})",
             hint,
         )
 

@@ -15,7 +15,7 @@ import typer
 from .charter import SignedCharter
 from .cli import Format, FormatOption, clean, out, plain, public_key, say, show_json
 from .closing import CLOSING_TYPE, read_closing
-from .errors import ConfigError, HansaError, LedgerError, MessageError
+from .errors import ConfigError, HansaError, LedgerError, MessageError, counted
 from .heads import read_head
 from .identity import canonical, strict_json, write_whole
 from .ledger import UNDISCLOSED, Entry, Scan, looks_like_ledger, owner_line, read_entry, read_ledger, scan_ledger
@@ -71,7 +71,7 @@ def show(
     if chosen:
         _print_entries(chosen)
     elif scan.entries:
-        out.print(plain(f"no entry of type {kind} among {_counted(len(scan.entries), 'entry', 'entries')}"))
+        out.print(plain(f"no entry of type {kind} among {counted(len(scan.entries), 'entry', 'entries')}"))
     return 0 if problem is None else say(*problem, 1)
 
 
@@ -97,7 +97,7 @@ def verify(
         say(*problem, 1)
     else:
         who = "" if public is not None else " (by the key that it names itself; give --key to check whose it is)"
-        signed = _counted(len(entries), "entry", "entries")
+        signed = counted(len(entries), "entry", "entries")
         out.print(plain(f"{file}: {signed}, signed and in one tree{who}; root {root}"))
     return 0 if problem is None else 1
 
@@ -135,7 +135,7 @@ def _problem(file: Path, scan: Scan, key: str | None = None) -> tuple[str, str] 
         )
     if scan.torn:
         return (
-            f"{file}:{len(scan.entries) + 1}: torn last line ({_counted(len(scan.torn), 'byte', 'bytes')} without a line break)",
+            f"{file}:{len(scan.entries) + 1}: torn last line ({counted(len(scan.torn), 'byte')} without a line break)",
             "Its writer crashed or was still writing (then nobody acted on that line), or somebody cut the file: from the file alone "
             "that cannot be told, nor whether more lines stood there. A copy or a head that others hold tells "
             "(hansa audit BUNDLE --against PATH).",
@@ -150,10 +150,6 @@ def _problem(file: Path, scan: Scan, key: str | None = None) -> tuple[str, str] 
 
 def _lines(first: int, last: int) -> str:
     return "no line" if last < first else f"line {first}" if first == last else f"lines {first} to {last}"
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def _print_entries(entries: Sequence[Entry]) -> None:
@@ -212,7 +208,8 @@ def prove(
     best = _best(heads, keys, agreed.sha256, owner, line)
     if best.length > len(entries):
         raise LedgerError(
-            f"{file}: has {_counted(len(entries), 'entry', 'entries')}, and {owner} signed that it had {best.length}: it is an older copy, or was cut",
+            f"{file}: has {counted(len(entries), 'entry', 'entries')}, and {owner} signed that it had {best.length}: it is an "
+            "older copy, or was cut",
             f"Give {owner}'s newest ledger. If that is this one, show both to an auditor: hansa audit BUNDLE --against PATH",
         )
     if entries[best.length - 1].root != best.root:
@@ -313,9 +310,9 @@ class _Stated:
     def in_words(self) -> str:
         names = ", ".join(self.signers)
         under = (
-            f"the head of {_counted(self.length, 'entry', 'entries')}"
+            f"the head of {counted(self.length, 'entry', 'entries')}"
             if self.run is None
-            else (f"the closing checkpoint of run {self.run} (at {_counted(self.length, 'entry', 'entries')})")
+            else (f"the closing checkpoint of run {self.run} (at {counted(self.length, 'entry', 'entries')})")
         )
         return f"It stands under {under} that {names} signed."
 
@@ -370,7 +367,7 @@ def _best(files: Sequence[Path], keys: Mapping[str, str], charter_sha256: str, o
     if not covering:
         where = ", ".join(map(str, files))
         most = max((one.length for one in found), default=None)
-        what = "none" if most is None else f"the longest is of {_counted(most, 'entry', 'entries')}"
+        what = "none" if most is None else f"the longest is of {counted(most, 'entry', 'entries')}"
         raise LedgerError(
             f"{where}: no head or closing checkpoint of {owner}'s ledger that covers entry {length} ({what})",
             "Has its run ended? Then everyone signed its closing checkpoint: add --heads closing/RUN.json (of a bundle; at a node "
@@ -452,7 +449,7 @@ def _words(kind: str, body: dict[str, Any]) -> str:
         case "run":
             return f"run {body['run_id']}"
         case "close":
-            return f"run {body['run_id']} {body['why']} after {_counted(body['rounds'], 'round', 'rounds')}"
+            return f"run {body['run_id']} {body['why']} after {counted(body['rounds'], 'round')}"
         case "ask" | "answers":
             names = body.get("requests") or body.get("replies") or {}
             told = ", ".join(n + ("" if kind == "ask" else f" {names[n]['outcome']}") for n in names)
@@ -464,4 +461,4 @@ def _words(kind: str, body: dict[str, Any]) -> str:
 def _cost(event: dict[str, Any]) -> str:
     if event.get("mechanism") == "none/1":
         return "UNPROTECTED"
-    return f"{_counted(event['steps'], 'step', 'steps')}, q {event['q']}, sigma {event['sigma']}"
+    return f"{counted(event['steps'], 'step')}, q {event['q']}, sigma {event['sigma']}"

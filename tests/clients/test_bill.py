@@ -113,7 +113,7 @@ def test_what_one_more_run_costs_and_how_many_fit(realm: Realm) -> None:
         assert not BUDGET.admits([ROUND] * (4 + 2 * count))
     text = shown(budget_report(settings, config(realm)))
     assert f"fits: {count} such run(s), one after the other" in text
-    assert "2 x train: 1 step(s), noise multiplier 10.0, sampling rate 1.0" in text
+    assert "2 x train: 1 step, noise multiplier 10.0, sampling rate 1.0" in text
 
 
 def test_the_runs_that_it_says_fit_are_accepted_and_no_more(realm: Realm) -> None:

@@ -500,6 +500,16 @@ def test_it_does_not_write_into_the_evidence(
     assert list((tmp_path / "bundle").iterdir()) == []
 
 
+def test_a_report_is_a_page_and_says_how_it_becomes_a_pdf(
+    audited: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("report.pdf", "report.PDF", "report.json", "report"):
+        assert audited(verdicts.verdict(), "--report", tmp_path / name) == 2
+        assert "print it to PDF" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+    assert audited(verdicts.verdict(), "--report", tmp_path / "report.HTM") == 0
+
+
 def test_an_unreadable_bundle_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["audit", str(tmp_path / "none"), "--report", str(tmp_path / "report.html")]) == 2
     assert not (tmp_path / "report.html").exists()
@@ -523,11 +533,11 @@ def test_the_terminal_groups_by_code(audited: Callable[..., int], capsys: pytest
     assert audited(verdicts.failing()) == 1
     shown = _flat(capsys.readouterr().out)
     assert shown.startswith("NOT VERIFIED")
-    assert "violation entry-signature, 33 place(s): The bytes of this entry" in shown
+    assert "violation entry-signature, 33 places: The bytes of this entry" in shown
     assert shown.count("bad signature") == 8
     assert "and 25 more: --format json shows all" in shown
-    assert "violation over-cap, 1 place(s)" in shown
-    assert "violation head-differs, 1 place(s) heads/switzerland.jsonl:3: another root" in shown
+    assert "violation over-cap, 1 place" in shown
+    assert "violation head-differs, 1 place heads/switzerland.jsonl:3: another root" in shown
     assert "1.2312 1 1.1450 1e-4 0.7920 10 1 OVER CAP" in shown
     assert "UNBOUNDED" in shown
 
