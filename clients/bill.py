@@ -21,7 +21,7 @@ from ..common.identity import real
 from ..common.ledger import Entry, read_ledger
 from ..common.plan import budget_of, calibrated, events_of, plan_of
 from .law import Control
-from .registry import Registered, Registry, fitting, serving
+from .registrations import Listed, fitting, registered_at, serving
 from .settings import NodeSettings
 from .standing import Account, Standing
 
@@ -42,7 +42,7 @@ class Books:
     entries: Sequence[Entry]
     standing: Standing
     charters: Mapping[str, Charter]
-    known: list[Registered]
+    known: list[Listed]
     control: Control
 
     @classmethod
@@ -63,7 +63,7 @@ class Books:
             entries,
             Standing(entries),
             {signed.sha256: signed.charter for signed in listed},
-            Registry(settings.state).all(),
+            registered_at(settings.state),
             Control(settings.control),
         )
 

@@ -14,7 +14,8 @@ import pytest
 from hansa.clients import registry as module
 from hansa.clients.datasets import Declaration
 from hansa.clients.node import assemble
-from hansa.clients.registry import DataFiles, Registered, Registry, Relation, Rules, serving
+from hansa.clients.registrations import DataFiles, serving
+from hansa.clients.registry import Registered, Registry, Relation, Rules
 from hansa.clients.standing import Standing
 from hansa.common.errors import CharterError, ConfigError, DataError, LedgerError, OutputError, Refusal, Refused
 from hansa.common.events import EventLog
