@@ -353,7 +353,9 @@ def _print_verdict(report: dict[str, Any], ledger: Path | None) -> None:
     if report["fits"]:
         out.print(f"  [green]fits[/]; {counted(report['rounds_left_after'], 'more such round')} would fit afterwards")
     elif LEDGER not in report["stops"]:
-        out.print(f"  [red]does not fit[/]: {counted(rounds, 'such round')} fit. Fewer rounds, more noise, or a larger cap.")
+        out.print(
+            f"  [red]does not fit[/]: {counted(rounds, 'such round')} fit. Fewer rounds, more noise, or a larger cap."
+        )
     else:
         out.print(
             "  [red]does not fit[/]: the node with this ledger would refuse it, and no charter changes its budget."

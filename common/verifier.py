@@ -530,7 +530,7 @@ def _renyi(q: float, sigma: float, order: int) -> float:
     ]
     top = max(logs)
     excess = top + log(math.fsum(math.exp(value - top) for value in logs))  # ln(A - 1)
-    return (math.log1p(math.exp(excess)) if excess < 0 else excess + math.log1p(math.exp(-excess))) / (order - 1)
+    return (max(0.0, excess) + math.log1p(math.exp(-abs(excess)))) / (order - 1)
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
@@ -610,6 +610,11 @@ def _renyi_sum(history: History, order: int) -> float:
     return math.fsum(steps * _renyi(q, sigma, order) for (q, sigma), steps in history)
 
 
+def _noticed(q: float, sigma: float) -> float:
+    """Total variation of one step with and without a record: q times that of two normal distributions 1/sigma apart."""
+    return q * math.erf(1 / (math.sqrt(8) * sigma))
+
+
 def _converted(rho: float, order: int, delta: float) -> float:
     """From Renyi divergence to epsilon at delta (Canonne, Kamath & Steinke 2004.00010, Prop. 12)."""
     return max(0.0, rho + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
@@ -680,7 +685,7 @@ class Odometer:
     def _read(self, history: History, delta: float, interval: float) -> Reading:
         if all(q == 1 for (q, _), _ in history):
             return Reading(_gaussian_epsilon(_mu(history), delta) if history else 0.0)
-        noticed = sorted((n * q * math.erf(1 / (math.sqrt(8) * sigma)), ((q, sigma), n)) for (q, sigma), n in history)
+        noticed = sorted((n * _noticed(q, sigma), ((q, sigma), n)) for (q, sigma), n in history)
         if math.fsum(chance for chance, _ in noticed) * (1 + 1e-9) < delta:
             return Reading(0.0)
         few = itertools.accumulate(chance for chance, _ in noticed)
