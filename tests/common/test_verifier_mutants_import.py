@@ -87,7 +87,7 @@ def test_1000_files_of_a_folder_are_compared(tmp_path: Path) -> None:
     others.read_given(given)
     assert (others.used, report.violations) == (1000, [])
     (given / "one more").write_bytes(first)
-    with pytest.raises(Unreadable, match="more than 1000 files"):
+    with pytest.raises(verifier.Unreadable, match="more than 1000 files"):
         others.read_given(given)
 
 
