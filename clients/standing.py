@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from ..common.accounting import Budget, PrivacyEvent, odometer
@@ -167,10 +167,19 @@ class Standing:
         return [event for charter, _, event in self.accounts[lineage].debits if charter_sha256 in (None, charter)]
 
     def held(self, lineage: str, charter_sha256: str | None = None) -> list[PrivacyEvent]:
-        """What open holds may still spend of a lineage, under one charter or all."""
-        found = []
+        """What open holds may still spend of a lineage, under one charter or all.
+
+        Nothing can be debited under a charter that has expired: the gate frees such holds before it admits anything.
+        """
+        found, now = [], datetime.now(UTC)
+        ended = {charter for charter, (_, expires) in self.charters.items() if now >= expires}
         for hold in self.holds.values():
-            if hold.open and hold.lineage == lineage and charter_sha256 in (None, hold.charter_sha256):
+            if (
+                hold.charter_sha256 not in ended
+                and hold.open
+                and hold.lineage == lineage
+                and charter_sha256 in (None, hold.charter_sha256)
+            ):
                 for (_, fields), count in hold.left.items():
                     found += times(event_from(strict_json(fields.encode())), count)
         return found

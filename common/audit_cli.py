@@ -138,6 +138,7 @@ def _print_partners(partners: dict[str, Any]) -> None:
         )
     for names, p in listed:
         kind, stands = state(p)
+        part = {key: p.get(key) for key in ("whole", "missing", "unbounded")}
         color = {"bad": "red", "good": "green", "plain": "dim"}[kind]
         table.add_row(
             plain(names[0]) + (f" (+{len(names) - 1:,})" if len(names) > 1 else ""),
@@ -145,7 +146,7 @@ def _print_partners(partners: dict[str, Any]) -> None:
             _exact(p.get("epsilon_cap")),
             _epsilon(p, "epsilon"),
             _exact(p.get("delta")),
-            *([_epsilon(p.get("charter_epsilon") or {}, "epsilon_filter", "-")] if other else []),
+            *([_epsilon({**(p.get("charter_epsilon") or {}), **part}, "epsilon_filter", "-")] if other else []),
             *(_exact(p.get(key)) for key in ("rounds", "refusals")),
             f"[{color}]{stands}[/]",
         )
@@ -154,7 +155,7 @@ def _print_partners(partners: dict[str, Any]) -> None:
         out.print(
             "a partner with several budgets has a line for each lineage (data sets that share records): epsilon is about those"
         )
-    if any(partly(p) for _, p in listed):
+    if any(partly(p) and not unbounded(p) for _, p in listed):
         out.print("+ ?: of a ledger that is not here, or was not read, to its end; what was charged may be more")
     if any(len(names) > 1 for names, _ in rows[:20]):
         out.print("(+n): so many more partners with the same history")
@@ -180,7 +181,7 @@ def _print_witnesses(ledgers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         words += f", {p['missing']} of them missing here," if p.get("missing") else ""
         words = f"{words} by {_some(by)}" if by and length else "by nobody"
         if not p["entries"] and p.get("missing"):
-            words = f"by others, but none of the {p['missing']} entries that it signed for is here"
+            words = f"by nobody here: of the {p['missing']} entries that its owner signed for there is none"
         found.setdefault(words, []).append(name)
     for words, names in list(found.items())[:20]:
         out.print(f"countersigned {words}: {_some(names)}")

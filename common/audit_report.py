@@ -150,6 +150,8 @@ def state(figures: Fields) -> tuple[str, str]:
         return "bad", "UNBOUNDED"
     if partly(figures):
         unread, missing = (page.number(figures.get(key)) or 0 for key in ("unread", "missing"))
+        if "witnessed" not in figures:  # a client, whose ledger is the coordinator's
+            return "bad", "LEDGER NOT READ TO ITS END"
         if not figures.get("entries"):
             return "bad", "NOT THERE" if not unread else "NOT READ"
         return "bad", f"READ TO LINE {figures['entries']}, " + (

@@ -178,6 +178,8 @@ def lint_file(path: Path) -> tuple[Finding, ...]:
                 pass  # no envelope: perhaps another tool's JSON
         text = data.decode("utf-8")
         if path.suffix.lower() == ".toml":  # as Flower's pyproject.toml
+            if any(line.count(".") > _DOTS for line in text.splitlines()):
+                return ()  # each dot of a key is a level, and takes the parser time that grows with their square
             return lint(tomllib.loads(text), _toml_lines(text))
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[Place, int] = {}
@@ -190,6 +192,7 @@ def lint_file(path: Path) -> tuple[Finding, ...]:
 _BYTES = 1_000_000
 _NODES = 20_000  # a few aliases in YAML can stand for gigabytes
 _DEPTH = 12
+_DOTS = 200
 
 
 def _toml_lines(text: str) -> dict[Place, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -247,6 +248,7 @@ def _taken(ledger: Path, entries: list[Entry]) -> tuple[Budget | None, list[Priv
     spent: list[PrivacyEvent] = []
     # (charter, run) -> (purpose, event) -> how many, as in the node's gate: two coordinators may use one name.
     left: dict[tuple[str | None, str], Counter[tuple[str, bytes]]] = {}
+    expires: dict[str | None, datetime] = {}
     for entry in entries:
         body = entry.body
         match entry.type:
@@ -267,6 +269,8 @@ def _taken(ledger: Path, entries: list[Entry]) -> tuple[Budget | None, list[Priv
                     left[entry.charter, body["run_id"]][body["purpose"], canonical(body["event"])] -= 1
             case "release":
                 left.pop((entry.charter, body["run_id"]), None)
+            case "charter":
+                expires[entry.charter] = datetime.fromisoformat(body["expires"])
             case known if known in _SPENDS_NOTHING:
                 pass
             case unknown:
@@ -274,12 +278,15 @@ def _taken(ledger: Path, entries: list[Entry]) -> tuple[Budget | None, list[Priv
                     f"{ledger}: entry {entry.seq} is of the type {unknown!r}, which this version does not know",
                     "Install the version of hansa that wrote it: what it spent must be counted.",
                 )
-    kinds = [(event_from(strict_json(fields)), n) for run in left.values() for (_, fields), n in run.items()]
+    # As a node's gate, which frees them before it admits anything: nothing can be debited under a charter that has expired.
+    now = datetime.now(UTC)
+    held_by = [run for (charter, _), run in left.items() if charter not in expires or now < expires[charter]]
+    kinds = [(event_from(strict_json(fields)), n) for run in held_by for (_, fields), n in run.items()]
     held = [PrivacyEvent(e.sampling_rate, e.noise_multiplier, e.steps * n) for e, n in kinds if e is not None and n > 0]
     return budget, spent, held
 
 
-_SPENDS_NOTHING = {"genesis", "charter", "dataset", "commit", "public", "refuse", "recovered", "restored"}
+_SPENDS_NOTHING = {"genesis", "dataset", "commit", "public", "refuse", "recovered", "restored"}
 
 
 def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:

@@ -130,7 +130,7 @@ MEANS = {
     "disjoint": "These records have a budget of their own, because their owner declared that no earlier data set has them.",
     "unanswered": "The partner did its part and the answer was lost on the way, or came too late.",
     "coarse": "A figure is larger than the exact one would be; it is still a bound.",
-    "copy": "What was given to compare with is not what its owner signed: it proves nothing, for this bundle or against it.",
+    "copy": "What was given to compare with, or a part of it, is not as it was signed: that proves nothing, for this bundle or against it.",
     "unrelated": "This belongs to somebody who does not stand in this charter, and was not compared.",
 }
 """What a code of a violation or warning means to a reader."""
@@ -223,10 +223,10 @@ def _lines(root: Path, file: str) -> Iterator[bytes]:
 
 
 def _count(root: Path, file: str) -> int:
-    """Lines of a file, a torn last one among them; 0 where it cannot be read."""
+    """Lines of a file's first GiB, a torn last one among them; 0 where it cannot be read."""
     count, last = 0, b"\n"
     with suppress(Bad), _open(root, file) as handle:
-        while part := handle.read(2**20):
+        for part in itertools.islice(iter(lambda: handle.read(2**20), b""), 2**10):
             count, last = count + part.count(b"\n"), part[-1:]
     return count + (last != b"\n")
 
@@ -2000,6 +2000,7 @@ class Witnesses:
         self.heads: list[dict[str, Any]] = []
         self.closings: list[dict[str, Any]] = []
         self.used = 0  # things that were compared
+        self.worthless: list[Unreadable] = []  # what was given and says nothing of this bundle
 
     # heads
 
@@ -2047,22 +2048,46 @@ class Witnesses:
             return None
         if owner is None or owner != p["owner"] or owner not in self.books or len(set(keys)) != len(keys):
             raise Bad("head", "not signed by its owner first, and by others once each")
+        if given:  # who is in another charter vouches for nothing here, and takes nothing away
+            made = [one for one in made if one[0] in self.names]
+            signers = self._good(HEAD_TYPE, payload, made)
+            if owner not in signers:
+                raise Bad("head", f"{owner} did not sign it")
+            if len(signers) < len(made):
+                self.report.warn(
+                    "copy", file, number, "somebody else's signature is bad; its owner's is good, and counts"
+                )
+            return Statement(owner, p["length"], p["root"], signers, file, number, p["ledger_id"])
         for key, signature in made:
             if key not in self.names:
-                if given:
-                    continue  # who is in another charter vouches for nothing here, and takes nothing away
                 raise Bad("head", f"signed by a key that does not stand in the charter: {_show(key)}")
             _check_signature(self.report, key, HEAD_TYPE, payload, signature)
-        signers = tuple(self.names[key] for key in keys if key in self.names)
-        return Statement(p["owner"], p["length"], p["root"], signers, file, number, p["ledger_id"])
+        signers = tuple(self.names[key] for key in keys)
+        return Statement(owner, p["length"], p["root"], signers, file, number, p["ledger_id"])
+
+    def _good(self, kind: str, payload: bytes, made: Signatures) -> tuple[str, ...]:
+        """Who signed it: whose signatures of these are good."""
+        found = []
+        for key, signature in made[: 2 * len(self.names)]:
+            with suppress(Bad):
+                if key in self.names:
+                    _check_signature(self.report, key, kind, payload, signature)
+                    found.append(self.names[key])
+        return tuple(dict.fromkeys(found))
 
     # closing checkpoints
 
-    def read_closing(self, root: Path, file: str, label: str) -> dict[str, Any]:
-        """What a good closing checkpoint says."""
+    def read_closing(self, root: Path, file: str, label: str, *, given: bool = False) -> dict[str, Any]:
+        """What a good closing checkpoint says.
+
+        Args:
+            given: it is not of this bundle: without somebody's signature it closes nothing, but binds whose are good.
+        """
         payload, made = _file_of_one(root, file, CLOSING_TYPE)
-        for what in _everyone_signed(self.report, CLOSING_TYPE, payload, made, self.terms.keys):
-            raise Bad("closing", what)
+        wrong = next(_everyone_signed(self.report, CLOSING_TYPE, payload, made, self.terms.keys), None)
+        signers = self._good(CLOSING_TYPE, payload, made)
+        if wrong and not (given and signers):
+            raise Bad("closing", wrong)
         p = _canonical(payload)
         checks = {"v": _is(2), "run_id": _id, "charter_sha256": _is(self.terms.sha256), "model_sha256": _or_null(_hex)}
         _fields(p, "checkpoint", checks | {"ledgers": _list})
@@ -2070,10 +2095,13 @@ class Witnesses:
         owners = [_fields(item, "ledger", stated)["owner"] for item in p["ledgers"]]
         if sorted(owners) != sorted(self.books):
             raise Bad("closing", "does not name every ledger of this bundle, once")
+        if wrong:
+            self.report.warn("copy", label, 1, f"{wrong}; it still binds {', '.join(signers)}, who did")
+        closing = None if wrong else p["run_id"]
         for item in p["ledgers"]:
-            signers = tuple(self.terms.keys)
-            made_of = Statement(item["owner"], item["length"], item["root"], signers, label, closing=p["run_id"])
-            self.statements[item["owner"]].append(made_of)
+            if item["owner"] in signers:
+                made_of = Statement(item["owner"], item["length"], item["root"], signers, label, closing=closing)
+                self.statements[item["owner"]].append(made_of)
         self.used += 1
         return dict(p)
 
@@ -2129,39 +2157,59 @@ class Witnesses:
     def read_given(self, given: Path) -> None:
         """A copy of a ledger, a file of heads, a checkpoint, or a folder with such, whatever they are called.
 
+        Where there is nothing in it that could be compared with this bundle, or too much, that is added to `worthless`.
+
         Raises:
-            Unreadable: there is nothing in it that could be compared with this bundle, or too much.
+            Unreadable: it is not there.
         """
         if not os.path.exists(given):  # never raises
             raise Unreadable(str(given), None, "not there, so nothing can be compared with it")
         before, path = self.used, given.resolve()
         if not path.is_dir():
-            self._copy(path.parent, path.name, str(given), _kind(path.parent, path.name))
+            self._copy(path.parent, path.name, str(given))
         else:
-            files = (str(Path(folder, name).relative_to(path)) for folder, _, names in os.walk(path) for name in names)
-            copies = [(file, kind) for file in sorted(files) if (kind := _kind(path, file))]
+            copies = list(itertools.islice(self._found(path, given), MAX_COPIES + 1))
             if len(copies) > MAX_COPIES:
-                raise Unreadable(str(given), None, f"more than {MAX_COPIES} files to compare with: give some at a time")
-            for file, kind in copies:
-                self._copy(path, file, str(given / file), kind)
+                what = f"more than {MAX_COPIES} files to compare with: give some at a time"
+                self.worthless.append(Unreadable(str(given), None, what))
+                return
+            for file in sorted(copies):
+                self._copy(path, file, str(given / file))
         if before == self.used:
             why = "; ".join(sorted({one["what"] for one in self.report.warnings if one["file"].startswith(str(given))}))
-            why = f": {why}" if why else ""
-            raise Unreadable(str(given), None, f"nothing in it can be compared with this bundle{why}")
+            what = f"nothing in it can be compared with this bundle{f': {why}' if why else ''}"
+            self.worthless.append(Unreadable(str(given), None, what))
 
-    def _copy(self, root: Path, file: str, label: str, kind: str | None) -> None:
+    def _found(self, path: Path, given: Path) -> Iterator[str]:
+        """The files of a folder that are ledgers, heads or checkpoints, or look as if they should be. What cannot be looked at is told."""
+
+        def unread(err: OSError) -> None:
+            self.report.warn("copy", str(err.filename), None, f"cannot be read: {err.strerror}")
+
+        for folder, folders, names in os.walk(path, onerror=unread):
+            for name in (*folders, *names):
+                file = str(Path(folder, name).relative_to(path))
+                if (path / file).is_symlink():
+                    self.report.warn("copy", str(given / file), None, "is a link: give what it leads to by itself")
+                elif name in names and (
+                    name.endswith(".jsonl") or Path(folder).name == "closing" or _like_ours(path, file)
+                ):
+                    yield file
+
+    def _copy(self, root: Path, file: str, label: str) -> None:
         try:
+            with _open(root, file) as handle:
+                first = _json(handle.readline(MAX_LINE).removesuffix(b"\n"))
+            kind = first.get("payloadType", ENTRY_TYPE if "envelope" in first else None)
             if kind == HEAD_TYPE:
                 self.read_heads(root, file, label, label, given=True)
             elif kind == CLOSING_TYPE:
                 payload, _ = _file_of_one(root, file, CLOSING_TYPE)
                 if _canonical(payload)["charter_sha256"] == self.terms.sha256:
-                    self.read_closing(root, file, label)
+                    self.read_closing(root, file, label, given=True)
                 else:
                     self.report.warn("unrelated", label, None, "of another charter")
             elif kind == ENTRY_TYPE:
-                with _open(root, file) as handle:
-                    first = _json(handle.readline(MAX_LINE).removesuffix(b"\n"))
                 owner, key = (first["body"]["data"][name] for name in ("owner", "key"))
                 if self.terms.keys.get(owner) == key and owner in self.books:
                     self._ledger(root, file, label, self.books[owner])
@@ -2169,7 +2217,7 @@ class Witnesses:
                     self.report.warn("unrelated", label, 1, f"the ledger of {_show(owner)} with a key of its own")
             else:
                 raise Bad("copy", "neither a ledger, nor heads, nor a closing checkpoint")
-        except (Bad, LookupError, TypeError) as err:
+        except (Bad, AttributeError, LookupError, TypeError) as err:
             self.report.warn("copy", label, 1, str(err) if isinstance(err, Bad) else f"malformed ({_show(str(err))})")
 
     def _ledger(self, root: Path, file: str, label: str, book: Book) -> None:
@@ -2246,16 +2294,14 @@ class Witnesses:
         }
 
 
-def _kind(root: Path, file: str) -> str | None:
-    """What a file begins as: of ENTRY_TYPE, HEAD_TYPE, CLOSING_TYPE, or None."""
+def _like_ours(root: Path, file: str) -> bool:
+    """Whether a file cannot be looked at, or has in its beginning what every entry, head and checkpoint has."""
     try:
         with _open(root, file) as handle:
-            start = handle.read(1)
-            first = _json((start + handle.readline(MAX_LINE)).removesuffix(b"\n")) if start == b"{" else {}
-    except Bad:
-        return None
-    kind = first.get("payloadType", ENTRY_TYPE if "envelope" in first else None)
-    return kind if kind in (ENTRY_TYPE, HEAD_TYPE, CLOSING_TYPE) else None
+            start = handle.read(2**16)
+    except (Bad, OSError):
+        return True
+    return any(word in start for word in (b'"envelope":', HEAD_TYPE.encode(), CLOSING_TYPE.encode()))
 
 
 def _entries(first: int, last: int) -> str:
@@ -2277,15 +2323,17 @@ def _last(runs: dict[str, Run]) -> dict[str, Any] | None:
 
 
 def _check_model(root: Path, report: Report, book: Runs, closings: list[dict[str, Any]]) -> None:
-    """The model is the newest completed run's, by the coordinator's ledger, or by checkpoints where that lacks its end."""
-    file, last = "model.safetensors", _last(book.runs) if book.whole else None
-    if not book.whole:
-        last = next((p for p in reversed(closings) if p["model_sha256"]), None)
+    """The model is the newest completed run's; where the coordinator's ledger lacks its end, one that a checkpoint names."""
+    file, last, there = "model.safetensors", _last(book.runs), os.path.lexists(root / "model.safetensors")
     try:
-        if last and (found := _hash_of(root, file)) != last["model_sha256"]:
+        if not book.whole:  # nor does a checkpoint say whether its run was completed
+            named = {p["model_sha256"] for p in closings}
+            if there and named and (found := _hash_of(root, file)) not in named:
+                raise Bad("model", f"{found[:16]}, which no closing checkpoint names")
+        elif last and (found := _hash_of(root, file)) != last["model_sha256"]:
             what = f"not the model that the newest completed run ended with: {found[:16]}, that was {_model(last)}"
             raise Bad("model", what)
-        if not last and book.whole and os.path.lexists(root / file):
+        elif there and not last:
             raise Bad("model", "a model, but no run was completed")
     except Bad as bad:
         report.wrong(bad.code, file, None, str(bad))
@@ -2569,7 +2617,8 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
             "budget": book.agreed,
         }
         found |= dict.fromkeys(members, summary)
-    if lost := sum(1 for summary in found.values() if summary["uncommitted_debits"]):
+    lost = sum(1 for summary in found.values() if summary["uncommitted_debits"])
+    if lost and book.whole:
         what = f"clients with a debit without a commit ({lost}): it stays charged"
         bill.report.warn("uncommitted", book.file, None, what)
     return {f"client-{number:04d}": found[number] for number in sorted(found)}
@@ -2605,9 +2654,16 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
         `violations` and `warnings` [{code, file, line, what, means}], `limits` (sentences to show wherever a verdict is shown).
 
     Raises:
-        Unreadable: the folder or its charter is missing or is none at all, so that nothing can be judged; or nothing in one of
-            `against` can be compared.
+        Unreadable: the folder or its charter is missing or is none at all, so that nothing can be judged; or one of `against` is not
+            there. Or nothing in one of them can be compared and there is no violation: what was asked for was not done.
     """
+    try:
+        return _verdict(folder, against)
+    except OSError as err:  # of a disk or a network: names of files that are not there are found out before
+        raise Unreadable(str(err.filename or folder), None, f"cannot be read: {err.strerror}") from err
+
+
+def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
     report, root = Report(), Path(folder)
     if not root.is_dir():
         raise Unreadable(str(folder), None, "no such folder")
@@ -2662,6 +2718,10 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
         if newest
         else "No good closing checkpoint is in this bundle: beyond the newest heads nobody vouches that it is complete."
     )
+    for one in others.worthless:
+        if not report.violations:
+            raise one
+        report.warn("copy", one.file, one.line, one.what)
     simulated = ["Simulated: all keys and data were on one machine, so the signatures bind nobody."]
     cut = [name for name, ledger in others.books.items() if not ledger.whole]
     partly = f"Not here to their end are the ledgers of {', '.join(cut)}: figures are of what was read, and the rest of it was "

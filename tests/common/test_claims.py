@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def test_a_flower_app_is_read_with_its_lines(tmp_path: Path, capfd: pytest.Captu
     for broken in ("[a", "a = 1\na = 2", "a = " + "[" * 3000, "\x00"):
         path.write_text(broken)
         assert lint_file(path) == ()
+
+
+def test_toml_that_takes_a_parser_minutes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "pyproject.toml"
+    path.write_text("epsilon = 1.0\n" + "a." * 300_000 + "b = 1\n")
+    began = time.monotonic()
+    assert lint_file(path) == ()
+    assert time.monotonic() - began < 5
 
 
 def test_lines_of_toml() -> None:

@@ -39,6 +39,20 @@ def test_two_coordinators_may_call_their_runs_the_same() -> None:
     assert held == [PrivacyEvent(1.0, 20.0, 6)]  # of the other, which is still open
 
 
+def test_what_an_expired_charter_holds_is_free() -> None:
+    """As at the node, which frees it before it admits anything."""
+    entries = [
+        entry(n, kind, body, sha)
+        for n, (sha, kind, body) in enumerate(
+            (sha, kind, body)
+            for sha, expires in (("past", "2020-01-01T00:00:00+00:00"), ("now", "2999-01-01T00:00:00+00:00"))
+            for kind, body in (("charter", {"expires": expires}), ("hold", {"run_id": sha, "plan": [ITEM]}))
+        )
+    ]
+    assert taken(*entries[:2])[2] == []
+    assert len(taken(*entries)[2]) == len(taken(*entries[2:])[2]) == 1
+
+
 def test_what_would_be_miscounted_is_refused() -> None:
     with pytest.raises(LedgerError, match="not disclosed"):
         taken(entry(0, UNDISCLOSED, {}))

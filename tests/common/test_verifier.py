@@ -557,7 +557,7 @@ LIES: list[tuple[str, Shape, Lie, str, str, str]] = [  # name, bundle, lie, file
     ("round_out_of_order", FULL, swap_rounds, COORD, "record", "not the next round"),
     ("close_other_model", SMALL, change(C, "close", model_sha256=digest("x")), COORD, "record", "model of the last one"),
     ("close_more_rounds", SMALL, change(C, "close", rounds=2), COORD, "record", "number of rounds"),
-    ("close_completed_early", FULL, lambda d: [without(C, "round", 1)(d), change(C, "close", rounds=1, model_sha256=d.entry(C, "round")["model_sha256"])(d)], COORD, "record", "completed after 1"),
+    ("close_completed_early", FULL, lambda d: [without(C, "round", 1)(d), change(C, "close", rounds=1, model_sha256=d.entry(C, "round")["model_sha256"])(d)], COORD, "record", "completed at round 1"),
     ("close_missing", SMALL, without(C, "close"), "closing/run-1.json", "closing", "does not close"),
     ("after_the_close", SMALL, lambda d: d.add(C, "round", **d.entry(C, "round")), COORD, "record", "no open run"),
     # refusals

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import pytest
 
 from hansa.common import verifier
+from hansa.common.audit_report import state
 from hansa.common.heads import HEAD_TYPE
 from hansa.common.identity import Envelope, canonical, sha256, write_envelope
 from hansa.common.verifier import Unreadable, verify_bundle
@@ -268,7 +273,43 @@ def test_nothing_is_concluded_from_what_is_not_there(tmp_path: Path, made: Draft
         # by the checkpoint the model still is known
         (folder / "model.safetensors").write_bytes(b"other")
         (what,) = [v["what"] for v in verify_bundle(folder)["violations"] if v["code"] == "model"]
-        assert model[:16] in what
+        assert (model[:16] in what) is (owner != C)
+        assert ("which no closing checkpoint names" in what) is (owner == C)
+
+
+def test_a_model_of_a_run_that_was_refused_later_is_no_other_model(tmp_path: Path, made: Draft) -> None:
+    """A checkpoint does not say whether its run was completed: where the coordinator's ledger is cut, each of them may be."""
+    folder = made.write(tmp_path / "b")
+    terms = verifier._load_charter(folder, verifier.Report())
+    book = verifier.Coordinator(verifier.Report(), terms)
+    later = [{"model_sha256": sha256(MODEL)}, {"model_sha256": digest("given up")}, {"model_sha256": None}]
+    for closings, wrong in ((later, False), (later[1:], True), (later[2:], True), ([], False)):
+        verifier._check_model(folder, report := verifier.Report(), book, closings)
+        assert bool(report.violations) is wrong
+    (folder / "model.safetensors").unlink()
+    verifier._check_model(folder, report := verifier.Report(), book, later)
+    assert report.violations == []
+
+
+def test_a_cut_ledger_of_a_population_blames_no_client(tmp_path: Path) -> None:
+    folder = honest(Shape(clients=120, rounds=2, sigma=30.0)).write(tmp_path / "b")
+    assert verify_bundle(folder)["violations"] == []
+    lines = (folder / COORD).read_bytes().splitlines(keepends=True)
+    for left in range(4, len(lines)):
+        (folder / COORD).write_bytes(b"".join(lines[:left]))
+        verdict = verify_bundle(folder)
+        assert {v["code"] for v in verdict["violations"]} == {"entries_missing"}
+        assert "uncommitted" not in {w["code"] for w in verdict["warnings"]}
+        stands = {state(client) for client in verdict["partners"].values()}
+        assert stands == {("bad", "LEDGER NOT READ TO ITS END")}
+
+
+def test_a_ledger_of_holes_takes_no_minutes(tmp_path: Path, made: Draft) -> None:
+    folder = made.write(tmp_path / "b")
+    os.truncate(folder / L0, 2**40)  # a tar carries it in kilobytes
+    began = time.monotonic()
+    assert verify_bundle(folder)["partners"][P0]["unread"] == 1
+    assert time.monotonic() - began < 20
 
 
 def test_how_much_was_not_read(tmp_path: Path, made: Draft) -> None:
@@ -472,12 +513,75 @@ def test_what_is_given_is_nonsense(tmp_path: Path, made: Draft, data: bytes) -> 
     with pytest.raises(Unreadable, match="nothing in it can be compared"):
         verify_bundle(folder, [given])
     # beside what can be, nonsense is no reason to distrust anybody
-    assert verify_bundle(folder, [folder, folder / L0])["violations"] == []
     both = tmp_path / "both"
     both.mkdir()
     shutil.copy(folder / L0, both / "ledger.jsonl")
     shutil.copy(given, both / "nonsense.jsonl")
-    assert verify_bundle(folder, [both])["violations"] == []
+    verdict = verify_bundle(folder, [both])
+    assert verdict["violations"] == []
+    assert found(verdict, "warnings") == {("copy", str(both / "nonsense.jsonl"), 1)}  # but it is told
+    (folder / L0).unlink()  # nor does it hide what is wrong
+    verdict = verify_bundle(folder, [given])
+    assert ("file", L0, None) in found(verdict)
+    assert ("copy", str(given), None) in found(verdict, "warnings")
+
+
+@pytest.mark.parametrize("how", ["blank", "bom", "torn", "genesis", "link", "linked folder", "unreadable name"])
+def test_evidence_in_a_folder_that_cannot_be_used_is_told(tmp_path: Path, made: Draft, how: str) -> None:
+    """Beside a head that can: nobody may think that everything was compared."""
+    folder, given = made.write(tmp_path / "b"), tmp_path / "given"
+    given.mkdir()
+    data = (folder / L0).read_bytes()
+    (given / "heads.jsonl").write_bytes(made.head(P0, 3, made.lines(P0)[1][3], (P0, C)) + b"\n")
+    path = given / ("copy" if how == "unreadable name" else "copy.jsonl")
+    match how:
+        case "blank":
+            path.write_bytes(b"\n" + data)
+        case "bom" | "unreadable name":
+            path.write_bytes(b"\xef\xbb\xbf" + data)
+        case "torn":
+            path.write_bytes(data[:200])
+        case "genesis":
+            path.write_bytes(data[:40] + data[41:])
+        case "link":
+            path.symlink_to(folder / L0)
+        case "linked folder":
+            path.symlink_to(folder)
+    verdict = verify_bundle(folder, [given])
+    assert found(verdict) == set()
+    code = "unrelated" if how == "genesis" else "copy"  # of another key, as far as it can be read
+    assert found(verdict, "warnings") == {(code, str(path), None if "link" in how else 1)}
+
+
+def test_what_its_owner_signed_counts_though_another_signature_is_bad(tmp_path: Path, made: Draft) -> None:
+    longer = copy.deepcopy(made)
+    longer.add(P0, "recovered", torn_bytes=1, torn_sha256=digest("x"))
+    entries = len(made.books[P0])
+    folder, given = made.write(tmp_path / "b"), tmp_path / "head.jsonl"
+    head = json.loads(longer.head(P0, entries + 1, longer.lines(P0)[1][-1], (P0, P1)))
+    for at, counts in ((1, True), (0, False)):
+        bad = copy.deepcopy(head)
+        sig = bytearray(base64.b64decode(bad["signatures"][at]["sig"]))
+        sig[5] ^= 1
+        bad["signatures"][at]["sig"] = base64.b64encode(sig).decode()
+        given.write_bytes(canonical(bad) + b"\n")
+        if counts:
+            verdict = verify_bundle(folder, [given])
+            assert found(verdict) == {("entries_missing", L0, entries + 1)}
+            assert found(verdict, "warnings") == {("copy", str(given), 1)}
+        else:
+            with pytest.raises(Unreadable, match="hospital-0 did not sign it"):
+                verify_bundle(folder, [given])
+    # a closing checkpoint of a longer ledger, without somebody's signature
+    longer.close_later(P0)
+    roots = {owner: longer.lines(owner)[1] for owner in longer.books}
+    stated = [{"owner": o, "length": len(r) - 1, "root": r[-1]} for o, r in roots.items()]
+    given = tmp_path / "closing.json"
+    given.write_bytes(longer.closing("run-1", sha256(MODEL), stated, list(made.people.values())[:2]))
+    verdict = verify_bundle(folder, [given])
+    assert ("entries_missing", L0, entries + 1) in found(verdict)
+    assert ("copy", str(given), 1) in found(verdict, "warnings")
+    assert verdict["partners"][P0]["witnessed"]["closing"] == "run-1"  # that of the bundle, not this one
 
 
 def test_what_is_given_is_not_there_or_too_much(tmp_path: Path, made: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,6 +609,10 @@ def test_a_checkpoint_given_that_not_everyone_signed(tmp_path: Path, made: Draft
     verdict = verify_bundle(folder, [folder / L0, folder, given.parent])
     assert found(verdict) == set()
     assert found(verdict, "warnings") == {("copy", str(given), 1)}
+    verdict = verify_bundle(folder, [given])  # who did sign it is bound by it
+    assert found(verdict, "warnings") == {("copy", str(given), 1)}
+    assert "not signed by hospital-0" in verdict["warnings"][0]["what"]
+    given.write_bytes(made.closing("run-1", sha256(MODEL), stated, []))
     with pytest.raises(Unreadable, match="not signed by hospital-0"):
         verify_bundle(folder, [given])
 
