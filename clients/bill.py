@@ -15,13 +15,13 @@ from typing import Any
 from ..common.accounting import Budget, PrivacyEvent, odometer
 from ..common.charter import ADVERSARY, Charter, SignedCharter
 from ..common.config import Algorithm, Privacy, load_config
-from ..common.errors import ConfigError, LedgerError, Refusal
+from ..common.errors import ConfigError, LedgerError, Refusal, counted
 from ..common.home import Home
 from ..common.identity import real
 from ..common.ledger import Entry, read_ledger
 from ..common.plan import budget_of, calibrated, events_of, largest, plan_of, stopped_by
 from .law import Control
-from .registry import Registered, Registry, fitting, serving
+from .registrations import Listed, fitting, registered_at, serving
 from .settings import NodeSettings
 from .standing import Account, Standing
 
@@ -42,7 +42,7 @@ class Books:
     entries: Sequence[Entry]
     standing: Standing
     charters: Mapping[str, Charter]
-    known: list[Registered]
+    known: list[Listed]
     control: Control
 
     @classmethod
@@ -63,7 +63,7 @@ class Books:
             entries,
             Standing(entries),
             {signed.sha256: signed.charter for signed in listed},
-            Registry(settings.state).all(),
+            registered_at(settings.state),
             Control(settings.control),
         )
 
@@ -316,6 +316,6 @@ def noise_of(item: Mapping[str, Any]) -> str:
     if "sigma" not in event:
         return f"{item['count']} x {item['purpose']}, without protection"
     return (
-        f"{item['count']} x {item['purpose']}: {event['steps']} step(s), noise multiplier {real(float(event['sigma']))}, "
+        f"{item['count']} x {item['purpose']}: {counted(event['steps'], 'step')}, noise multiplier {real(float(event['sigma']))}, "
         f"sampling rate {real(float(event['q']))}"
     )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..common.cli import plain
-from ..common.errors import ConfigError, LedgerError
+from ..common.errors import ConfigError, LedgerError, counted
 from ..common.identity import output_error
 from .bill import noise_of
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
-_WIDTH = 60
+_WIDTH = 56
 _LAST = 10
 
 
@@ -29,8 +29,9 @@ def about(report: dict[str, Any]) -> str:
 
 def print_budget(console: Console, report: dict[str, Any]) -> None:
     """For a terminal."""
-    console.print(plain(f"{report['partner']}: epsilon of one record of this partner, add or remove one, local noise,"))
-    console.print(plain(f"against {report['adversary']}"))
+    said = f"{report['partner']}: epsilon of one record of this partner, add or remove one, local noise, against {report['adversary']}"
+    for line in textwrap.wrap(said, 80):
+        console.print(plain(line))
     if report["restored_not_proved"]:
         console.print("[bold red]EXHAUSTED[/]: restored from a backup, spending not proved; every run is refused.")
     if report["paused"]:
@@ -41,7 +42,9 @@ def print_budget(console: Console, report: dict[str, Any]) -> None:
         _print_plan(console, report["plan"])
     console.print()
     for one in report["runs"]:
-        console.print(plain(f"run {one['run']} ({one['charter']}): {one['state']}, {one['rounds']} round(s) debited"))
+        console.print(
+            plain(f"run {one['run']} ({one['charter']}): {one['state']}, {counted(one['rounds'], 'round')} debited")
+        )
     for reason, count in report["refusals"].items():
         console.print(plain(f"refused {count} x: {reason}"))
     for run_id in report["waiting_for_approval"]:
@@ -56,31 +59,38 @@ def _print_lineage(console: Console, report: dict[str, Any], one: dict[str, Any]
         console.print(
             "[bold red]UNBOUNDED[/]: an unprotected round was trained; no finite epsilon holds for this dataset."
         )
-    table = Table(box=None, pad_edge=False)
-    for title in ("budget", "cap", "delta", "spent (filter)", "spent (odometer)", "with open runs (filter)", "left"):
-        table.add_column(title, justify="left" if title == "budget" else "right")
     rows: list[tuple[str, dict[str, float] | None, bool]] = [("over everything", one["budget"], True)]
     for agreed in one["charters"]:
         name = f"charter {agreed['charter']}" + (" (withdrawn)" if agreed["withdrawn"] else "")
         rows.append((f"  of it under {name}", agreed["share"], False))
         rows.append((f"{name}, its own cap", agreed["own"], True))
         rows.append((f"site's own cap, at the delta of {agreed['charter']}", agreed["site"], True))
-    for name, numbers, capped in rows:
+    if any(numbers is not None for _, numbers, _ in rows):
+        console.print(_cells("", "", "spent", "with open", "left", "spent"))
+        console.print(_cells("cap", "delta", "(filter)", "runs (filter)", "(filter)", "(odometer)"))
+    for name, numbers, capped in rows:  # a line for the name: it may be long, and the screen narrow
         if numbers is not None:
-            cells = ("spent_filter", "spent_odometer", "with_held_filter", "left_filter")
+            cells = ("spent_filter", "with_held_filter", "left_filter", "spent_odometer")
             known = [f"{numbers[cell]:.4f}" for cell in cells]
             if one["unbounded"]:
-                known = ["unbounded"] * 3 + ["0"]
+                known = ["unbounded", "unbounded", "0", "unbounded"]
             elif report["restored_not_proved"]:
-                known = ["unknown"] * 3 + ["0"]
+                known = ["unknown", "unknown", "0", "unknown"]
             cap = f"{numbers['epsilon_cap']:g}" if capped else ""
-            table.add_row(plain(name), cap, f"{numbers['delta']:g}", *known[:3], known[3] if capped else "")
-    if table.row_count:
-        console.print(table)
+            spent, with_held, left, tight = known
+            console.print(plain(name))
+            console.print(_cells(cap, f"{numbers['delta']:g}", spent, with_held, left if capped else "", tight))
     if one["budget"] is not None:
         _print_history(console, one)
     else:
         console.print("nothing was asked for yet: the first run that is accepted fixes the budget")
+
+
+def _cells(*cells: str) -> str:
+    """Figures under one another: cap, delta, and four more; 76 columns."""
+    return (
+        "  " + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (9, 10, 13, 17, 12, 13), strict=True)).rstrip()
+    )
 
 
 def _print_history(console: Console, one: dict[str, Any]) -> None:
@@ -100,8 +110,9 @@ def _print_history(console: Console, one: dict[str, Any]) -> None:
         what = {"release": "ended", "hold": "was accepted", "debit": "trained"}[point["what"]]
         console.print(
             plain(
-                f"  {point['time']} {run} {what}: spent {point['spent_filter']:.4f}{tight}, "
-                f"with holds {point['with_held_filter']:.4f} (delta {one['budget']['delta']:g})"
+                f"  {point['time']} {run} {what}:\n    spent {point['spent_filter']:.4f} (filter){tight}, "
+                f"with holds {point['with_held_filter']:.4f} (delta {one['budget']['delta']:g})",
+                lines=True,
             )
         )
 
@@ -124,15 +135,15 @@ def _print_plan(console: Console, plan: dict[str, Any]) -> None:
             before, after = one["before"], one["after"]
             console.print(
                 plain(
-                    f"  {one['data']}: filter {before['filter']:.4f} -> {after['filter']:.4f}, odometer "
-                    f"{before['odometer']:.4f} -> {after['odometer']:.4f}, cap {one['epsilon_cap']:g} (delta {one['delta']:g}), "
-                    "with what open runs hold"
+                    f"  {one['data']}, with what open runs hold:\n    filter {before['filter']:.4f} -> {after['filter']:.4f}, odometer "
+                    f"{before['odometer']:.4f} -> {after['odometer']:.4f}, cap {one['epsilon_cap']:g} (delta {one['delta']:g})",
+                    lines=True,
                 )
             )
         if one["stops"]:
             console.print("  [bold]refused[/]" + plain(f", by {'; '.join(one['stops'])}"))
         elif one["fits"] is not None:
-            console.print(plain(f"  fits: {one['fits']} such run(s), one after the other"))
+            console.print(plain(f"  fits: {counted(one['fits'], 'such run')}, one after the other"))
 
 
 def plot_budget(report: dict[str, Any], to: Path) -> None:
@@ -146,6 +157,7 @@ def plot_budget(report: dict[str, Any], to: Path) -> None:
     if to.suffix not in (".svg", ".png"):
         raise ConfigError(f"{to}: a plot is a .svg or a .png", "Give --plot budget.svg")
     try:
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
         from matplotlib.figure import Figure
     except ImportError as err:
         raise ConfigError("plots need matplotlib, which is not installed", "pip install 'hansa[train]'") from err
@@ -171,6 +183,15 @@ def plot_budget(report: dict[str, Any], to: Path) -> None:
         axes.set_title(f"{names} (lineage {one['lineage'][:8]}), delta {budget['delta']:g}{unbounded}", fontsize=9)
         axes.set_ylim(0, 1.08 * max(budget["epsilon_cap"], *held))
         axes.set_ylabel("epsilon")
+        ticks = AutoDateLocator(tz=UTC)  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_locator(ticks)
+        # Of years, months, days, hours, minutes, seconds: each tick by itself says which.
+        formats = ["%Y", "%Y-%m", "%Y-%m-%d", "%H:%M", "%H:%M", "%H:%M:%S"]
+        zeros = ["", "%Y-%m", "%Y-%m-%d", "%Y-%m-%d", "%H:%M", "%H:%M:%S"]
+        words = ConciseDateFormatter(ticks, UTC, formats, zero_formats=zeros, show_offset=False)  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_formatter(words)
+        days = list(dict.fromkeys(f"{time:%Y-%m-%d}" for time in (times[0], times[-1])))
+        axes.set_xlabel(f"time (UTC), {' to '.join(days)}", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=7, loc="lower right")
     try:

@@ -129,7 +129,7 @@ def budget(
 
     Example: hansa node budget --plan charter.json --plot budget.svg
     """
-    from .bill import budget_report  # data sets bring the tasks, and these torch: an auditor has none
+    from .bill import budget_report  # the accounting takes its time to load
     from .bill_show import plot_budget, print_budget
 
     report = budget_report(load_settings(settings), plan)

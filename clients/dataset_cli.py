@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..common.cli import Format, FormatOption, plain, show_json
 from ..common.errors import ConfigError
+from .registrations import recorded_datasets, registered_at, superseded
 from .settings import load_settings
 
 _HERE = Path("node.yaml")
@@ -79,7 +80,8 @@ def dataset_add(
     Example: hansa node dataset add heart-2027.csv --task heart-disease --public public.csv --version-of heart-disease
     """
     from ..common.tasks import load_task
-    from .registry import DataFiles, Registry, Relation, Rules
+    from .registrations import DataFiles
+    from .registry import Registry, Relation, Rules
 
     if public is not None and held_out is not None:
         raise ConfigError("--public and --held-out are both given", "Give one of them.")
@@ -131,21 +133,19 @@ def dataset_list(settings: SettingsArgument = _HERE, form: FormatOption = Format
 
     Example: hansa node dataset list
     """
-    from .registry import Registry, recorded_datasets, superseded
-
     state = _state(settings)
-    known = Registry(state).all()
+    known = registered_at(state)
     recorded = recorded_datasets(state / "ledger.jsonl")
     names = {one.dataset.dataset_id: one.name for one in known}
-    listed: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for one in known:
         dataset, entry = one.dataset, recorded.get(one.dataset.dataset_id)
         declared = {**vars(dataset.declared), "of": names.get(dataset.declared.of or "")}
-        listed.append(
+        rows.append(
             {
                 "name": one.name,
                 "dataset": dataset.dataset_id,
-                "task": one.task.name,
+                "task": dataset.task,
                 "lineage": dataset.lineage,
                 "declared": declared,
                 "held_out": dataset.held_out,
@@ -156,13 +156,13 @@ def dataset_list(settings: SettingsArgument = _HERE, form: FormatOption = Format
             }
         )
     if form is Format.JSON:
-        show_json({"datasets": listed})
+        show_json({"datasets": rows})
         return
-    if not listed:
+    if not rows:
         _console.print("No data is registered: hansa node dataset add FILE.csv --task TASK")
-    for lineage in dict.fromkeys(one["lineage"] for one in listed):
+    for lineage in dict.fromkeys(one["lineage"] for one in rows):
         _console.print(plain(f"lineage {lineage}: one budget"))
-        for item in (each for each in listed if each["lineage"] == lineage):
+        for item in (each for each in rows if each["lineage"] == lineage):
             said = item["declared"]
             words = {
                 "first": "the first",

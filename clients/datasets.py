@@ -22,6 +22,7 @@ from ..common.errors import ConfigError, DataError, LedgerError
 from ..common.identity import write_whole
 from ..common.tasks import Task
 from ..common.tasks.schema import TableSchema, parse_table, read_table
+from .registrations import Declaration, read_registration
 
 __all__ = [
     "Declaration",
@@ -175,22 +176,6 @@ def fingerprint(rows: Rows) -> bytes:
     return digest.digest()
 
 
-@dataclass(frozen=True)
-class Declaration:
-    """What an owner declares of a data set's records, signed by the entry that registers it in the ledger.
-
-    Attributes:
-        kind: "first" of its ledger; "version": appended or corrected rows of `of`; "overlap": shares records with `of`; "disjoint":
-            collected from `cutoff` on, no record is in any data set that was registered before.
-        of: a data set's id; None for "first" and "disjoint".
-        cutoff: a date (YYYY-MM-DD); None but for "disjoint".
-    """
-
-    kind: str = "first"
-    of: str | None = None
-    cutoff: str | None = None
-
-
 @dataclass(eq=False)
 class RegisteredDataset:
     """What a node registered: where the rows are and what it committed to. Only `open` reads them.
@@ -262,7 +247,7 @@ class RegisteredDataset:
                 "Check the label's column and its mapping in the schema.",
             )
         path = None if folder is None else folder / "dataset.json"
-        kept = _load(path) if path is not None and path.exists() else None
+        kept = read_registration(path) if path is not None and path.exists() else None
         key = secrets.token_bytes(32) if kept is None else bytes.fromhex(kept["key"])
         some = public or len(split.held_out) > 0  # a public dataset may turn out empty
         dataset = cls(
@@ -302,7 +287,7 @@ class RegisteredDataset:
             raise DataError(
                 f"{folder}: no data is registered", "Register it: hansa node dataset add FILE.csv --task TASK"
             )
-        kept = _load(path)
+        kept = read_registration(path)
         if kept["task"] != task.name:
             raise DataError(f"{path} is registered for task {kept['task']}", f"It cannot serve {task.name}.")
         return cls(
@@ -434,20 +419,3 @@ def _check(task: Task, what: str, rows: Rows) -> None:
 def _commit(key: bytes, task: str, rows: Rows) -> str:
     content = b"hansa dataset 1\0" + task.encode() + b"\0" + fingerprint(rows)
     return hmac.new(key, content, hashlib.sha256).hexdigest()
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        kept = json.loads(path.read_bytes())
-        if len(bytes.fromhex(kept["key"])) != 32 or not all(kept[k] for k in ("task", "dataset_id", "commitment")):
-            raise ValueError
-        if not {"ledger_id", "held_out", "held_out_commitment", "train_size", "lineage"} <= set(kept):
-            raise ValueError
-        Declaration(**kept["declared"])
-        datetime.fromisoformat(kept["registered"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path} is not a dataset registration that can be read",
-            "Restore it from a backup: the budget of its dataset is bound to the id in it.",
-        ) from None
-    return dict(kept)

@@ -13,7 +13,7 @@ import typer
 
 from ..common.charter import SignedCharter
 from ..common.cli import Format, FormatOption, out, plain, show_json
-from ..common.errors import CharterError, MessageError, OutputError
+from ..common.errors import CharterError, MessageError, OutputError, counted
 from ..common.identity import write_whole
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _print(kept: Kept) -> None:
         return
     m: dict[str, Any] = dict(kept.manifest)
     simulated = "; SIMULATED" if m.get("simulated") else ""
-    out.print(plain(f"run {m['run_id']}, {m.get('rounds')} round(s){simulated}"))
+    out.print(plain(f"run {m['run_id']}, {counted(m.get('rounds', 0), 'round')}{simulated}"))
     out.print(plain(f"charter {m.get('charter')}, sha-256 {m['charter_sha256']}"))
     p = m["privacy"]
     if p.get("kind") == "none":
@@ -132,7 +132,7 @@ def predict(
         sys.stdout.write(text)
         return
     write_whole(to, text.encode(), mode=0o600)
-    out.print(plain(f"{len(found.scores)} row(s) written to {to}"))
+    out.print(plain(f"{counted(len(found.scores), 'row')} written to {to}"))
 
 
 def _rows(found: Predictions) -> list[tuple[int, str, list[float]]]:

@@ -37,7 +37,8 @@ from .app import Node, make_client_app
 from .gate import Gate
 from .law import Control, SiteLaw
 from .outbox import Outbox
-from .registry import Registered, Registry, serving
+from .registrations import serving
+from .registry import Registered, Registry
 from .settings import FederationEntry, NodeSettings
 from .training import check_model
 

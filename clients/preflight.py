@@ -17,7 +17,8 @@ from ..common.tasks import code_sha256
 from .dial import proxy_for, server_certificate
 from .gate import check_charter
 from .law import Control, SiteLaw
-from .registry import Registered, Registry, serving, superseded
+from .registrations import serving, superseded
+from .registry import Registered, Registry
 from .settings import FederationEntry, NodeSettings
 from .standing import Standing
 
@@ -137,7 +138,9 @@ def _ledger(report: _Report, settings: NodeSettings, home: Home, known: list[Reg
             "Restore the ledger with its newest entries: hansa node restore BACKUP",
         )
     report.ok(
-        "ledger", f"{len(entries)} entries, signed and chained" + (", the last one torn by a crash" if torn else "")
+        "ledger",
+        f"{len(entries)} entries, signed and chained"
+        + (" (behind them a torn last line, which the node cuts off when it starts)" if torn else ""),
     )
     recorded = {entry.body["dataset"] for entry in entries if entry.type == "dataset"}
     if lost := recorded - {one.dataset.dataset_id for one in known}:

@@ -16,68 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from ..common.errors import CharterError, ConfigError, DataError, LedgerError, Refusal, Refused
-from ..common.identity import TEMPORARY, drop_unfinished, make_folder, output_error, write_whole
-from ..common.ledger import Entry, read_ledger
+from ..common.errors import ConfigError, DataError, LedgerError, counted
+from ..common.identity import drop_unfinished, make_folder, output_error
 from ..common.tasks import Task, load_task
-from .datasets import (
-    Declaration,
-    RegisteredDataset,
-    Rows,
-    Split,
-    csv_files,
-    look_alike,
-    raw_records,
-    rows_in_both,
-    timestamp,
-)
+from .datasets import RegisteredDataset, Rows, Split, look_alike, raw_records, rows_in_both, timestamp
+from .registrations import DataFiles, Declaration, named, newest, recorded_datasets, registered_at, superseded
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-
-@dataclass(frozen=True)
-class DataFiles:
-    """Where the registered rows are.
-
-    Attributes:
-        held_out: a separate file of rows that are not trained on; None: there are none.
-    """
-
-    task: str
-    data: Path
-    held_out: Path | None
-
-    def source(self, task: Task) -> Callable[[], Split]:
-        """Reads them each time it is called."""
-        return csv_files(self.data, self.held_out, task)
-
-    def save(self, folder: Path) -> None:
-        """Keep it beside the registration, mode 0600."""
-        held_out = None if self.held_out is None else str(self.held_out)
-        said = {"task": self.task, "data": str(self.data), "held_out": held_out}
-        write_whole(folder / "source.json", json.dumps(said).encode(), mode=0o600)
-
-    @classmethod
-    def load(cls, folder: Path) -> DataFiles:
-        """What `save` kept.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
-        try:
-            said = json.loads((folder / "source.json").read_bytes())
-            return cls(said["task"], Path(said["data"]), None if said["held_out"] is None else Path(said["held_out"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{folder / 'source.json'}: does not say where the data is", "Restore it from a backup."
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -146,16 +97,11 @@ class Registry:
             TaskError: a task is not installed.
         """
         found = []
-        for path in sorted(self._folder.glob("*/dataset.json")):
-            if path.parent.name.startswith(TEMPORARY):
-                continue
-            files = DataFiles.load(path.parent)
-            task = load_task(files.task)
-            dataset = RegisteredDataset.load(task, files.source(task), path.parent)
-            found.append(Registered(path.parent.name, task, files, dataset))
-        if len({one.dataset.dataset_id for one in found}) < len(found):
-            raise DataError(f"{self._folder}: one data set is registered under two names", "Remove the copy.")
-        return sorted(found, key=lambda one: one.dataset.registered)
+        for one in registered_at(self._state):
+            task = load_task(one.files.task)
+            dataset = RegisteredDataset.load(task, one.files.source(task), self._folder / one.name)
+            found.append(Registered(one.name, task, one.files, dataset))
+        return found
 
     def some(self) -> list[Registered]:
         """As `all`, where there must be one.
@@ -272,84 +218,6 @@ class Registry:
         return {data: entry.time for data, entry in recorded.items()}
 
 
-def recorded_datasets(ledger: Path) -> dict[str, Entry]:
-    """Data set -> its entry; nothing where there is no ledger. Takes no lock.
-
-    Raises:
-        LedgerError: it does not verify.
-    """
-    if not ledger.exists() or not ledger.stat().st_size:
-        return {}
-    return {str(entry.body["dataset"]): entry for entry in read_ledger(ledger)[0] if entry.type == "dataset"}
-
-
-def newest(known: list[Registered], name: str) -> Registered:
-    """The newest version of the data set with this name.
-
-    Raises:
-        ConfigError: there is no such name.
-    """
-    found = named(known, name)
-    while later := [one for one in known if one.dataset.declared == Declaration("version", found.dataset.dataset_id)]:
-        found = later[-1]
-    return found
-
-
-def named(known: list[Registered], name: str) -> Registered:
-    """The data set with this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for one in known:
-        if one.name == name:
-            return one
-    names = ", ".join(one.name for one in known) or "none"
-    raise ConfigError(f"no data set {name!r} is registered", f"Registered are: {names}. See: hansa node dataset list")
-
-
-def superseded(known: list[Registered], one: Registered) -> bool:
-    """Whether there is a newer version of it."""
-    return any(other.dataset.declared == Declaration("version", one.dataset.dataset_id) for other in known)
-
-
-def fitting(known: list[Registered], task: str) -> list[Registered]:
-    """The data sets of a task, newest versions alone."""
-    return [one for one in known if one.task.name == task and not superseded(known, one)]
-
-
-def serving(known: list[Registered], task: str, name: str | None) -> Registered:
-    """The data set that a charter of this task is served from: the newest version of the named one, or the only one that fits.
-
-    Raises:
-        ConfigError: there is no such name.
-        Refused: none is registered for its task.
-        CharterError: several are, and none was named.
-    """
-    if name is not None:
-        found = newest(known, name)
-        if found.task.name != task:
-            raise Refused(
-                Refusal.TASK,
-                f"the data set {name} is registered for task {found.task.name}, the charter's is {task}",
-                "Name another one under `dataset` in node.yaml.",
-            )
-        return found
-    found_all = fitting(known, task)
-    if not found_all:
-        raise Refused(
-            Refusal.TASK,
-            f"no data is registered for its task, {task}",
-            "Register it: hansa node dataset add FILE.csv --task TASK",
-        )
-    if len(found_all) > 1:
-        raise CharterError(
-            f"several data sets are registered for its task: {', '.join(one.name for one in found_all)}",
-            "Say which one it trains on: `dataset: NAME` beside the charter in node.yaml.",
-        )
-    return found_all[0]
-
-
 # -- what an owner declares ----------------------------------------------------------------------------------------------
 
 
@@ -357,7 +225,7 @@ def _apart(files: DataFiles, task: Task, rules: Rules) -> Split:
     split = files.source(task)()
     if not rules.allow_equal_rows and (both := rows_in_both(split)):
         raise DataError(
-            f"{len(both)} row(s) of {files.held_out} stand in {files.data} as well (rows {_some(both)})",
+            f"{files.held_out} and {files.data} have {counted(len(both), 'row')} in common (rows {_some(both)} of the first)",
             "A record is either trained on or held out: remove it from one of the files. If they are different "
             "records that look the same: --allow-equal-rows",
         )
@@ -489,7 +357,8 @@ def _refuse_known(files: DataFiles, split: Split, other: Registered, rules: Rule
     for path, alike in pairs:
         if alike:
             raise DataError(
-                f"{len(alike)} row(s) of {path} look like rows of {other.name}, which has a budget of its own (rows {_some(alike)})",
+                f"{counted(len(alike), 'row')} of {path} cannot be told from rows of {other.name}, which has a budget of its own "
+                f"(rows {_some(alike)})",
                 "They would have two budgets. Leave them out, also where different records only look the same; or share that "
                 f"budget: --overlaps {other.name}",
             )
@@ -514,7 +383,8 @@ def _refuse_published(files: DataFiles, split: Split, other: Registered) -> None
             found |= set(_alike(files.held_out, split.held_out, place, known, same_task=other.task.name == files.task))
     if found:
         raise DataError(
-            f"{len(found)} row(s) of {files.held_out} look like private rows of {other.name} (rows {_some(sorted(found))})",
+            f"{counted(len(found), 'row')} of {files.held_out} cannot be told from private rows of {other.name} "
+            f"(rows {_some(sorted(found))})",
             hint,
         )
 

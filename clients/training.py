@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..common.accounting import PrivacyEvent
-from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError
+from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError, counted
 from .datasets import Rows
 from .noise import SecureNoise
 
@@ -253,7 +253,7 @@ def _matching(parameters: _Parameters, weights: Mapping[str, NDArray[np.float32]
         raise TaskError("the model has no trainable parameters", "Set requires_grad on those that are to be trained.")
     if odd := sorted(parameters.keys() ^ weights.keys()):
         raise MessageError(
-            f"the message and the model differ in parameter '{odd[0]}' ({len(odd)} name(s) in all)",
+            f"the message and the model differ in parameter '{odd[0]}' ({counted(len(odd), 'name')} in all)",
             "Both sides must run the task that the charter names.",
         )
     for name, p in parameters.items():

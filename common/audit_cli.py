@@ -15,7 +15,7 @@ from . import verifier
 from .audit_report import budgets, by_code, histories, partly, place, state, unbounded, write_audit_report
 from .charter import SignedCharter, in_words
 from .cli import Format, FormatOption, out, plain, show_json
-from .errors import HansaError, OutputError
+from .errors import ConfigError, HansaError, OutputError, counted
 from .page import exact, number, up
 
 
@@ -33,7 +33,7 @@ def audit(
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="also write the verdict as a page to read and print, e.g. report.html")
+        Path | None, typer.Option(help="also write the verdict as an HTML page to read and print, e.g. report.html")
     ] = None,
     form: FormatOption = Format.TEXT,
 ) -> int:
@@ -41,6 +41,11 @@ def audit(
 
     Example: hansa audit out/demo --report audit.html
     """
+    if report is not None and report.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(
+            f"{report}: the report is an HTML page, and this is another kind of name",
+            "Give --report a name ending in .html. For a PDF open that page in a browser and print it to PDF.",
+        )
     if report is not None and report.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{report}: inside the bundle", "The bundle is evidence and stays as it is: write elsewhere.")
     try:
@@ -205,7 +210,7 @@ def _print_found(found: Sequence[Mapping[str, Any]], label: str) -> None:
             files.setdefault(item["file"], []).append(item)
         if code is not None:
             out.print(
-                f"  {label} [bold]{plain(code)}[/], {len(items)} place{'s' if len(items) != 1 else ''}{': ' if means else ''}{plain(means or '')}"
+                f"  {label} [bold]{plain(code)}[/], {counted(len(items), 'place')}{': ' if means else ''}{plain(means or '')}"
             )
         most = 8 if len(files) < 4 else 3
         for file, some in list(files.items())[:20]:

@@ -25,7 +25,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import TypeAdapter, ValidationError
 
 from .config import Name
-from .errors import IdentityError, MessageError
+from .errors import IdentityError, MessageError, counted
 from .identity import Identity, canonical, read_envelope, sha256, strict_json
 
 ENDORSEMENT_TYPE = "application/vnd.hansa.endorsement+json"
@@ -271,7 +271,7 @@ def split_chain(pem: bytes) -> tuple[bytes, bytes]:
         parts = [c.public_bytes(serialization.Encoding.PEM) for c in x509.load_pem_x509_certificates(pem)]
     if len(parts) != 2:
         raise IdentityError(
-            f"a file with {len(parts)} certificate(s), wanted the organisation's and the CA's",
+            f"a file with {counted(len(parts), 'certificate')}, wanted the organisation's and the CA's",
             "Use the file that `hansa identity issue` wrote.",
         )
     return parts[0], parts[1]

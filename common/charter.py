@@ -25,7 +25,7 @@ from .config import (
     Section,
     check_delta,
 )
-from .errors import CharterError, MessageError
+from .errors import CharterError, MessageError, counted
 from .identity import (
     Envelope,
     Identity,
@@ -324,7 +324,7 @@ def in_words(signed: SignedCharter) -> str:
     lines += ["", "What"]
     lines.append(f"  task {c.task.name}, code {c.task.code_sha256[:16]}...; a node runs only the code it installed")
     lines.append(
-        f"  {a.rounds} round(s) of {a.strategy.name}, {a.local.steps} local step(s) of {a.local.optimizer.name} "
+        f"  {counted(a.rounds, 'round')} of {a.strategy.name}, {counted(a.local.steps, 'local step')} of {a.local.optimizer.name} "
         f"(lr {a.local.optimizer.lr:g}), each over "
         + ("all records" if a.local.sampling_rate == 1 else f"a Poisson sample of rate {a.local.sampling_rate:g}")
     )
@@ -341,18 +341,17 @@ def in_words(signed: SignedCharter) -> str:
             f"  noise: local, Gaussian, {p.noise_multiplier:g} x the clipping norm {p.clip_norm:g}, added to every step before anything leaves"
         )
         lines.append(f"  adversary: {ADVERSARY}")
+    often = "every round" if e.every == 1 else f"every {e.every} rounds"
     lines += ["", "Evaluation"]
     match e.kind:
         case "none":
             lines.append("  none")
         case "public":
-            lines.append(
-                f"  every {e.every} round(s) on the {e.test_fraction:.0%} of rows that each owner registered as PUBLIC before"
-            )
+            lines.append(f"  {often} on the {e.test_fraction:.0%} of rows that each owner registered as PUBLIC before")
             lines.append("  training: their scores and labels leave the node and are outside the privacy budget")
         case "private":
             lines.append(
-                f"  every {e.every} round(s), per-class score histograms with Gaussian noise {e.noise_multiplier:g} x sensitivity 1,"
+                f"  {often}, per-class score histograms with Gaussian noise {e.noise_multiplier:g} x sensitivity 1,"
             )
             lines.append("  charged to the same budget")
     lines += ["", "Benefit", f"  {c.benefit}", "", "Validity"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from .errors import MessageError
 from .identity import Identity, canonical, read_envelope, strict_json
 
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
+_ROOT = re.compile("[0-9a-f]{64}")
 
 
 def closing_payload(
@@ -79,6 +81,10 @@ def read_closing(sealed: bytes, keys: Mapping[str, str], charter_sha256: str) ->
         raise MessageError("a malformed closing checkpoint") from err
     if again != envelope.payload:
         raise MessageError("a closing checkpoint in an unusual layout")
+    for head in heads.values():
+        length, root = head["length"], head["root"]
+        if type(length) is not int or length < 1 or not (isinstance(root, str) and _ROOT.fullmatch(root)):
+            raise MessageError("a closing checkpoint with a length or root that is none")
     if body["charter_sha256"] != charter_sha256 or sorted(heads) != sorted(keys):
         raise MessageError("a closing checkpoint of another charter")
     return dict(body)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from .errors import ConfigError
+from .errors import ConfigError, counted
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 # Text that people sign is shown to them on one line: no line breaks, terminal codes or text-direction marks.
@@ -203,7 +203,7 @@ class Federation(Section):
             raise ValueError("partners: the name coordinator is taken by the coordinator")
         cohort = max(1, round(self.algorithm.participation * size))
         if self.quorum > cohort:
-            raise ValueError(f"quorum {self.quorum} is more than the {cohort} partner(s) asked in a round")
+            raise ValueError(f"quorum {self.quorum} is more than the {counted(cohort, 'partner')} asked in a round")
         largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
         check_delta(self.privacy.delta, largest)
         return self

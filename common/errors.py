@@ -23,6 +23,15 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number of things in words: "1 row", "2 rows".
+
+    Args:
+        many: the plural, where it is not `one` with an s.
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class HansaError(Exception):
     """Root of the tree.
 
@@ -70,7 +79,7 @@ class SchemaViolation(DataError):
             lines.append(f"... and {len(rows) - len(shown)} more")
         table = "\n  ".join(lines)
         super().__init__(
-            f"{source}: {len(rows)} value(s) break the schema; nothing was loaded\n  {table}",
+            f"{source}: {counted(len(rows), 'value')} outside the schema; nothing was loaded\n  {table}",
             "Correct the file, or widen the schema in the task (which every partner must then agree to).",
         )
         self.source = source

@@ -22,7 +22,7 @@ from .certificates import (
 from .charter import SignedCharter
 from .cli import Format, FormatOption, out, passphrase_for, plain, show_json
 from .connection_ca import ConnectionCA
-from .errors import CharterError, IdentityError
+from .errors import CharterError, IdentityError, counted
 from .home import Home
 from .identity import PASSPHRASE, fingerprint, grouped, is_encrypted, key_from_pem, read_file, sha256, write_whole
 
@@ -204,7 +204,11 @@ def revoke(
     if not yes:
         typer.confirm("Revoke?", abort=True)
     done = authority.revoke(which)
-    out.print(plain(f"Revoked {len(done)} certificate(s): {ca / 'revoked.crl'}. Running servers that were given this"))
+    out.print(
+        plain(
+            f"Revoked {counted(len(done), 'certificate')}: {ca / 'revoked.crl'}. Running servers that were given this"
+        )
+    )
     out.print("file notice when it changes; copy it to those on other machines.")
 
 

@@ -66,17 +66,33 @@ class Entry:
     root: str
 
 
-def read_ledger(path: Path, key: str | None = None) -> tuple[list[Entry], bytes]:
-    """Read and verify a whole ledger: layout, signatures, sequence, tree.
+@dataclass(frozen=True)
+class Scan:
+    """A ledger's file as far as it verifies.
+
+    Attributes:
+        entries: of all lines before the first bad one.
+        torn: the bytes behind the last line break; empty when the file ends in one.
+        bad: number (from 1) of the first line that is wrong, and what is wrong with it; None: all are good.
+        rest: how many lines there are from the first bad one on.
+    """
+
+    entries: list[Entry]
+    torn: bytes
+    bad: tuple[int, str] | None
+    rest: int
+
+
+def scan_ledger(path: Path, key: str | None = None) -> Scan:
+    """Read a ledger up to the first line that is wrong: layout, signatures, sequence, tree.
+
+    Each entry signs for all before it, so what stands before a bad line is good.
 
     Args:
         key: whose signature each line must bear (hex); None takes the key that the genesis entry names.
 
-    Returns:
-        The entries, and the bytes of a torn last line (empty when there is none).
-
     Raises:
-        LedgerError: with file and line of the first thing that is wrong.
+        LedgerError: the file cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -91,11 +107,35 @@ def read_ledger(path: Path, key: str | None = None) -> tuple[list[Entry], bytes]
                 key = _genesis_key(line)
             entries.append(_parse(line, tree, key))
         except MessageError as err:
-            raise LedgerError(
-                f"{path}:{number}: {err.message}",
-                "This ledger was edited or damaged. Compare it with another copy or its countersigned head.",
-            ) from err
-    return entries, torn
+            return Scan(entries, torn, (number, err.message), len(lines) - number + 1)
+    return Scan(entries, torn, None, 0)
+
+
+def looks_like_ledger(data: bytes) -> bool:
+    """Whether any line is written as an entry is: where none is, the file is of another kind, and no ledger that was edited."""
+    return any(line.startswith((b'{"body":', b'{"envelope":')) for line in data.split(b"\n"))
+
+
+def read_ledger(path: Path, key: str | None = None) -> tuple[list[Entry], bytes]:
+    """Read and verify a whole ledger: layout, signatures, sequence, tree.
+
+    Args:
+        key: whose signature each line must bear (hex); None takes the key that the genesis entry names.
+
+    Returns:
+        The entries, and the bytes of a torn last line (empty when there is none).
+
+    Raises:
+        LedgerError: with file and line of the first thing that is wrong.
+    """
+    scan = scan_ledger(path, key)
+    if scan.bad is not None:
+        number, what = scan.bad
+        raise LedgerError(
+            f"{path}:{number}: {what}",
+            "This ledger was edited or damaged. Compare it with another copy or its countersigned head.",
+        )
+    return scan.entries, scan.torn
 
 
 class Ledger:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import MessageError
+from .errors import MessageError, counted
 from .flower import Array, ArrayRecord, ConfigRecord, RecordDict
 from .identity import Envelope, Identity, canonical, read_envelope, sha256, strict_json
 
@@ -420,7 +420,7 @@ def _specified(specs: object) -> Iterator[tuple[str, str, list[int], list[tuple[
         size = math.prod(shape) * np.dtype(dtype).itemsize
         total += size
         if total > MAX_MESSAGE_BYTES or len(hashes) != -(-size // CHUNK_BYTES):
-            raise MessageError(f"tensor {name!r}: {size} bytes do not fit its {len(hashes)} chunk(s)")
+            raise MessageError(f"tensor {name!r}: {size} bytes do not fit its {counted(len(hashes), 'chunk')}")
         seen.add(name)
         yield (
             name,

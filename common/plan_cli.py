@@ -18,7 +18,7 @@ from .charter import ADVERSARY
 from .claims import Finding, lint_file, refused
 from .cli import Format, FormatOption, out, plain, print_findings, progress, show_json
 from .config import Federation, load_config
-from .errors import ConfigError, LedgerError, Refused, RunFailed
+from .errors import ConfigError, LedgerError, Refused, RunFailed, counted
 from .identity import canonical, check_writable, strict_json, write_whole
 from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
 from .plan import Caps, budget_of, calibrated, evaluations_of, event_from, events_of, largest, plan_of, stopped_by
@@ -351,14 +351,16 @@ def _print_before(report: dict[str, Any], ledger: Path) -> None:
 def _print_verdict(report: dict[str, Any], ledger: Path | None) -> None:
     rounds, noise = report["rounds_that_fit"], report["noise_that_fits"]
     if report["fits"]:
-        out.print(f"  [green]fits[/]; {report['rounds_left_after']} more such round(s) would fit afterwards")
+        out.print(f"  [green]fits[/]; {counted(report['rounds_left_after'], 'more such round')} would fit afterwards")
     elif LEDGER not in report["stops"]:
-        out.print(f"  [red]does not fit[/]: {rounds} such round(s) fit. Fewer rounds, more noise, or a larger cap.")
+        out.print(
+            f"  [red]does not fit[/]: {counted(rounds, 'such round')} fit. Fewer rounds, more noise, or a larger cap."
+        )
     else:
         out.print(
             "  [red]does not fit[/]: the node with this ledger would refuse it, and no charter changes its budget."
         )
-        out.print(f"  What fits: {rounds} such round(s).")
+        out.print(f"  What fits: {counted(rounds, 'such round')}.")
         if noise is None:
             out.print(f"  All {report['rounds']} rounds fit at no noise multiplier.")
         else:
@@ -438,7 +440,7 @@ def _simulated(
 def _print_frontier(found: dict[str, Any]) -> None:
     out.print(
         f"\nWhat each epsilon buys. Record level, add-or-remove-one, local noise, delta {found['delta']:g}; adversary: {ADVERSARY}.\n"
-        f"  {found['metric'].upper()} of simulated runs: mean ± standard deviation over {found['seeds']} seed(s), each with a split, an "
+        f"  {found['metric'].upper()} of simulated runs: mean ± standard deviation over {counted(found['seeds'], 'seed')}, each with a split, an "
         f"initial model and noise of its own;\n  {found['measured_on']}. Cap, filter and odometer are epsilons; noise is the noise multiplier, which the filter calibrates for the cap. A "
         "simulation is on the data of this configuration, and no promise for others."
     )

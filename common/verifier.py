@@ -122,7 +122,7 @@ MEANS = {
     "tail": "Only their owner has signed for these last entries: they could still be taken back unseen.",
     "open_run": "The run was never finished, so nobody's signatures vouch for its end yet.",
     "no_runs": "Nothing was done under this charter yet.",
-    "recovered": "A crash while writing; what was cut off had not been acted on.",
+    "recovered": "The last line was not whole when the node was started, and was cut off: by its owner's word a crash, nothing acted on.",
     "restored": "The ledger came from a backup: what was spent after that backup is lost, unless heads or copies show it.",
     "uncommitted": "A crash or failure between charge and answer; nothing left the node, and the charge stands.",
     "unreleased": "What this run did not use is still reserved: the budget shows more taken than was spent.",
@@ -530,7 +530,7 @@ def _renyi(q: float, sigma: float, order: int) -> float:
     ]
     top = max(logs)
     excess = top + log(math.fsum(math.exp(value - top) for value in logs))  # ln(A - 1)
-    return (math.log1p(math.exp(excess)) if excess < 0 else excess + math.log1p(math.exp(-excess))) / (order - 1)
+    return (max(0.0, excess) + math.log1p(math.exp(-abs(excess)))) / (order - 1)
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
@@ -610,6 +610,11 @@ def _renyi_sum(history: History, order: int) -> float:
     return math.fsum(steps * _renyi(q, sigma, order) for (q, sigma), steps in history)
 
 
+def _noticed(q: float, sigma: float) -> float:
+    """Total variation of one step with and without a record: q times that of two normal distributions 1/sigma apart."""
+    return q * math.erf(1 / (math.sqrt(8) * sigma))
+
+
 def _converted(rho: float, order: int, delta: float) -> float:
     """From Renyi divergence to epsilon at delta (Canonne, Kamath & Steinke 2004.00010, Prop. 12)."""
     return max(0.0, rho + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
@@ -680,7 +685,7 @@ class Odometer:
     def _read(self, history: History, delta: float, interval: float) -> Reading:
         if all(q == 1 for (q, _), _ in history):
             return Reading(_gaussian_epsilon(_mu(history), delta) if history else 0.0)
-        noticed = sorted((n * q * math.erf(1 / (math.sqrt(8) * sigma)), ((q, sigma), n)) for (q, sigma), n in history)
+        noticed = sorted((n * _noticed(q, sigma), ((q, sigma), n)) for (q, sigma), n in history)
         if math.fsum(chance for chance, _ in noticed) * (1 + 1e-9) < delta:
             return Reading(0.0)
         few = itertools.accumulate(chance for chance, _ in noticed)
@@ -903,7 +908,7 @@ class Terms:
         if {purpose: event for purpose, (_, event) in plan.items()} != self.plan:
             raise Bad("terms", "the plan's events are not the charter's")
         if plan["train"][0] != self.rounds or any(count > self.rounds for count, _ in plan.values()):
-            raise Bad("terms", f"the plan's counts do not fit the charter's {self.rounds} round(s)")
+            raise Bad("terms", f"the plan's counts do not fit the charter's number of rounds, {self.rounds}")
 
     def check_clip(self, purpose: str, clip_norm: str | None) -> None:
         """Return when a debit names the charter's clipping norm (evaluation has sensitivity 1, hence none)."""
@@ -1578,7 +1583,7 @@ class Partner(Book):
             what = f"the budget came with another charter: epsilon {account.budget.epsilon!r} at delta "
             self.report.warn("other_charter", self.file, account.budget_line, what + repr(account.budget.delta))
         if others := [point["entry"] for point, _, own in account.debits if not own]:
-            what = f"{len(others)} debit(s) under other charters on the same lineage: charged, their terms were not checked"
+            what = f"debits under other charters on the same lineage ({len(others)}): charged, their terms were not checked"
             self.report.warn("other_charter", self.file, others[0], what)
         own = [(point["entry"], event) for point, event, own in account.debits if own]
         few = len(account.spent(own=True)) <= 16
@@ -1672,7 +1677,7 @@ class Runs(Book):
         ):
             raise Bad("record", "not the number of rounds and the model of the last one")
         if (b["why"] == "completed") != (b["rounds"] == self.terms.rounds):
-            raise Bad("record", f"{b['why']} after {b['rounds']} of {self.terms.rounds} round(s)")
+            raise Bad("record", f"{b['why']} at round {b['rounds']} of {self.terms.rounds}")
 
 
 DONE = ("ok", "failed")  # outcomes of work that the partner did and committed a reply to
@@ -2564,7 +2569,7 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
         }
         found |= dict.fromkeys(members, summary)
     if lost := sum(1 for summary in found.values() if summary["uncommitted_debits"]):
-        what = f"{lost} client(s) with a debit without a commit: it stays charged"
+        what = f"clients with a debit without a commit ({lost}): it stays charged"
         bill.report.warn("uncommitted", book.file, None, what)
     return {f"client-{number:04d}": found[number] for number in sorted(found)}
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..common.accounting import odometer
 from ..common.charter import ADVERSARY
 from ..common.config import Federation
-from ..common.errors import ConfigError, OutputError, Refusal, Refused, RunFailed
+from ..common.errors import ConfigError, OutputError, Refusal, Refused, RunFailed, counted
 from ..common.identity import write_whole
 from ..common.plan import budget_of, calibrated, events_of, plan_of
 from ..common.tasks import load_task
@@ -129,7 +129,7 @@ class Frontier:
             f"epsilon: cap enforced by the filter (delta {report['delta']:g}, record level, add-or-remove-one, local noise)",
             fontsize=9,
         )
-        axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {report['seeds']} simulated run(s)")
+        axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {counted(report['seeds'], 'simulated run')}")
         axes.set_title("Adversary: everyone but the partner itself", fontsize=9, loc="left")
         axes.grid(alpha=0.25)
         # Below the axes: inside them there is no place that no point, bar or line may need.

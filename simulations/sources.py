@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ..clients.datasets import Rows
-from ..common.errors import DataError
+from ..common.errors import DataError, counted
 
 __all__ = ["packaged", "population", "synthetic"]
 
@@ -94,7 +94,7 @@ def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read: {error}", _INSTALL) from None
     start = 4 + 4 * dimensions
     if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < start:
-        raise DataError(f"{path} is not an IDX file of bytes in {dimensions} dimension(s)", _INSTALL)
+        raise DataError(f"{path} is not an IDX file of bytes in {counted(dimensions, 'dimension')}", _INSTALL)
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4))
     if len(raw) - start != math.prod(shape):
         raise DataError(f"{path} holds {len(raw) - start} values; its header says {math.prod(shape)}", _INSTALL)

@@ -31,7 +31,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from hansa.clients import node as node_module
 from hansa.clients.link import NodeLink, run_links
 from hansa.clients.node import Site, assemble
-from hansa.clients.registry import DataFiles, Registry
+from hansa.clients.registrations import DataFiles
+from hansa.clients.registry import Registry
 from hansa.clients.settings import NodeSettings, load_settings
 from hansa.common.certificates import ENDORSEMENT_OID
 from hansa.common.charter import SignedCharter, draft

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from hansa.clients.node import Site, assemble
-from hansa.clients.registry import DataFiles, Registry, Rules
+from hansa.clients.registrations import DataFiles
+from hansa.clients.registry import Registry, Rules
 from hansa.clients.settings import NodeSettings, load_settings
 from hansa.common.charter import SignedCharter, draft
 from hansa.common.config import Federation

@@ -35,7 +35,8 @@ from hansa.clients import registry as registry_module
 from hansa.clients.datasets import Rows, Split
 from hansa.clients.law import Control
 from hansa.clients.node import Site, assemble
-from hansa.clients.registry import DataFiles, Registry, Relation, Rules
+from hansa.clients.registrations import DataFiles
+from hansa.clients.registry import Registry, Relation, Rules
 from hansa.clients.settings import FederationEntry, NodeSettings, SiteSettings
 from hansa.common import charter as charter_module
 from hansa.common import heads as heads_module

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from rich.console import Console
 from hansa.clients import bill
 from hansa.clients.bill import budget_report, history
 from hansa.clients.bill_show import plot_budget, print_budget
-from hansa.clients.registry import DataFiles, Registry, Relation, Rules
+from hansa.clients.registrations import DataFiles
+from hansa.clients.registry import Registry, Relation, Rules
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
 from hansa.common.cli import run
 from hansa.common.config import load_config
@@ -115,8 +118,8 @@ def test_what_one_more_run_costs_and_how_many_fit(realm: Realm) -> None:
         assert BUDGET.admits([ROUND] * (2 + 2 * count))
         assert not BUDGET.admits([ROUND] * (4 + 2 * count))
     text = shown(budget_report(settings, config(realm)))
-    assert f"fits: {count} such run(s), one after the other" in text
-    assert "2 x train: 1 step(s), noise multiplier 10.0, sampling rate 1.0" in text
+    assert f"fits: {count} such runs, one after the other" in text
+    assert "2 x train: 1 step, noise multiplier 10.0, sampling rate 1.0" in text
 
 
 def test_the_runs_that_it_says_fit_are_accepted_and_no_more(realm: Realm) -> None:
@@ -222,3 +225,47 @@ def test_it_tells_what_the_entries_say(realm: Realm) -> None:
     (lineage,) = budget_report(realm.settings("ada"))["lineages"]
     assert lineage["budget"]["spent_filter"] == BUDGET.spent(events)
     assert lineage["budget"]["spent_odometer"] == odometer(events, 1e-3)
+
+
+def test_the_report_fits_80_columns_whatever_the_charter_is_called(realm: Realm) -> None:
+    signed = realm.charter("a-charter-with-a-name-of-some-length-" + "x" * 20)
+    for name in NAMES:
+        realm.start(name, signed)
+    for number in range(9):
+        realm.run(f"run-{number}", signed)
+    settings = realm.settings("ada", signed)
+    long = [line for line in shown(budget_report(settings, config(realm))).splitlines() if len(line) > 80]
+    assert [line for line in long if signed.charter.name not in line and str(realm.root) not in line] == [], (
+        "a name may be as long as it likes"
+    )
+
+
+def test_the_axis_of_time_says_which_day_and_that_it_is_utc(realm: Realm) -> None:
+    realm.run("run-1")
+    report = budget_report(realm.settings("ada"))
+    (lineage,) = report["lineages"]
+    to = realm.root / "budget.svg"
+    plot_budget(report, to)
+    day = lineage["history"][0]["time"][:10]
+    assert f"<!-- time (UTC), {day} -->" in to.read_text()
+    lineage["history"][0]["time"] = "2026-01-31T23:50:00Z"
+    plot_budget(report, to)
+    assert f"<!-- time (UTC), 2026-01-31 to {lineage['history'][-1]['time'][:10]} -->" in to.read_text()
+
+
+def test_reports_need_no_tasks_and_no_torch(realm: Realm) -> None:
+    """torch takes seconds to load: whoever asks what is left of a budget, or which data is registered, should not wait for it."""
+    realm.run("run-1")
+    home = realm.settings("ada").home
+    program = (
+        "import sys\n"
+        "from hansa.common.cli import run\n"
+        "code = run(['node', 'budget', '--plan', 'first.json']) or run(['node', 'dataset', 'list'])\n"
+        "sys.exit(code or ('torch' in sys.modules and 'torch was loaded'))"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / ".dev")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=home, env=here, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{TASK}: the first" in done.stdout

@@ -122,12 +122,12 @@ def test_what_a_planned_run_costs_and_a_plot(realm: Realm, node: Screen) -> None
         realm.start(name)
     assert "nothing was spent or held yet" in node("budget", "--plot", "budget.svg", code=2)
     assert "nothing was asked for yet" in node("budget")
-    assert " such run(s), one after the other" in node("budget", "--plan", "first.json")
+    assert " such runs, one after the other" in node("budget", "--plan", "first.json")
     realm.run("run-1")
     (one,) = node.json("budget", "--plan", "first.json")["plan"]["lineages"]
     assert one["fits"] > 1
     shown = node("budget", "--plan", "first.json", "--plot", "plots/budget.svg")
-    assert f"fits: {one['fits']} such run(s)" in shown
+    assert f"fits: {one['fits']} such runs" in shown
     assert "odometer" in shown
     assert Path("plots/budget.svg").read_bytes().startswith(b"<?xml")
     assert "No such file" in node("budget", "--plan", "none.yaml", code=2)
@@ -207,7 +207,7 @@ def test_budget_beside_every_cap(realm: Realm, node: Screen) -> None:
         "waits for you",
     ):
         assert words in shown
-    assert "run run-1 (first): closed, 2 round(s) debited" in shown
+    assert "run run-1 (first): closed, 2 rounds debited" in shown
 
 
 def test_what_a_steward_says_while_it_runs(realm: Realm, node: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_show_says_what_it_is_and_whose_word_is_whose(kept: Path, bundle: Path) 
     shown = call("model", "show", kept, "--charter", charter).expect(0)
     manifest = json.loads((kept / "model.json").read_bytes())
     shown.says(
-        "task heart-disease", manifest["model_sha256"], "weight", "[2, 35]", f"run {kept.name}, 1 round(s); SIMULATED",
+        "task heart-disease", manifest["model_sha256"], "weight", "[2, 35]", f"run {kept.name}, 1 round; SIMULATED",
         f"charter heart, sha-256 {manifest['charter_sha256']}",
         "at most epsilon 1.0 at delta 0.0001", "one record of one partner", "add-or-remove-one", "noise: local",
         "adversary: everyone but the partner itself", "auc 0.", "public evaluation", "the coordinator's word", "VERIFIED",
@@ -186,6 +186,6 @@ def test_predict_refuses(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     rows = rows_of(HUNGARY)
     bad = write_rows(tmp_path / "bad.csv", [{**rows[0], "age": "many"}])
-    call("model", "predict", kept, bad, "--out", target).expect(2).says("break the schema", "many")
+    call("model", "predict", kept, bad, "--out", target).expect(2).says("outside the schema", "many")
     call("model", "predict", kept, tmp_path / "none.csv", "--out", target).expect(2).says("no data file")
     assert not target.exists()

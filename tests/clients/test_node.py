@@ -20,7 +20,8 @@ from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.law import Control
 from hansa.clients.node import assemble
 from hansa.clients.preflight import check
-from hansa.clients.registry import DataFiles, Registry
+from hansa.clients.registrations import DataFiles
+from hansa.clients.registry import Registry
 from hansa.common.charter import SignedCharter
 from hansa.common.errors import (
     CharterError,

@@ -14,7 +14,8 @@ import pytest
 from hansa.clients import registry as module
 from hansa.clients.datasets import Declaration
 from hansa.clients.node import assemble
-from hansa.clients.registry import DataFiles, Registered, Registry, Relation, Rules, serving
+from hansa.clients.registrations import DataFiles, serving
+from hansa.clients.registry import Registered, Registry, Relation, Rules
 from hansa.clients.standing import Standing
 from hansa.common.errors import CharterError, ConfigError, DataError, LedgerError, OutputError, Refusal, Refused
 from hansa.common.events import EventLog
@@ -112,7 +113,7 @@ def test_the_same_rows_in_another_order_are_rows_of_the_first(desk: Desk) -> Non
     desk.record()
     with pytest.raises(DataError, match="What has this one to do with it"):
         desk.add(desk.file(1, 0))
-    with pytest.raises(DataError, match=r"was registered on|look like"):
+    with pytest.raises(DataError, match=r"was registered on|cannot be told from"):
         desk.add(desk.file(1, 0), collected_from=TODAY.isoformat())
     shared = desk.add(desk.file(1, 0), overlaps=(TASK,))
     assert shared.dataset.lineage == desk.registry.all()[0].dataset.lineage
@@ -205,7 +206,7 @@ def test_two_budgets_are_never_shared(desk: Desk, monkeypatch: pytest.MonkeyPatc
         desk.add(desk.file(0, 1), overlaps=("old", "new"))
     assert "Split the file" in caught.value.hint
     for relation in ({"version_of": "new"}, {"overlaps": ("new",)}):
-        with pytest.raises(DataError, match=r"60 row\(s\) of .* look like rows of old"):
+        with pytest.raises(DataError, match=r"60 rows of .* cannot be told from rows of old"):
             desk.add(desk.file(0, 1), **relation)
     desk.said.clear()
     desk.add(desk.file(1, 2), version_of="new")
@@ -279,7 +280,7 @@ def test_a_row_that_looks_like_an_earlier_one_is_refused(
         apart = desk.file(1, name="apart.csv", extra=(row,))
     else:
         new = desk.file(2, name="new.csv", extra=(",".join(cells),))
-    with pytest.raises(DataError, match=r"1 row\(s\) of .* look like rows of .* \(rows 61\)") as caught:
+    with pytest.raises(DataError, match=r"1 row of .* cannot be told from rows of .* \(rows 61\)") as caught:
         desk.registry.add(DataFiles(TASK, new, apart), relation=Relation(collected_from=day))
     assert "--overlaps" in caught.value.hint
     assert desk.names() == [TASK]
@@ -297,7 +298,7 @@ def test_rows_that_were_private_do_not_become_public_by_a_new_version(desk: Desk
     public = desk.file(3, name="public.csv", extra=(row,))
     files = DataFiles(TASK, desk.file(1), public)
     relation = Relation(version_of=TASK)
-    with pytest.raises(DataError, match=r"1 row\(s\) of .* look like private rows of heart-disease \(rows 61\)"):
+    with pytest.raises(DataError, match=r"1 row of .* cannot be told from private rows of heart-disease \(rows 61\)"):
         desk.registry.add(files, Rules(public=True), relation=relation)
     assert desk.names() == [TASK]
     desk.registry.add(files, Rules(public=True, allow_equal_rows=True), relation=relation)

@@ -500,6 +500,16 @@ def test_it_does_not_write_into_the_evidence(
     assert list((tmp_path / "bundle").iterdir()) == []
 
 
+def test_a_report_is_a_page_and_says_how_it_becomes_a_pdf(
+    audited: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("report.pdf", "report.PDF", "report.json", "report"):
+        assert audited(verdicts.verdict(), "--report", tmp_path / name) == 2
+        assert "print it to PDF" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+    assert audited(verdicts.verdict(), "--report", tmp_path / "report.HTM") == 0
+
+
 def test_an_unreadable_bundle_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["audit", str(tmp_path / "none"), "--report", str(tmp_path / "report.html")]) == 2
     assert not (tmp_path / "report.html").exists()

@@ -216,7 +216,7 @@ def test_words_say_what_is_agreed() -> None:
         "noise: local, Gaussian, 4 x the clipping norm 1",
         "adversary: everyone but the partner itself: the coordinator, the other partners",
         "SIMULATED",
-        "3 round(s) of fedavg, 1 local step(s) of sgd",
+        "3 rounds of fedavg, 1 local step of sgd",
         "at least 2 answer within 60 s",
         "Everyone gets it.",
         "To learn.",

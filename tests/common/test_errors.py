@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from hansa.common import errors
-from hansa.common.errors import HansaError, Refusal, Refused, RunFailed, SchemaViolation
+from hansa.common.errors import HansaError, Refusal, Refused, RunFailed, SchemaViolation, counted
 
 
 def test_one_tree_and_it_is_drawn() -> None:
@@ -33,6 +33,12 @@ def test_a_refusal_names_its_reason() -> None:
 
 def test_a_schema_violation_shows_twenty_rows() -> None:
     made = SchemaViolation("f.csv", [(i, "age", str(i), "0 to 9") for i in range(25)])
-    assert "25 value(s)" in made.message
+    assert "25 values" in made.message
     assert "and 5 more" in made.message
     assert len(made.rows) == 25
+
+
+def test_things_are_counted_in_words() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert counted(1, "entry", "entries") == "1 entry"
+    assert counted(3, "entry", "entries") == "3 entries"

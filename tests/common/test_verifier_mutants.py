@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy.special import erfc, erfcx
+from scipy.stats import norm
 
 from hansa.common import accounting, verifier
 from hansa.common.identity import Envelope, canonical, public_pem, write_envelope
@@ -932,6 +934,29 @@ def test_numbers_that_agree() -> None:
         assert not verifier._same(1, odd)
     assert verifier._same(10.0, 10.01, verifier.ODOMETERS)
     assert not verifier._same(10.0, 10.03, verifier.ODOMETERS)
+
+
+def test_how_likely_one_step_notices_a_record() -> None:
+    for q, sigma in ((1.0, 0.3), (0.5, 1.0), (0.01, 2.5), (1e-9, 40.0)):
+        wanted = q * (2 * norm.cdf(1 / (2 * sigma)) - 1)
+        assert math.isclose(verifier._noticed(q, sigma), wanted, rel_tol=1e-12)
+
+
+def test_the_renyi_divergence_of_a_step_where_it_is_small_and_where_it_is_large() -> None:
+    """ln(1 + e^x) both ways, against a plain sum of whole numbers' binomials."""
+    for q, sigma, order in ((0.5, 0.3, 8), (0.5, 1.0, 4), (0.1, 2.0, 2), (0.9, 0.5, 3), (1e-6, 1.0, 2)):
+        terms = (
+            math.comb(order, k)
+            * Fraction(1 - Fraction(q)) ** (order - k)
+            * Fraction(q) ** k
+            * Fraction(math.exp(k * (k - 1) / (2 * sigma**2)))
+            for k in range(order + 1)
+        )
+        assert math.isclose(verifier._renyi(q, sigma, order), math.log1p(sum(terms) - 1) / (order - 1), rel_tol=1e-9)
+
+
+def test_no_loss_at_all_has_no_epsilon() -> None:
+    assert verifier._gaussian_epsilon(0.0, 1e-5) == 0.0
 
 
 def test_metrics_that_agree() -> None:

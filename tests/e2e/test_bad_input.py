@@ -62,7 +62,7 @@ def refused(folder: Path, text: str, code: int, *words: str) -> None:
         ("clip_norm: 1.0", "clip_norm: 1.0, eps: 2", ["privacy.eps: unknown key (found 2); here: epsilon"]),
         ("quorum: 2", "quorum: 2\nquorum: 3", ["c.yaml:15:1", "key 'quorum' given twice"]),
         ("quorum: 2\n", "", ["c.yaml:1: quorum: missing; it is required"]),
-        ("quorum: 2", "quorum: 9", ["quorum 9 is more than the 4 partner(s) asked in a round"]),
+        ("quorum: 2", "quorum: 9", ["quorum 9 is more than the 4 partners asked in a round"]),
         ("rounds: 1", "rounds: many", ["c.yaml:10: algorithm.rounds", "valid integer", "found 'many'"]),
         ("epsilon: 1.0", "epsilon: 0", ["c.yaml:12: privacy.epsilon", "greater than 0 (found 0)"]),
         ("epsilon: 1.0", "epsilon: -1", ["c.yaml:12: privacy.epsilon", "greater than 0 (found -1)"]),
@@ -112,7 +112,7 @@ def test_more_rounds_than_the_budget_pays_are_refused_before_training(tmp_path: 
     text = GOOD.replace("rounds: 1", "rounds: 500").replace("clip_norm: 1.0", "clip_norm: 1.0, noise_multiplier: 26.0")
     config, out = write(tmp_path / "c.yaml", text), tmp_path / "out"
     call("plan", config).expect(1).says(
-        "does not fit", "28 such round(s) fit", "Fewer rounds, more noise, or a larger cap"
+        "does not fit", "28 such rounds fit", "Fewer rounds, more noise, or a larger cap"
     )
     done = call("simulate", config, "--out", out).expect(1)
     done.says(
@@ -151,7 +151,7 @@ def every(column: str, value: str) -> Callable[[Rows], Any]:
     return lambda rows: [row.update({column: value}) for row in rows]
 
 
-SCHEMA = ["hungary.csv: 1 value(s) break the schema; nothing was loaded", "Correct the file, or widen the schema"]
+SCHEMA = ["hungary.csv: 1 value outside the schema; nothing was loaded", "Correct the file, or widen the schema"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_data(change: Callable[[Rows], Any], code: int, words: list[str], tmp_pa
     write_rows(file, rows) if rows else file.write_text(",".join(good[0]) + "\n")
     text = GOOD.replace("package:heart-disease/hungary.csv", "hungary.csv")
     refused(tmp_path, text, code, *words)
-    if "break the schema" in words[0]:
+    if "outside the schema" in words[0]:
         call("task", "check", "heart-disease", file).expect(2).says(*words)
 
 

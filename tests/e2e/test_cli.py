@@ -194,11 +194,8 @@ def test_a_file_of_another_kind_is_told_apart(command: list[str], kind: str, tmp
         case _:
             path.write_text('{"payload": "e30=", "payloadType": 1, "signatures": []}\n')
     done = call(*command, path)
-    if command == ["ledger", "show"] and kind == "empty":
-        done.expect(0)
-    else:
-        assert done.expect(done.code).code in (1, 2), done.text
-        done.says("odd")
+    assert done.expect(done.code).code in (1, 2), done.text
+    done.says("odd")
 
 
 def test_a_real_process_ends_with_the_same_codes(demo_run: DemoRun, tmp_path: Path) -> None:
@@ -242,7 +239,7 @@ def test_plan_says_whether_it_fits(demo_run: DemoRun, tmp_path: Path) -> None:
         privacy="{kind: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0, noise_multiplier: 2.0}", rounds=10
     )
     call("plan", write(tmp_path / "bold.yaml", bold)).expect(1).says(
-        "does not fit", "round(s) fit", "Fewer rounds, more noise"
+        "does not fit", "such round", "Fewer rounds, more noise"
     )
     assert not call("plan", tmp_path / "bold.yaml", "--format", "json").expect(1).json()["fits"]
     # On a data set that spent its budget the same run no longer fits: its noise is the charter's, and no ledger changes it.
@@ -251,7 +248,7 @@ def test_plan_says_whether_it_fits(demo_run: DemoRun, tmp_path: Path) -> None:
         "was spent before this run",
         "is left",
         "does not fit: the node with this ledger would refuse it",
-        "0 such round(s)",
+        "0 such rounds",
     )
     refused = call("plan", fits, "--ledger", spent, "--format", "json").expect(1).json()
     assert refused["noise_multiplier"] == report["noise_multiplier"]
@@ -278,7 +275,7 @@ def test_charter_verify_and_ledger_verify(demo_run: DemoRun, bundle: Path) -> No
     assert "ledger.jsonl:6: sequence number 6, wanted 5" in done["problem"]
     book.write_bytes(b"".join(lines)[:-20])
     call("ledger", "verify", book).expect(1).says(f"ledger.jsonl:{len(lines)}: torn last line")
-    call("ledger", "show", book).expect(0).says("torn last line")
+    call("ledger", "show", book).expect(1).says("torn last line", "somebody cut the file")
 
 
 # -- a charter between people ----------------------------------------------------------------------------------------
