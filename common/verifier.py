@@ -2291,12 +2291,12 @@ def _check_model(root: Path, report: Report, book: Runs, closings: list[dict[str
         report.wrong(bad.code, file, None, str(bad))
 
 
-def _same(a: Any, b: Any, within: float = 1e-6) -> bool:
-    """Two numbers (or two nulls) that agree."""
+def _same(a: Any, b: Any, within: float = 1e-6, small: float = 1e-3) -> bool:
+    """Two numbers (or two nulls) that agree: relatively, and where one is above `small` also absolutely."""
     if a is None or b is None:
         return a is b
     numbers = all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e300 for n in (a, b))
-    return numbers and math.isclose(a, b, rel_tol=within, abs_tol=within if max(a, b) > 1e-3 else 0)
+    return numbers and math.isclose(a, b, rel_tol=within, abs_tol=within if max(a, b) > small else 0)
 
 
 def _check_result(
@@ -2336,7 +2336,8 @@ def _check_result(
                     raise Bad("result", f"{name}: {key} is missing")
                 wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
                 if key in claims and partners[name]["whole"] and not (key == "epsilon" and name in coarse):
-                    _compare(report, f"{name}: {key}", claims[key], wanted, ODOMETERS if key == "epsilon" else 1e-6)
+                    within = {"within": ODOMETERS, "small": 0.0} if key == "epsilon" else {}
+                    _compare(report, f"{name}: {key}", claims[key], wanted, **within)
         if book.whole:
             _check_rounds(result, book.runs)
         listed = result.get("refusals")
@@ -2354,8 +2355,8 @@ def _check_result(
         report.wrong("result", file, None, f"malformed ({_show(str(err))})")
 
 
-def _compare(report: Report, what: str, said: Any, wanted: float | None, within: float = 1e-6) -> None:
-    if not _same(said, wanted, within):
+def _compare(report: Report, what: str, said: Any, wanted: float | None, **within: float) -> None:
+    if not _same(said, wanted, **within):
         report.wrong("result", "result.json", None, f"{what} is {_show(said)}, here it is {wanted}")
 
 

@@ -39,7 +39,7 @@ from hansa.common.verifier import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bundles import NONE, OTHER, Draft, Item, Kept, Shape, dataset, digest, identity, result_for
+from bundles import NONE, OTHER, Draft, Item, Kept, Shape, dataset, digest, honest, identity, result_for
 from test_verifier import (
     CLIENTS,
     COORD,
@@ -957,6 +957,21 @@ def test_the_renyi_divergence_of_a_step_where_it_is_small_and_where_it_is_large(
 
 def test_no_loss_at_all_has_no_epsilon() -> None:
     assert verifier._gaussian_epsilon(0.0, 1e-5) == 0.0
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.0033, 44.0, 61), (0.0017, 40.0, 22), (1e-7, 5.0, 3)])
+def test_a_tiny_epsilon_by_another_odometer_is_no_false_alarm(
+    tmp_path: Path, q: float, sigma: float, steps: int
+) -> None:
+    """The node's and the verifier's odometer differ absolutely by up to some 10⁻⁴, which of a tiny epsilon is a lot."""
+    made = honest(Shape(partners=2, rounds=2, q=q, sigma=sigma, steps=steps))
+    made.result = result_for(made, verdict_of(made.write(tmp_path / "b")))
+    for one in made.result["partners"].values():
+        one["epsilon"] = accounting.odometer([accounting.PrivacyEvent(q, sigma, 2 * steps)], one["delta"])
+    assert verdict_of(made.write(tmp_path / "b"))["violations"] == []
+    for one in made.result["partners"].values():
+        one["epsilon"] += 3e-3
+    assert places(verdict_of(made.write(tmp_path / "b"))) == {("result", "result.json", None)}
 
 
 def test_metrics_that_agree() -> None:
