@@ -302,7 +302,7 @@ def test_two_partners_who_were_told_different_things(changes: dict[str, Any]) ->
     words = {name: one.word for name, (_, one) in sent.items()}
     with refused(Refusal.SECAGG_SURVIVORS, "p001 took part in another attempt"):
         who.agree(agreement, "p000", words)
-    with pytest.raises(Refused, match="took part in another attempt|not in the roster"):
+    with pytest.raises(Refused, match=r"took part in another attempt|not in the roster"):
         who.agree(other, "p001", words)
     with pytest.raises((Refused, MessageError)):
         Sum(agreement).add("p001", *sent["p001"], who.keys["p001"])
@@ -460,15 +460,15 @@ def test_vectors_of_another_length_or_ring() -> None:
 
 
 def opened_by_split_views(
-    who: People, agreement: Agreement, views: Mapping[str, set[str]], target: set[str], colluding: set[str]
+    agreement: Agreement, views: Mapping[str, set[str]], target: set[str], colluding: set[str]
 ) -> set[str]:
     """Which of `target`'s masks the coordinator could NOT remove if everybody revealed for the list that it was shown (`views`).
 
-    Plays the protocol without its second exchange: what each honest partner reveals for its own list.
+    The protocol without its second exchange: what each honest partner reveals for its own list, but a share of its own mask.
     """
     missing = set()
     for victim in target:
-        shares = {n for n, view in views.items() if victim in view and n != victim} | colluding | {victim}
+        shares = {n for n, view in views.items() if victim in view and n != victim} | colluding  # its own one not
         if len(shares) < agreement.threshold:
             missing.add(f"own mask of {victim}")
         for peer in set(agreement.roster) - target - colluding:
@@ -486,7 +486,9 @@ def test_without_signed_lists_one_vector_is_opened_and_with_them_it_is_not() -> 
     victim, a, b, c = agreement.roster
     views = {victim: {victim, b, c}, a: {victim, a, c}, b: {a, b, c}}
     assert all(len(view) >= agreement.quorum and name in view for name, view in views.items())
-    assert opened_by_split_views(who, agreement, views, {victim}, {c}) == set()
+    # All but its own share of its own mask; had it revealed that one too, nothing would be left.
+    assert opened_by_split_views(agreement, views, {victim}, {c}) == {f"own mask of {victim}"}
+    assert opened_by_split_views(agreement, views, {victim}, {c, victim}) == set()
     # The real thing: each honest partner signs the list that it is shown; no list has a threshold of signatures, with c's under all.
     one = Attempt(who, agreement, vectors(agreement.roster, 32, 5, 11))
     one.play()
@@ -497,6 +499,19 @@ def test_without_signed_lists_one_vector_is_opened_and_with_them_it_is_not() -> 
         with refused(Refusal.SECAGG_SURVIVORS, "2 signatures under this list of survivors, needed are 3"):
             shares = {n: s for n, s in one.sum.shares(asked).items() if n in view}
             who.reveal(agreement, asked, sorted(view), signatures, shares)
+
+
+def test_without_signed_lists_a_sum_of_fewer_than_the_quorum_is_opened() -> None:
+    """Ten partners, nobody colludes, quorum and threshold 6: four vectors come out alone, though nobody reveals its own share."""
+    who = people(10)
+    agreement = who.agreement()
+    assert (agreement.threshold, agreement.quorum) == (6, 6)
+    q, x, z = (set(agreement.roster[a:b]) for a, b in ((0, 4), (4, 7), (7, 10)))
+    views = {name: q | z for name in q} | {name: q | x for name in x} | {name: x | z for name in z}
+    assert all(len(view) >= 6 and name in view for name, view in views.items())
+    assert opened_by_split_views(agreement, views, q, set()) == set()
+    one = {name: set(agreement.roster) for name in agreement.roster}
+    assert opened_by_split_views(agreement, one, q, set()) != set()  # where all are shown the same, it is not
 
 
 def test_no_two_lists_get_a_threshold_of_signatures() -> None:
