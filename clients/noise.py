@@ -7,9 +7,12 @@ partitions only.
 
 from __future__ import annotations
 
+import decimal
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -69,6 +72,42 @@ class SecureNoise:
         values *= std / math.sqrt(_DRAWS)
         return values
 
+    def discrete_gaussian(self, n: int, std: float) -> NDArray[np.int64]:
+        """Independent draws from the discrete Gaussian: P[k] proportional to exp(−k²/(2·std²)), k an integer.
+
+        Exact: no float rounds a probability (Canonne, Kamath & Steinke 2004.00010, algorithms 1 to 3). Where they toss a coin of
+        probability exp(−x), the first 64 bits of a uniform real are compared with a float that is known to 2⁻⁴⁰; when these do not
+        decide, more bits and digits are taken until they do.
+
+        Args:
+            n: how many.
+            std: the parameter σ, as exactly the rational number that this float is. The variance is at most σ².
+
+        Returns:
+            int64 [n].
+
+        Raises:
+            ConfigError: std is not above 0, or is above 2⁴⁰.
+        """
+        if not 0 < std <= 2**40:
+            raise ConfigError(f"the parameter of discrete noise is {std}", "It must lie above 0 and at most 2^40.")
+        variance = Fraction(std) ** 2
+        scale = math.isqrt(variance.numerator // variance.denominator) + 1
+        centre, words = float(variance / scale), _Words(_keystream())
+        made, have = np.empty(n, np.int64), 0
+        while have < n:
+            drawn = _discrete_laplace(words, 2 * (n - have) + 64, scale)
+            size = np.abs(drawn)
+            x = (size - centre) ** 2 / (2 * float(variance))
+
+            def exactly(i: int, size: NDArray[np.int64] = size) -> Fraction:
+                return (int(size[i]) - variance / scale) ** 2 / (2 * variance)
+
+            accepted = drawn[words.coins(x, exactly)][: n - have]
+            made[have : have + len(accepted)] = accepted
+            have += len(accepted)
+        return made
+
     def bernoulli(self, n: int, q: float) -> NDArray[np.bool_]:
         """Who takes part in a step: n independent coins (Poisson sampling).
 
@@ -88,6 +127,99 @@ class SecureNoise:
         if q == 1:
             return np.ones(n, dtype=np.bool_)  # the threshold 2⁶⁴ does not fit in 64 bits
         return _keystream()(n) < np.uint64(int(q * 2.0**64))
+
+
+_MARGIN = 2.0**-40
+"""What a float's probability may be off, relatively; its true error is below 2⁻⁴³ for |k| up to 64·std, beyond which it is 0 and
+the comparison is an exact one."""
+
+
+class _Words:
+    """Uniform 64-bit words, each the beginning of a uniform real number in [0, 1) whose other bits are drawn when they matter."""
+
+    def __init__(self, draw: Callable[[int], NDArray[np.uint64]]) -> None:
+        self._draw = draw
+
+    def below(self, n: int, limit: int) -> NDArray[np.int64]:
+        """n uniform integers from 0 to limit − 1."""
+        whole = 2**64 // limit * limit
+        made = self._draw(n)
+        while len(odd := np.flatnonzero(made > np.uint64(whole - 1))):
+            made = made.copy()
+            made[odd] = self._draw(len(odd))
+        return (made % np.uint64(limit)).astype(np.int64)
+
+    def coins(self, x: NDArray[np.float64], exactly: Callable[[int], Fraction]) -> NDArray[np.bool_]:
+        """Coins that are heads with probability exp(−x).
+
+        Args:
+            x: [n], from 0, as floats.
+            exactly: index -> the same as a rational number.
+        """
+        begins = self._draw(len(x))
+        share, likely = begins.astype(np.float64) * 2.0**-64, np.exp(-x)
+        slack = _MARGIN * likely + 2.0**-52 * share + 2.0**-62
+        heads: NDArray[np.bool_] = share < likely
+        for i in np.flatnonzero(np.abs(share - likely) <= slack):
+            heads[i] = self._less(int(begins[i]), exactly(int(i)))
+        return heads
+
+    def exponents(self, n: int) -> NDArray[np.int64]:
+        """n integers k with P[k ≥ j] = exp(−j): how often a coin of probability 1/e is heads before it is tails."""
+        begins = self._draw(n)
+        found = -np.log((begins.astype(np.float64) + 0.5) * 2.0**-64)
+        whole = np.floor(found)
+        near = np.abs(found - np.rint(found)) <= _MARGIN * (1 + found)
+        made = whole.astype(np.int64)
+        for i in np.flatnonzero(near | (begins < np.uint64(2**42))):
+            real = _Real(int(begins[i]), self._draw)
+            made[i] = next(j for j in itertools.count() if not real.less(Fraction(j + 1)))
+        return made
+
+    def signs(self, n: int) -> NDArray[np.bool_]:
+        """n fair coins."""
+        return np.unpackbits(self._draw(-(-n // 64)).view(np.uint8))[:n].astype(np.bool_)
+
+    def _less(self, begins: int, x: Fraction) -> bool:
+        return _Real(begins, self._draw).less(x)
+
+
+class _Real:
+    """A uniform real number in [0, 1), of which as many bits are drawn as are asked for."""
+
+    def __init__(self, begins: int, draw: Callable[[int], NDArray[np.uint64]]) -> None:
+        self._bits, self._size, self._draw = begins, 64, draw
+
+    def less(self, x: Fraction) -> bool:
+        """Whether it is below exp(−x)."""
+        while True:
+            low, high = _exp(x, self._size + 16)
+            if Fraction(self._bits + 1, 1 << self._size) <= low:
+                return True
+            if Fraction(self._bits, 1 << self._size) >= high:
+                return False
+            self._bits, self._size = self._bits << 64 | int(self._draw(1)[0]), self._size + 64
+
+
+def _exp(x: Fraction, bits: int) -> tuple[Fraction, Fraction]:
+    """Rational numbers around exp(−x), x from 0, at most 2^−bits apart."""
+    with decimal.localcontext() as context:
+        context.prec = bits // 3 + 30 + len(str(int(x)))
+        context.Emin = decimal.MIN_EMIN
+        # The quotient and its exponential are correctly rounded: each off by less than a unit of its last digit.
+        middle = Fraction((-decimal.Decimal(x.numerator) / decimal.Decimal(x.denominator)).exp())
+    slack = Fraction(1, 1 << (bits + 2))
+    return middle - slack, middle + slack
+
+
+def _discrete_laplace(words: _Words, n: int, scale: int) -> NDArray[np.int64]:
+    """At most n draws with P[k] proportional to exp(−|k|/scale) (2004.00010, algorithm 2); those that it rejects are left out."""
+    rest = words.below(n, scale)
+    rest = rest[words.coins(rest / scale, lambda i: Fraction(int(rest[i]), scale))]
+    made = rest + scale * words.exponents(len(rest))
+    negative = words.signs(len(made))
+    kept: NDArray[np.bool_] = ~(negative & (made == 0))  # one zero, not two
+    return np.where(negative, -made, made)[kept].astype(np.int64, copy=False)
 
 
 def _block(words: Callable[[int], NDArray[np.uint64]], size: int) -> NDArray[np.float64]:

@@ -63,6 +63,11 @@ BECAUSE = {
     Refusal.COHORT: "fewer partners take part than its site asks for",
     Refusal.RESTORED: "it was restored from a backup, and what was spent is not proved",
     Refusal.ROLLED_BACK: "its ledger is older than a head that it signed: it lost entries, or was set back",
+    Refusal.SECAGG_KEY: "a key for secure aggregation was not signed by its partner for this run",
+    Refusal.SECAGG_ROSTER: "those to be summed over were not partners of this charter, or not itself among them",
+    Refusal.SECAGG_TERMS: "the threshold, the quorum or the ring of secure aggregation was another than agreed",
+    Refusal.SECAGG_SURVIVORS: "it was asked to open a sum of too few, of others than took part, or a second sum",
+    Refusal.SECAGG_SHARE: "a share of a mask was not one, or from another attempt",
 }
 
 _CHECKED = {

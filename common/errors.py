@@ -145,6 +145,11 @@ class Refusal(StrEnum):
     COHORT = "cohort below this site's minimum"
     RESTORED = "restored from a backup, spending not proved"
     ROLLED_BACK = "ledger is older than a head that this node signed"
+    SECAGG_KEY = "secure aggregation key is not its partner's for this run"
+    SECAGG_ROSTER = "roster is not this charter's"
+    SECAGG_TERMS = "threshold, quorum or ring is not what was agreed"
+    SECAGG_SURVIVORS = "survivors are not those of one attempt"
+    SECAGG_SHARE = "share of a mask does not fit"
 
 
 class Refused(HansaError):
