@@ -507,7 +507,7 @@ def test_without_signed_lists_a_sum_of_fewer_than_the_quorum_is_opened() -> None
     agreement = who.agreement()
     assert (agreement.threshold, agreement.quorum) == (6, 6)
     q, x, z = (set(agreement.roster[a:b]) for a, b in ((0, 4), (4, 7), (7, 10)))
-    views = {name: q | z for name in q} | {name: q | x for name in x} | {name: x | z for name in z}
+    views = dict.fromkeys(q, q | z) | dict.fromkeys(x, q | x) | dict.fromkeys(z, x | z)
     assert all(len(view) >= 6 and name in view for name, view in views.items())
     assert opened_by_split_views(agreement, views, q, set()) == set()
     one = {name: set(agreement.roster) for name in agreement.roster}
