@@ -955,6 +955,16 @@ def test_the_renyi_divergence_of_a_step_where_it_is_small_and_where_it_is_large(
         assert math.isclose(verifier._renyi(q, sigma, order), math.log1p(sum(terms) - 1) / (order - 1), rel_tol=1e-9)
 
 
+def test_what_is_noticed_less_than_delta_has_no_epsilon() -> None:
+    """Where the total variations of all steps add up to less than delta nothing is composed, and epsilon is 0."""
+    one = verifier._noticed(1e-3, 5.0)
+    for count in (3, 9):
+        odometer = Odometer()
+        assert odometer.read((((1e-3, 5.0), count),), 10 * one) == Reading(0.0)
+        assert odometer.left == odometer.work
+    assert Odometer().read((((1e-3, 5.0), 200),), 10 * one).epsilon > 0.0
+
+
 def test_no_loss_at_all_has_no_epsilon() -> None:
     assert verifier._gaussian_epsilon(0.0, 1e-5) == 0.0
 
