@@ -106,7 +106,7 @@ class PrivacyEvent:
             LedgerError: unknown mechanism or version, missing or extra keys, non-canonical numbers, values out of
                 range.
         """
-        _keys(fields, {"mechanism", "q", "sigma", "steps"}, "privacy event")
+        check_keys(fields, {"mechanism", "q", "sigma", "steps"}, "privacy event")
         if fields["mechanism"] != _MECHANISM:
             raise LedgerError(
                 f"privacy event of an unknown mechanism {fields['mechanism']!r}",
@@ -116,7 +116,7 @@ class PrivacyEvent:
         if type(steps) is not int:
             raise LedgerError(f"privacy event: steps is {steps!r}, not a whole number", _EDITED)
         try:
-            return cls(_decimal(fields["q"], "q"), _decimal(fields["sigma"], "sigma"), steps)
+            return cls(decimal_of(fields["q"], "q"), decimal_of(fields["sigma"], "sigma"), steps)
         except (ConfigError, Refused) as error:
             raise LedgerError(f"privacy event: {error.message}", _EDITED) from error
 
@@ -234,16 +234,16 @@ class Budget:
             LedgerError: missing or extra keys, non-canonical numbers, values out of range, shares that sum to more
                 than delta.
         """
-        _keys(fields, {"epsilon", "delta", "orders", "gaussian_delta"}, "budget")
+        check_keys(fields, {"epsilon", "delta", "orders", "gaussian_delta"}, "budget")
         orders = fields["orders"]
         if not isinstance(orders, list) or not all(isinstance(o, list) and len(o) == 2 for o in orders):
             raise LedgerError(f"budget: orders {orders!r} is not a list of pairs", _EDITED)
         try:
             return cls(
-                _decimal(fields["epsilon"], "epsilon"),
-                _decimal(fields["delta"], "delta"),
-                tuple((alpha, _decimal(share, "share of delta")) for alpha, share in orders),
-                _decimal(fields["gaussian_delta"], "gaussian_delta"),
+                decimal_of(fields["epsilon"], "epsilon"),
+                decimal_of(fields["delta"], "delta"),
+                tuple((alpha, decimal_of(share, "share of delta")) for alpha, share in orders),
+                decimal_of(fields["gaussian_delta"], "gaussian_delta"),
             )
         except ConfigError as error:
             raise LedgerError(f"budget: {error.message}", _EDITED) from error
@@ -504,8 +504,12 @@ def _check_delta(delta: float) -> float:
     return delta
 
 
-def _decimal(value: object, name: str) -> float:
-    """A real as `repr` writes it: one spelling for one value."""
+def decimal_of(value: object, name: str) -> float:
+    """A ledger's real, as `repr` writes it: one spelling for one value.
+
+    Raises:
+        LedgerError: written otherwise, or no real.
+    """
     try:
         if isinstance(value, str) and repr(number := float(value)) == value:
             return number
@@ -514,6 +518,11 @@ def _decimal(value: object, name: str) -> float:
     raise LedgerError(f"{name} is {value!r}, not a canonical decimal string", _EDITED)
 
 
-def _keys(fields: Mapping[str, object], wanted: set[str], what: str) -> None:
+def check_keys(fields: Mapping[str, object], wanted: set[str], what: str) -> None:
+    """Return when a ledger's fields are exactly these.
+
+    Raises:
+        LedgerError: they are not.
+    """
     if set(fields) != wanted:
         raise LedgerError(f"{what} has the keys {sorted(fields)}, not {sorted(wanted)}", _EDITED)
