@@ -243,6 +243,9 @@ def _listing(root: Path, folder: str) -> list[str]:
         return []
 
 
+_NO_BRACKETS, _INNERMOST = re.compile(rb"[^\[\]{}]+"), re.compile(rb"\[\]|\{\}")
+
+
 def _json(data: bytes, floats: bool = False) -> Any:
     """JSON without duplicate keys, NaN or (unless asked for) floats, at most 16 levels deep."""
 
@@ -256,9 +259,10 @@ def _json(data: bytes, floats: bool = False) -> Any:
         raise ValueError(f"the number {text[:40]} has no place here")
 
     outside = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])  # not within strings
-    brackets = re.sub(rb"[^\[\]{}]", b"", outside)
-    for _ in range(16):
-        brackets = re.sub(rb"\[\]|\{\}", b"", brackets)  # the innermost level alone
+    brackets = _NO_BRACKETS.sub(b"", outside)
+    levels = 0
+    while brackets and levels < 16:
+        brackets, levels = _INNERMOST.sub(b"", brackets), levels + 1
     try:
         if brackets:
             raise ValueError("nested too deeply, or brackets that do not match")
@@ -533,6 +537,7 @@ def _renyi(q: float, sigma: float, order: int) -> float:
     return (max(0.0, excess) + math.log1p(math.exp(-abs(excess)))) / (order - 1)
 
 
+@lru_cache(maxsize=10_000)
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     """Least epsilon with Phi(mu/2 - e/mu) - exp(e) Phi(-mu/2 - e/mu) <= delta (Balle & Wang 1805.06530, Thm 8)."""
     mu = max(mu, 1e-6)
