@@ -13,6 +13,7 @@ from rich.console import Console
 from ..common.cli import plain
 from ..common.errors import ConfigError, LedgerError, counted
 from ..common.identity import output_error
+from ..common.page import down, up
 from .bill import noise_of
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
@@ -71,7 +72,7 @@ def _print_lineage(console: Console, report: dict[str, Any], one: dict[str, Any]
     for name, numbers, capped in rows:  # a line for the name: it may be long, and the screen narrow
         if numbers is not None:
             cells = ("spent_filter", "with_held_filter", "left_filter", "spent_odometer")
-            known = [f"{numbers[cell]:.4f}" for cell in cells]
+            known = [(down if cell == "left_filter" else up)(numbers[cell]) for cell in cells]
             if one["unbounded"]:
                 known = ["unbounded", "unbounded", "0", "unbounded"]
             elif report["restored_not_proved"]:
@@ -105,13 +106,13 @@ def _print_history(console: Console, one: dict[str, Any]) -> None:
     ends = [point for point in points if point["what"] == "release" or point is points[-1]][-_LAST:]
     names = {agreed["sha256"]: agreed["charter"] for agreed in one["charters"]}
     for point in ends:
-        tight = "" if point["spent_odometer"] is None else f", odometer {point['spent_odometer']:.4f}"
+        tight = "" if point["spent_odometer"] is None else f", odometer {up(point['spent_odometer'])}"
         run = f"run {point['run']} ({names.get(point['charter'], point['charter'][:16])})"
         what = {"release": "ended", "hold": "was accepted", "debit": "trained"}[point["what"]]
         console.print(
             plain(
-                f"  {point['time']} {run} {what}:\n    spent {point['spent_filter']:.4f} (filter){tight}, "
-                f"with holds {point['with_held_filter']:.4f} (delta {one['budget']['delta']:g})",
+                f"  {point['time']} {run} {what}:\n    spent {up(point['spent_filter'])} (filter){tight}, "
+                f"with holds {up(point['with_held_filter'])} (delta {one['budget']['delta']:g})",
                 lines=True,
             )
         )
@@ -135,8 +136,8 @@ def _print_plan(console: Console, plan: dict[str, Any]) -> None:
             before, after = one["before"], one["after"]
             console.print(
                 plain(
-                    f"  {one['data']}, with what open runs hold:\n    filter {before['filter']:.4f} -> {after['filter']:.4f}, odometer "
-                    f"{before['odometer']:.4f} -> {after['odometer']:.4f}, cap {one['epsilon_cap']:g} (delta {one['delta']:g})",
+                    f"  {one['data']}, with what open runs hold:\n    filter {up(before['filter'])} -> {up(after['filter'])}, odometer "
+                    f"{up(before['odometer'])} -> {up(after['odometer'])}, cap {one['epsilon_cap']:g} (delta {one['delta']:g})",
                     lines=True,
                 )
             )

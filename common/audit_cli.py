@@ -147,7 +147,10 @@ def _print_partners(partners: dict[str, Any]) -> None:
             _epsilon(p, "epsilon"),
             _exact(p.get("delta")),
             *([_epsilon({**(p.get("charter_epsilon") or {}), **part}, "epsilon_filter", "-")] if other else []),
-            *(_exact(p.get(key)) for key in ("rounds", "refusals")),
+            *(
+                _exact(p.get(key)) + (" + ?" if partly(p) and p.get(key) is not None else "")
+                for key in ("rounds", "refusals")
+            ),
             f"[{color}]{stands}[/]",
         )
     out.print(table)
@@ -180,8 +183,9 @@ def _print_witnesses(ledgers: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         words = f"up to entry {length} of {there}" if tail or partly(p) else "to the end"
         words += f", {p['missing']} of them missing here," if p.get("missing") else ""
         words = f"{words} by {_some(by)}" if by and length else "by nobody"
-        if not p["entries"] and p.get("missing"):
-            words = f"by nobody here: of the {p['missing']} entries that its owner signed for there is none"
+        if not length and p.get("missing"):
+            beyond = p.get("beyond")
+            words = f"{f'by {_some(beyond)}' if beyond else 'by nobody'}, but for {there} entries, of which {p['entries'] or 'none'} can be read here"
         found.setdefault(words, []).append(name)
     for words, names in list(found.items())[:20]:
         out.print(f"countersigned {words}: {_some(names)}")

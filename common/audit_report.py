@@ -246,6 +246,7 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "unprotected": UNPROTECTED,
         "many": many,
         "rows": [_row(names, figures) for names, figures in apart[: LISTED if many else None]],
+        "lacking": [name for name, figures in _ledgers(partners, verdict.get("coordinator")) if partly(figures)],
         "several": [name for names, figures in groups if len(figures.get("lineages") or {}) > 1 for name in names],
         "groups": len(groups),
         "bars": _bars(apart[:LISTED] if many else apart),
@@ -319,6 +320,7 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
         "charter": {key: page.number(charter.get(key)) for key in ("epsilon", "epsilon_filter", "cap")},
         "witnessed": page.number(witnessed.get("length")),
         "by": [str(name) for name in witnessed.get("by") or []],
+        "beyond": [str(name) for name in figures.get("beyond") or []],
         "closing": witnessed.get("closing"),
         "tail": page.number(figures.get("tail")),
         **{
@@ -448,7 +450,7 @@ def _heads(heads: Sequence[Fields]) -> dict[str, Any]:
                 "owner": owner,
                 "holder": holder,
                 "count": len(ordered),
-                "lengths": [page.number(head.get("length")) for head in page.thin(ordered, 6)],
+                "lengths": [page.number(head.get("length")) for head in [*ordered[:5], *ordered[5:][-1:]]],
                 "newest": page.number(ordered[-1].get("length")),
                 "signers": [str(name) for name in ordered[-1].get("signers") or []],
             }
@@ -458,8 +460,13 @@ def _heads(heads: Sequence[Fields]) -> dict[str, Any]:
 
 def _covered(partners: Mapping[str, Fields], coordinator: Fields | None) -> list[dict[str, Any]]:
     """Up to where each ledger is countersigned, and by whom."""
-    rows = [*partners.items(), *([("the coordinator", coordinator)] if coordinator else [])]
-    return [_row([name], figures) for name, figures in rows if figures.get("witnessed")]
+    return [_row([name], figures) for name, figures in _ledgers(partners, coordinator) if figures.get("witnessed")]
+
+
+def _ledgers(partners: Mapping[str, Fields], coordinator: Fields | None) -> list[tuple[str, Fields]]:
+    """Whose ledger -> what is told of it; of clients, who have none of their own, the coordinator's."""
+    of_partners = [(name, figures) for name, figures in partners.items() if "witnessed" in figures]
+    return [*of_partners, *([("the coordinator", coordinator)] if coordinator else [])]
 
 
 def _closings(verdict: Fields) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import cache
 from numbers import Real
 from typing import TypeVar
@@ -77,6 +77,12 @@ def up(value: float, digits: int = 4) -> str:
         return "unbounded"
     near = Decimal(f"{value:.12g}")
     return f"{near.quantize(Decimal(1).scaleb(-digits), ROUND_CEILING):,f}" if abs(value) < 1e12 else f"{value:.4g}"
+
+
+def down(value: float, digits: int = 4) -> str:
+    """`digits` decimals, rounded down: what is left of an ε is never shown larger than it is."""
+    near = Decimal(f"{value:.12g}")
+    return f"{near.quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR):,f}" if abs(value) < 1e12 else f"{value:.4g}"
 
 
 def exact(value: float) -> str:

@@ -22,6 +22,7 @@ from .config import Federation, load_config
 from .errors import ConfigError, LedgerError, Refused, RunFailed, counted
 from .identity import canonical, check_writable, strict_json, write_whole
 from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
+from .page import down, up
 from .plan import Caps, budget_of, calibrated, evaluations_of, event_from, events_of, largest, plan_of, stopped_by
 
 EPSILONS = "0.25,0.5,1,2,4,8"
@@ -294,6 +295,15 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
         out.print(
             "privacy: none. Updates leave unprotected; epsilon is unbounded, for every partner, from the first round on."
         )
+        if ledger is not None:
+            out.print(
+                plain(
+                    f"The budget in {ledger}: its first unprotected round would leave it without any bound, for good."
+                )
+            )
+            out.print(
+                "  Whether the site allows that is not in a ledger; at the node, ask: hansa node budget --plan CONFIG"
+            )
         if report["stops"]:
             out.print(
                 "  [red]does not fit[/]: what is left in the ledger's budget does not pay for the private evaluation"
@@ -304,7 +314,7 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
         f"Each partner, record level, add-or-remove-one, local noise, delta {run['delta']:g}:\n"
         f"  {report['rounds']} rounds x {report['steps_per_round']} steps, sampling rate {report['sampling_rate']:g}, "
         f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
-        f"  epsilon {run['epsilon_filter']:.4f} by the filter that enforces the cap, {run['epsilon']:.4f} by the odometer (tight); "
+        f"  epsilon {up(run['epsilon_filter'])} by the filter that enforces the cap, {up(run['epsilon'])} by the odometer (tight); "
         f"cap {run['epsilon_cap']:g}"
     )
     if ledger is not None:
@@ -317,8 +327,8 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
             table.add_row(
                 str(row["rounds"]),
                 f"{row['noise_multiplier']:g}",
-                f"{row['epsilon_filter']:.4f}",
-                f"{row['epsilon']:.4f}",
+                f"{up(row['epsilon_filter'])}",
+                f"{up(row['epsilon'])}",
                 _fits(row["fits"]),
             )
         out.print(table)
@@ -346,12 +356,12 @@ def _print_before(report: dict[str, Any], ledger: Path) -> None:
     out.print(
         plain(f"The budget in {ledger}: cap {report['epsilon_cap']:g}, delta {report['delta']:g}; by its filter:")
     )
-    out.print(f"  {report['epsilon_spent_before']:.4f} was spent before this run")
+    out.print(f"  {up(report['epsilon_spent_before'])} was spent before this run")
     if report["epsilon_held_before"]:
-        out.print(f"  {report['epsilon_held_before']:.4f} is held by open runs (counted by itself)")
+        out.print(f"  {up(report['epsilon_held_before'])} is held by open runs (counted by itself)")
     out.print(
-        f"  {report['epsilon_left_before']:.4f} is left\n"
-        f"  {report['epsilon_filter']:.4f} with this run ({report['epsilon']:.4f} by the odometer)"
+        f"  {down(report['epsilon_left_before'])} is left\n"
+        f"  {up(report['epsilon_filter'])} with this run ({up(report['epsilon'])} by the odometer)"
     )
 
 
@@ -373,7 +383,7 @@ def _print_verdict(report: dict[str, Any], ledger: Path | None) -> None:
         else:
             out.print(
                 f"  All {report['rounds']} rounds fit from noise multiplier {noise:g} on "
-                f"(epsilon {report['epsilon_of_noise_that_fits']:.4f} by itself)."
+                f"(epsilon {up(report['epsilon_of_noise_that_fits'])} by itself)."
             )
     if ledger is not None:
         out.print("  The site's own rules are not in a ledger; at the node, ask: hansa node budget --plan CONFIG")
@@ -459,7 +469,7 @@ def _print_frontier(found: dict[str, Any]) -> None:
     for point in found["points"]:
         costs = ["-", "-"]
         if not point["refused"]:
-            costs = [f"{point['epsilon_filter']:.4f}", f"{point['epsilon_odometer']:.4f}"]
+            costs = [f"{up(point['epsilon_filter'])}", f"{up(point['epsilon_odometer'])}"]
         table.add_row(
             "federated",
             f"{point['epsilon_cap']:g}",

@@ -77,7 +77,7 @@ LIMITS = [
     "The keys are those in this charter: whether they are the partners' own, only the partners can say (fingerprints).",
     "Metrics (AUC and the like) are the coordinator's word.",
     "Not checked: what else result.json says (baselines, timings, descriptions), report.html, and files of other names.",
-    "epsilon takes the history as fixed in advance; epsilon_filter also holds when it was chosen adaptively.",
+    "The odometer's epsilon takes the history as fixed in advance; the filter's also holds when it was chosen adaptively.",
 ]
 MEANS = {
     # violations
@@ -1102,7 +1102,7 @@ class Book:
         except Bad as bad:
             self.wrong(bad.code, None if bad.code == "file" else self.length + 1, str(bad))
             self.unread = _count(root, self.file) - self.length
-        self.report.checked["ledgers"] += 1
+        self.report.checked["ledgers"] += self.length > 0
         self.report.checked["entries"] += self.length
 
     def _apply(self, entry: Entry) -> None:
@@ -2001,6 +2001,9 @@ class Witnesses:
         self.names = {key: name for name, key in terms.keys.items()}
         self.statements: dict[str, list[Statement]] = {owner: [] for owner in books}
         self.longer: dict[str, tuple[int, str]] = {}  # owner -> the most entries that it signed for, and where
+        self.beyond: dict[str, set[str]] = {
+            owner: set() for owner in books
+        }  # owner -> who else signed for more than is here
         self.agreed = dict.fromkeys(books, 0)  # owner -> how much of its ledger is as in a copy
         self.heads: list[dict[str, Any]] = []
         self.closings: list[dict[str, Any]] = []
@@ -2252,12 +2255,13 @@ class Witnesses:
             known: dict[int, Statement] = {}
             wrong: Statement | None = None
             for one in sorted(self.statements[owner], key=lambda one: one.length):
-                self.report.checked["proofs"] += 1
+                self.report.checked["proofs"] += one.length <= book.length
                 other = known.setdefault(one.length, one)
                 if one.root != other.root:
                     what = f"another history of {owner}'s ledger of {one.length} entries than {other.source}: both signed by it"
                     self.report.wrong("contradiction", one.file, one.line, what)
                 if one.length > book.length:
+                    self.beyond[owner] |= {*one.signers} - {owner}
                     self.longer[owner] = max(self.longer.get(owner, (0, "")), (one.length, one.source))
                 elif book.chain.roots[one.length] == one.root and one.ledger_id in (None, book.ledger_id):
                     good.append(one)
@@ -2293,8 +2297,13 @@ class Witnesses:
             what = f"{_entries(length + 1, book.length)} covered by no head that others signed, nor by a closing checkpoint"
             self.report.warn("tail", book.file, length + 1, what)
         return {
-            "witnessed": {"length": length, "by": by, "closing": closed[last] if 0 < last >= length else None},
+            "witnessed": {
+                "length": length,
+                "by": by,
+                "closing": closed[last] if 0 < last >= length else None,
+            },
             "tail": tail,
+            "beyond": [name for name in self.terms.keys if name in self.beyond[owner]],
             "missing": max(0, self.longer.get(owner, (0, ""))[0] - book.length),
         }
 
@@ -2537,7 +2546,7 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
         unprotected = any(own and event is None for _, event, own in account.debits)
         charter.append(bill.of_charter(partner.file, names, account.budget, unprotected, account.spent(own=True)))
         lineages[lineage] = bill.of(partner.file, names, account.budget, unbounded, account.spent())
-        lineages[lineage]["charter_epsilon"] = charter[-1]
+        lineages[lineage] |= {"charter_epsilon": charter[-1], "whole": partner.whole}
         lineages[lineage]["datasets"] = [
             {"dataset": dataset, "declared": b["declared"]}
             for dataset, b in partner.datasets.items()
@@ -2645,16 +2654,17 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
             was debited on it under any charter (None: no bound),
             charter_epsilon {epsilon, epsilon_filter, cap}: of the debits under this charter alone, at its delta,
             unbounded, debits, uncommitted_debits, rounds, refusals, refusals_by_reason {reason: count}, entries, undisclosed,
-            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, charter_epsilon, datasets [{dataset, declared}]}},
+            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, charter_epsilon, whole, datasets [{dataset, declared}]}},
             events [{mechanism, q, sigma, steps, count, charter "this" or "other"}]: what was debited on these lineages,
             trajectory [{entry, time, run, round, charter, epsilon_filter, epsilon}] after each debit (time, run and round are None
             where they are not shown; epsilon at some; with `lineage` where there is more than one),
             budget {epsilon, delta, orders, gaussian_delta} of the first lineage (None: none was fixed),
             whole: whether the ledger is here to its end (else all figures are of the `entries` that were read), unread: lines that
             were not, from the first bad one on,
-            witnessed {length, by [names], closing (run or None)}, tail: entries beyond it, missing: entries that its owner signed
-            for and that were not read}} (of a population's clients: no lineages, trajectory, witnessed, tail and missing),
-        `coordinator` {entries, undisclosed, whole, unread, witnessed, tail, missing},
+            witnessed {length, by [names], closing (run or None)}, tail: entries beyond `length`, missing: entries that its owner signed
+            for and that were not read, beyond [names]: who else signed for more than were read}} (of a population's clients: no
+            lineages, trajectory, witnessed, tail, missing and beyond),
+        `coordinator` {entries, undisclosed, whole, unread, witnessed, tail, missing, beyond},
         `heads` [{owner, holder, length, signers}], `closings` [{run_id, ledgers [{owner, length, root}]}], `open_runs` [run_id],
         `violations` and `warnings` [{code, file, line, what, means}], `limits` (sentences to show wherever a verdict is shown).
 
@@ -2726,7 +2736,8 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
     for one in others.worthless:
         if not report.violations:
             raise one
-        report.warn("copy", one.file, one.line, one.what)
+        of_others = [w["code"] for w in report.warnings if w["file"].startswith(one.file)]
+        report.warn("unrelated" if of_others and "copy" not in of_others else "copy", one.file, one.line, one.what)
     simulated = ["Simulated: all keys and data were on one machine, so the signatures bind nobody."]
     cut = [name for name, ledger in others.books.items() if not ledger.whole]
     partly = f"Not here to their end are the ledgers of {', '.join(cut)}: figures are of what was read, and the rest of it was "

@@ -130,7 +130,7 @@ class Display:
             )
         parts: list[Any] = [table]
         if cap is not None:
-            parts.append(Text(f"epsilon: {self._meaning()}", style="dim"))
+            parts.append(Text(f"epsilon: {self._meaning()}", style="dim", overflow="fold", no_wrap=False))
         if len(simulation.nodes) > _SHOWN:
             parts.append(Text(f"... and {len(simulation.nodes) - _SHOWN} more clients; round {self._round}"))
         if self._metrics:
