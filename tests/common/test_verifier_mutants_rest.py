@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,12 +33,14 @@ from hansa.common.verifier import (
     Reading,
     Report,
     Run,
+    Statement,
+    Witnesses,
     filter_epsilon,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bundles import Shape, digest, identity
-from test_verifier import CLIENTS, P0, P1, SMALL, C, fresh, verdict_of
+from bundles import Kept, Shape, digest, identity, result_for
+from test_verifier import CLIENTS, COORD, FULL, L0, P0, P1, PLAIN, PRIVATE, SMALL, TWO_RUNS, C, fresh, verdict_of
 from test_verifier_mutants import EARLY, HELD, SAMPLED, bad, budget_fields, composed, curve, places, terms_of
 
 # -- bytes ---------------------------------------------------------------------------------------------------
@@ -660,3 +666,516 @@ def test_a_populations_runs_are_a_hundred_at_most() -> None:
     fewer._cohort_hold(Entry(4, "cohort-hold", None, EARLY), {"run_id": "x", "plan": plan})
     with bad("repeated", "held before"):
         fewer._cohort_hold(Entry(5, "cohort-hold", None, EARLY), {"run_id": "x", "plan": plan})
+
+
+# -- who vouches ---------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """As much of a ledger as heads and checkpoints are compared with."""
+
+    def __init__(self, length: int, whole: bool = True) -> None:
+        self.file, self.whole, self.length, self.ledger_id, self.report = "f", whole, length, "id", Report()
+        self.chain = SimpleNamespace(roots=[str(n) for n in range(length + 1)])
+
+    def wrong(self, code: str, line: int | None, what: str) -> None:
+        self.report.wrong(code, self.file, line, what)
+
+
+def witnesses_of(ledger: Ledger, *others: str) -> Witnesses:
+    """Of P0's ledger, under a charter of P0, others and the coordinator."""
+    terms = replace(terms_of(SMALL), keys={name: name for name in (P0, *others, C)})
+    return Witnesses(Report(), terms, {P0: ledger})  # type: ignore[dict-item]
+
+
+def statement(length: int, *signers: str, root: str | None = None, **other: Any) -> Statement:
+    return Statement(P0, length, str(length) if root is None else root, (P0, *signers), "h", **other)
+
+
+@pytest.mark.parametrize(
+    ("statements", "length", "by", "closing"),
+    [
+        ([], 0, [], None),
+        ([statement(9)], 0, [], None),
+        ([statement(9, C)], 0, [], None),
+        ([statement(9, C, "a")], 0, [], None),  # two partners beside the coordinator, where there are two
+        ([statement(9, C, "a", "b")], 9, ["a", "b", C], None),
+        ([statement(9, C, "a"), statement(7, C, "b"), statement(5, C, "c")], 7, ["a", "b", C], None),
+        ([statement(5, C, "c"), statement(7, "b"), statement(9, "a")], 5, ["a", "b", "c", C], None),
+        ([statement(9, C, "a", "b", "c"), statement(4, C, "a", "b", "c", closing="r")], 9, ["a", "b", "c", C], None),
+        ([statement(4, C, "a", "b", "c", closing="r"), statement(9, C)], 4, ["a", "b", "c", C], "r"),
+        ([statement(n, C, "a", "b", "c", closing=f"r{n}") for n in (6, 3)], 6, ["a", "b", "c", C], "r6"),
+        ([statement(1, C, "a", "b", "c", closing="r")], 1, ["a", "b", "c", C], "r"),
+        ([statement(10, C, "a", "b", "c", closing="r")], 10, ["a", "b", "c", C], "r"),
+    ],
+)
+def test_how_much_others_vouch_for(
+    statements: list[Statement], length: int, by: list[str], closing: str | None
+) -> None:
+    for whole in (True, False):
+        others = witnesses_of(Ledger(10, whole), "a", "b", "c")
+        others.statements[P0] = statements
+        found = others.witnessed(P0)
+        assert found == {
+            "witnessed": {"length": length, "by": by, "closing": closing},
+            "tail": 10 - length,
+            "missing": 0,
+        }
+        told = [(w["code"], w["line"]) for w in others.report.warnings]
+        assert told == [("tail", length + 1)] * (whole and length < 10)
+
+
+def test_one_other_partner_is_enough_where_there_is_one() -> None:
+    others = witnesses_of(Ledger(10), "a")
+    others.statements[P0] = [statement(9, C, "a"), statement(10, C)]
+    assert others.witnessed(P0)["witnessed"] == {"length": 9, "by": ["a", C], "closing": None}
+    alone = witnesses_of(Ledger(10))
+    alone.statements[P0] = [statement(8, C)]
+    assert alone.witnessed(P0)["witnessed"] == {"length": 8, "by": [C], "closing": None}
+
+
+@pytest.mark.parametrize(
+    ("length", "statements", "agreed", "found", "missing"),
+    [
+        (10, [statement(10), statement(3)], 0, [], 0),
+        (10, [statement(12)], 0, [("entries_missing", 1)], 2),
+        (10, [statement(12), statement(4), statement(11)], 0, [("entries_missing", 5)], 2),
+        (10, [statement(12), statement(4)], 7, [("entries_missing", 8)], 2),
+        (10, [statement(12), statement(10)], 0, [("entries_missing", 11)], 2),
+        (10, [statement(6, root="x")], 0, [("entry_differs", 1)], 0),
+        (
+            10,
+            [statement(6, root="x"), statement(7, root="x"), statement(4), statement(9)],
+            0,
+            [("entry_differs", 5)],
+            0,
+        ),
+        (10, [statement(6, root="x")], 5, [("entry_differs", 6)], 0),
+        (10, [statement(6, root="x")], 6, [("entry_differs", 1)], 0),
+        (10, [statement(4, ledger_id="other")], 0, [("entry_differs", 1)], 0),
+        (10, [statement(4, ledger_id="id")], 0, [], 0),
+        (10, [statement(1, root="x"), statement(11)], 0, [("entry_differs", 1), ("entries_missing", 1)], 1),
+    ],
+)
+def test_what_signed_statements_show_of_a_ledger(
+    length: int, statements: list[Statement], agreed: int, found: list[tuple[str, int]], missing: int
+) -> None:
+    for whole in (True, False):
+        ledger = Ledger(length, whole)
+        others = witnesses_of(ledger, "a")
+        others.statements[P0], others.agreed[P0] = list(statements), agreed
+        others.compare()
+        assert said(ledger.report) == [one for one in found if whole or one[0] != "entries_missing"]
+        assert ledger.whole is (whole and not missing)
+        good = [one for one in statements if one.length <= length and one.root == str(one.length)]
+        good = [one for one in good if one.ledger_id in (None, "id")]
+        assert others.statements[P0] == sorted(good, key=lambda one: one.length)
+        assert others.report.checked["proofs"] == len(statements)
+        assert others.witnessed(P0)["missing"] == missing
+        for v in ledger.report.violations:
+            if v["code"] == "entries_missing":
+                assert ("(or as many from" in v["what"]) is (v["line"] <= length)
+                assert (f"entries {length + 1} to" if missing > 1 else f"entry {length + 1} is missing") in v["what"]
+
+
+def test_two_histories_of_one_length_contradict_each_other() -> None:
+    others = witnesses_of(Ledger(3), "a")
+    others.statements[P0] = [
+        statement(5, root="x", line=1),
+        statement(4, line=2),
+        statement(5, root="y", line=3),
+        statement(5, root="x", line=4),
+    ]
+    others.compare()
+    assert said(others.report) == [("contradiction", 3)]
+
+
+def test_a_copy_and_the_ledger_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is longer, where they part, and how much of the copy is good."""
+    good, why = 6, ""
+
+    class Copied:
+        def __init__(self, *_: object) -> None:
+            self.roots = ["0"]
+
+        @property
+        def length(self) -> int:
+            return len(self.roots) - 1
+
+        def take(self, line: bytes) -> None:
+            if self.length == good:
+                raise Bad(why, "x")
+            self.roots.append(line.decode())
+
+    monkeypatch.setattr(verifier, "Chain", Copied)
+    for lines, at, code, agreed, longer, fork, warned in (
+        ([1, 2, 3], 6, "", 3, 3, None, []),
+        ([1, 2, 3, 4, 5], 6, "", 4, 5, None, []),
+        ([1, 2, 9, 4, 5], 6, "", 0, None, 3, []),
+        ([9], 6, "", 0, None, 1, []),
+        ([1, 2, 3, 4, 5], 2, "layout", 2, 2, None, [("copy", 3)]),
+        ([1, 2, 3, 4, 5], 2, "torn", 2, 2, None, []),
+        ([1], 0, "layout", 0, 0, None, [("copy", 1)]),
+    ):
+        good, why = at, code
+        monkeypatch.setattr(verifier, "_lines", lambda *_, lines=lines: (str(n).encode() for n in lines))
+        ledger = Ledger(4)
+        ledger.owner = P0  # type: ignore[attr-defined]
+        others = witnesses_of(ledger, "a")
+        others._ledger(Path(), "x", "x", ledger)  # type: ignore[arg-type]
+        assert said(ledger.report) == ([("fork", fork)] if fork else [])
+        assert others.agreed[P0] == agreed
+        assert others.longer.get(P0, (None, ""))[0] == longer
+        assert [(w["code"], w["line"]) for w in others.report.warnings] == warned
+        assert others.report.checked["proofs"] == 1
+        assert (others.used > 0) is (at > 0)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_no_head_or_checkpoint_is_of_an_empty_ledger(tmp_path: Path, length: int) -> None:
+    made = fresh(SMALL)
+    made.heads = [Kept(P1, P0, length, (P0, P1))]
+    made.closings[0][2][P0] = length
+    found = {("head", f"heads/{P1}.jsonl", 1), ("closing", "closing/run-1.json", 1)}
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    codes = {(v["code"], v["file"], v["line"]) for v in verdict["violations"] if v["code"] != "closing_missing"}
+    assert codes == (set() if length else found)
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+def test_of_which_version_heads_and_checkpoints_are(version: int) -> None:
+    made = fresh(SMALL)
+    others = witnesses_of(Ledger(3))
+    others.terms, others.names = terms_of(SMALL), {key: name for name, key in terms_of(SMALL).keys.items()}
+    line = made.head(P0, 1, digest("x"), (P0, P1), v=version)
+    with nullcontext() if version == 1 else bad("layout"):
+        assert others._head(line, "f", 1, False) is not None
+
+
+def test_a_closing_file_that_is_not_good_is_named_by_its_line(tmp_path: Path) -> None:
+    folder = fresh(TWO_RUNS).write(tmp_path / "b")
+    (folder / "closing/run-2.json").rename(folder / "closing/run-0.json")
+    (folder / "closing/x").mkdir()
+    assert places(verdict_of(folder)) == {
+        ("closing", "closing/run-0.json", 1),
+        ("file", "closing/x", 1),
+        ("closing_missing", "closing/run-2.json", None),
+    }
+
+
+def test_which_checkpoints_close_a_run() -> None:
+    """Those that reach at least to where the coordinator's ledger closes it, with its model."""
+    for at, reaches, model, whole, good in (
+        (5, 5, "m", True, True),
+        (5, 6, "m", True, True),
+        (6, 5, "m", True, False),
+        (6, 5, "m", False, True),  # what was cut off may say so
+        (5, 5, "n", True, False),
+        (5, 5, "n", False, False),
+        (None, 5, "m", True, False),
+        (None, 5, "m", False, True),
+    ):
+        ledger = Ledger(9, whole)
+        others = witnesses_of(ledger)
+        others.books = {C: ledger}  # type: ignore[dict-item]
+        point = {"run_id": "x", "model_sha256": model, "ledgers": [{"owner": C, "length": reaches}]}
+        others.closings = [point]
+        run = Run(3) if at is None else Run(3, close={"model_sha256": "m"}, closed_at=at)
+        others.check_closings({"x": run})
+        assert others.closings == ([point] if good else [])
+        wanted = [] if good else [("closing", 1)]
+        if at is not None and not good:
+            wanted.append(("closing_missing", None))
+        assert said(others.report) == wanted
+        told = [(w["code"], w["line"]) for w in others.report.warnings]
+        assert told == ([("open_run", 3)] if at is None and whole else [])
+    for whole in (True, False):
+        others = witnesses_of(Ledger(9, whole))
+        others.books = {C: Ledger(9, whole)}  # type: ignore[dict-item]
+        others.check_closings({})
+        assert [w["code"] for w in others.report.warnings] == ["no_runs"] * whole
+
+
+# -- the bill, the result and the verdict --------------------------------------------------------------------
+
+
+def test_what_a_bill_says_without_a_budget_or_a_bound() -> None:
+    terms, plain = replace(terms_of(SMALL), epsilon=3.0), terms_of(PLAIN)
+    nothing = {
+        "epsilon": 0.0,
+        "epsilon_filter": 0.0,
+        "epsilon_cap": terms.epsilon,
+        "delta": terms.delta,
+        "unbounded": False,
+    }
+    unknown = nothing | {"epsilon": None, "epsilon_filter": None}
+    bill = verifier._Bill(terms, Report())
+    spent = {(1.0, 20.0): 2}
+    assert bill.of(L0, [P0], None, False, {}) == nothing
+    assert bill.of(L0, [P0], None, False, spent) == unknown
+    assert bill.of(L0, [P0], None, True, {}) == unknown | {"unbounded": True}
+    assert verifier._Bill(plain, Report()).of(L0, [P0], None, False, {})["epsilon"] is None
+    known = bill.of(L0, [P0], HELD, False, spent)
+    exact = filter_epsilon(HELD, tuple(spent.items()))
+    assert known["epsilon_filter"] == exact
+    assert 0 < known["epsilon"] <= exact
+    assert (known["epsilon_cap"], known["delta"], known["unbounded"]) == (HELD.epsilon, HELD.delta, False)
+    assert bill.of(L0, [P0], HELD, True, spent) == known | {"epsilon": None, "epsilon_filter": None, "unbounded": True}
+    assert bill.of(L0, [P0], HELD, False, {}) == known | {"epsilon": 0.0, "epsilon_filter": 0.0}
+    own = bill.of_charter(L0, [P0], HELD, False, spent)
+    assert terms.epsilon is not None
+    assert terms.delta is not None
+    assert own["epsilon_filter"] == filter_epsilon(HELD.at(terms.epsilon, terms.delta), tuple(spent.items()))
+    assert own["cap"] == terms.epsilon != HELD.epsilon
+    for part in ("epsilon", "delta"):  # a charter that has no bound is read at the budget's own
+        bill.terms = replace(terms, **{part: None})
+        assert bill.of_charter(L0, [P0], HELD, False, spent)["epsilon_filter"] == exact
+
+
+def test_no_bound_is_more_than_any() -> None:
+    for values, most in (([], None), ([0.5], 0.5), ([0.5, 2.0, 1.0], 2.0), ([0.5, None], None), ([None], None)):
+        assert verifier._most(values) == most
+
+
+def test_a_partners_figures_are_the_most_of_any_lineage() -> None:
+    """And each lineage has what this charter's debits alone cost there."""
+    terms = terms_of(SMALL)
+    for order in (1, -1):
+        partner, own = partner_of(), {X: (1, 8), Y: (4, 2)}
+        for lineage in [X, Y][::order]:
+            account = Account(used=True)
+            account.fix(HELD)
+            account.agreed = {"of": lineage}
+            for number in range(own[lineage][0] + own[lineage][1]):
+                ours = number < own[lineage][0]
+                point = {"entry": len(partner.acts["debit"]), "epsilon_filter": None, "epsilon": None}
+                account.debits.append((point, EVENT, ours))
+                partner.acts["debit"][f"{lineage}/{number}"] = Act(1, {})
+            partner.accounts[lineage] = account
+        partner.accounts["unused"] = Account()
+        partner.acts["commit"]["elsewhere"] = partner.acts["commit"][f"{X}/0"] = Act(1, {})
+        partner.datasets = {n: {"lineage": of, "declared": n} for n, of in (("a", X), ("b", Y), ("c", X))}
+        bill = verifier._Bill(terms, Report())
+        made = verifier._partner_summary(partner, bill)
+        for lineage, (ours, all_of_it) in {X: (1, 9), Y: (4, 6)}.items():
+            one = made["lineages"][lineage]
+            assert one["epsilon_filter"] == filter_epsilon(HELD, (((1.0, 20.0), 2 * all_of_it),))
+            assert terms.epsilon is not None
+            assert terms.delta is not None
+            at = HELD.at(terms.epsilon, terms.delta)
+            assert one["charter_epsilon"]["epsilon_filter"] == filter_epsilon(at, (((1.0, 20.0), 2 * ours),))
+        assert made["epsilon_filter"] == made["lineages"][X]["epsilon_filter"] > made["lineages"][Y]["epsilon_filter"]
+        assert made["charter_epsilon"] == made["lineages"][Y]["charter_epsilon"]
+        assert [d["dataset"] for d in made["lineages"][X]["datasets"]] == ["a", "c"]
+        assert (made["debits"], made["uncommitted_debits"], made["unbounded"]) == (15, 14, False)
+        assert made["budget"] == {"of": [X, Y][::order][0]}
+        assert len(made["trajectory"]) == 15
+        partner.accounts[Y].debits.append(({"entry": 99, "epsilon_filter": None}, None, False))
+        partner.accounts[Y].unbounded = 99
+        made = verifier._partner_summary(partner, bill)
+        assert (made["unbounded"], made["epsilon"], made["lineages"][X]["unbounded"]) == (True, None, False)
+        assert made["charter_epsilon"]["epsilon"] is not None  # the unprotected one is another charter's
+        partner.accounts[Y].debits.append(({"entry": 100, "epsilon_filter": None}, None, True))
+        assert verifier._partner_summary(partner, bill)["charter_epsilon"]["epsilon"] is None
+
+
+def test_the_figures_of_who_did_nothing() -> None:
+    made = verifier._partner_summary(partner_of(), verifier._Bill(terms_of(SMALL), Report()))
+    assert (made["epsilon"], made["epsilon_filter"], made["unbounded"], made["debits"]) == (0.0, 0.0, False, 0)
+    assert made["charter_epsilon"] == {"epsilon": 0.0, "epsilon_filter": 0.0, "cap": terms_of(SMALL).epsilon}
+    assert (made["epsilon_cap"], made["delta"]) == (terms_of(SMALL).epsilon, terms_of(SMALL).delta)
+
+
+def test_what_a_claim_says_of_evaluation() -> None:
+    assert verifier._claim(terms_of(SMALL)).endswith("rows declared public are outside it.")
+    for shape in (PRIVATE, Shape(partners=2, rounds=1, sigma=20.0, evaluation="none")):
+        assert verifier._claim(terms_of(shape)).endswith("whoever receives the model.")
+    assert verifier._claim(terms_of(PLAIN)).startswith("There is no differential privacy guarantee")
+
+
+def test_lost_answers_of_clients_are_counted(tmp_path: Path) -> None:
+    made = fresh(Shape(clients=200, rounds=1, evaluation="none", sigma=30.0))
+    made.entry(C, "cohort-debit")["clients"] = [[0, 9]]
+    made.entry(C, "cohort-commit")["clients"] = [[0, 6]]
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    assert verdict["violations"] == []
+    (told,) = [w["what"] for w in verdict["warnings"] if w["code"] == "uncommitted"]
+    assert "(3)" in told
+    events = verdict["partners"]["client-0003"]["events"]
+    assert [(one["charter"], one["count"]) for one in events] == [("this", 1)]
+    assert verdict["partners"]["client-0003"]["rounds"] == 1
+    assert verdict["partners"]["client-0009"]["rounds"] == 0
+
+
+def test_runs_that_are_open_and_ledgers_that_are_cut(tmp_path: Path) -> None:
+    made = fresh(TWO_RUNS)
+    made.closings.pop()
+    made.drop(C, made.index(C, "close", 1))
+    folder = made.write(tmp_path / "b")
+    verdict = verdict_of(folder)
+    assert verdict["open_runs"] == ["run-2"]
+    assert len(verdict["limits"]) == len(verifier.LIMITS) + 2
+    data = (folder / L0).read_bytes()
+    (folder / L0).write_bytes(data[:-1])
+    verdict = verdict_of(folder)
+    assert (verdict["verified"], verdict["claim"]) == (False, None)
+    assert f"ledgers of {P0}: figures are of what was read" in verdict["limits"][-2]
+    data = (folder / COORD).read_bytes()
+    (folder / COORD).write_bytes(data[:-1])
+    verdict = verdict_of(folder)
+    assert (verdict["open_runs"], verdict["coordinator"]["whole"]) == ([], False)
+    assert verdict["coordinator"]["witnessed"]["length"] > 0
+
+
+Damage = Callable[[dict[str, Any]], Any]
+WRONG: list[Damage] = [
+    lambda r: r.update(charter_sha256=digest("x")),
+    lambda r: r.pop("charter_sha256"),
+    lambda r: r.update(privacy=[]),
+    lambda r: r.pop("privacy"),
+    lambda r: r["privacy"].update(kind="none"),
+    lambda r: r["privacy"].update(epsilon=99.0),
+    lambda r: r["privacy"].update(delta=0.5),
+    lambda r: r["privacy"].update(noise_multiplier=99.0),
+    lambda r: r["privacy"].update(clip_norm=99.0),
+    lambda r: r["privacy"].pop("clip_norm"),
+    lambda r: r.update(partners=[P0, P1]),
+    lambda r: r["partners"].pop(P1),
+    lambda r: r["partners"].update(x=r["partners"][P0]),
+    lambda r: r["partners"].update({P1: []}),
+    lambda r: r["partners"][P1].pop("rounds"),
+    lambda r: r["partners"][P1].update(rounds=1),
+    lambda r: r["partners"][P1].update(declared_records=1),
+    lambda r: r["partners"][P1].update(epsilon_cap=99.0),
+    lambda r: r["partners"][P1].update(epsilon_filter=99.0),
+    lambda r: r["partners"][P1].update(delta=0.5),
+    lambda r: r["partners"][P1].update(epsilon=99.0),
+    lambda r: r.update(run_id="run-2"),
+    lambda r: r.update(rounds={}),
+    lambda r: r["rounds"].pop(),
+    lambda r: r["rounds"].append(r["rounds"][-1]),
+    lambda r: r["rounds"].reverse(),
+    lambda r: r["rounds"].__setitem__(0, []),
+    lambda r: r["rounds"][0].update(round=True),
+    lambda r: r["rounds"][0].update(round=1.0),
+    lambda r: r["rounds"][0].update(metrics={}),
+    lambda r: r["rounds"][1].pop("metrics"),
+    lambda r: r["rounds"][1]["metrics"].update(auc=0.1),
+    lambda r: r.update(final=r["rounds"][0]["metrics"]),
+    lambda r: r.update(final={}),
+    lambda r: r.update(refusals={}),
+    lambda r: r["refusals"].pop(),
+    lambda r: r["refusals"].append(r["refusals"][0]),
+    lambda r: r["refusals"].append(r["refusals"][0] | {"partner": "x"}),
+    lambda r: r["refusals"].append(r["refusals"][0] | {"partner": []}),
+    lambda r: r["refusals"].append(7),
+    lambda r: r["refusals"].append({}),
+    lambda r: r["refusals"][0].update(reason="another"),
+    lambda r: r["refusals"][0].update(round=7),
+    lambda r: r["refusals"][0].update(run_id="run-1"),
+    lambda r: r["refusals"][0].update(partner=P1),
+]
+
+
+def test_every_part_of_a_result_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thing at a time; and nothing about a ledger that is not whole."""
+    made, asked = fresh(FULL), list[tuple[Any, ...]]()
+    monkeypatch.setattr(verifier, "_check_result", lambda *about: asked.append(about))
+    folder = made.write(tmp_path / "b")
+    right = result_for(made, verdict_of(folder))
+    monkeypatch.undo()
+    ((root, _, terms, book, refusals, partners, coarse),) = asked
+    assert len(right["refusals"]) == len(right["rounds"]) - 1 == 1
+
+    def found(result: object, **other: Any) -> list[dict[str, Any]]:
+        (folder / "result.json").write_text(result if isinstance(result, str) else json.dumps(result))
+        report = Report()
+        about = {"book": book, "partners": partners, "coarse": coarse} | other
+        verifier._check_result(root, report, terms, about["book"], refusals, about["partners"], about["coarse"])
+        assert report.warnings == []
+        assert {(v["code"], v["file"], v["line"]) for v in report.violations} <= {("result", "result.json", None)}
+        return report.violations
+
+    assert found(right) == []
+    for number, damage in enumerate(WRONG):
+        result = copy.deepcopy(right)
+        damage(result)
+        assert len(found(result)) == 1, number
+    for nonsense in ([], None, 7, "", "{", '{"a":NaN}', "\ufeff{}"):
+        assert len(found(nonsense)) == 1
+    for key in ("epsilon_filter",):
+        result = copy.deepcopy(right)
+        del result["partners"][P1][key]
+        assert found(result) == []
+    # what is not whole is not compared, and what is only bounded is not, as far as epsilon goes
+    result = copy.deepcopy(right)
+    result["partners"][P1] |= dict.fromkeys(result["partners"][P1], 7)
+    assert len(found(result)) == 6
+    cut = partners | {P1: partners[P1] | {"whole": False}}
+    assert found(result, partners=cut) == []
+    result = copy.deepcopy(right)
+    result["partners"][P1]["epsilon"] = 7
+    assert found(result, coarse={P1}) == []
+    assert len(found(result, coarse={P0})) == 1
+    result["partners"][P1]["delta"] = 0.5
+    assert len(found(result, coarse={P1})) == 1
+    result = copy.deepcopy(right)
+    result["run_id"] = "x"
+    assert found(result, book=SimpleNamespace(whole=False, runs={})) == []
+    result = copy.deepcopy(right)
+    result["refusals"] = []
+    cut = partners | {right["refusals"][0]["partner"]: partners[P0] | {"whole": False}}
+    assert found(result, partners=cut) == []
+
+
+def test_the_rounds_of_a_result_are_of_the_first_completed_run() -> None:
+    def run(why: str | None, *numbers: int) -> Run:
+        rounds = [{"round": n, "metrics": {"auc": f"0.{n}"}} for n in numbers]
+        return Run(1, rounds=rounds, close=None if why is None else {"why": why})
+
+    def said_of(run_id: str | None, *numbers: int) -> dict[str, Any]:
+        rounds = [{"round": n, "metrics": {"auc": n / 10}} for n in numbers]
+        return {"run_id": run_id, "rounds": rounds, "final": rounds[-1]["metrics"] if rounds else {}}
+
+    for runs, good in (
+        ({"a": run("completed", 1, 2), "b": run("completed", 1)}, said_of("a", 1, 2)),
+        ({"a": run("refused"), "b": run("completed", 1, 2), "c": run(None, 1)}, said_of("b", 1, 2)),
+        ({"a": run(None, 1), "b": run("refused")}, said_of("a", 1)),
+        ({"a": run("refused")}, said_of("a")),
+        ({}, said_of(None)),
+    ):
+        verifier._check_rounds(good, runs)
+        with bad("result", "run_id is"):
+            verifier._check_rounds(good | {"run_id": "z"}, runs)
+        with bad("result", "rounds are not the"):
+            verifier._check_rounds(good | {"rounds": [*good["rounds"], good]}, runs)
+        with bad("result", "final: "):
+            verifier._check_rounds(good | {"final": {"auc": 0.9}}, runs)
+
+
+def test_how_the_command_is_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(fresh(SMALL).write(tmp_path / "b"))
+    one, other = f"{folder}/{L0}", f"{folder}/{COORD}"
+    for arguments in (["-h"], ["--help"], ["-h", "x"]):
+        assert verifier.main(arguments) == 0
+        assert capsys.readouterr().out.startswith("`python verifier.py BUNDLE")
+    for arguments in (
+        [], [""], [folder, "--against"], [folder, one], [folder, "--with", one], [folder, "--against", one, "--with", other],
+        [folder, "--against", one, "--against"], [folder, one, "--against"],
+    ):  # fmt: skip
+        assert verifier.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", "usage: python verifier.py BUNDLE [--against PATH ...]\n")
+    for arguments in ([folder], [folder, "--against", one], [folder, "--against", one, "--against", other]):
+        assert verifier.main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert (out, err) == (json.dumps(json.loads(out), indent=2) + "\n", "")
+        assert json.loads(out)["checked"]["proofs"] == 3 + len(arguments) // 2
+    assert verifier.main([folder, "--against", one, "--against", f"{folder}/nowhere"]) == 2
+    (Path(folder) / "model.safetensors").write_bytes(b"x")
+    assert verifier.main([folder]) == 1
+
+
+def test_words_for_entries_and_models() -> None:
+    assert (verifier._entries(3, 3), verifier._entries(3, 5)) == ("entry 3 is", "entries 3 to 5 are")
+    assert verifier._model({"model_sha256": digest("x")}) == digest("x")[:16]
