@@ -34,6 +34,7 @@ from hansa.common.verifier import (
     Report,
     Run,
     Statement,
+    Unreadable,
     Witnesses,
     filter_epsilon,
 )
@@ -480,7 +481,7 @@ def test_the_first_debit_above_the_charters_epsilon_is_named(debits: int, monkey
             account.debits = [
                 ({"entry": 10 + n}, (1.0, 2.0 + n % kinds, 1), True) for n in range(debits) for _ in range(1)
             ]
-            account.debits[1:1] = [({"entry": 99}, (1.0, 50.0 + n, 5), False) for n in range(20)]
+            account.debits[1:1] = [({"entry": 99 + n}, (1.0, 50.0 + n, 5), False) for n in range(20)]
             asked.clear()
             partner._finish_lineage(account)
             assert said(partner.report) == ([("over_charter", 10 + fit)] if fit < debits else [])
@@ -522,6 +523,48 @@ def test_what_only_the_end_of_a_ledger_shows() -> None:
         told = [(w["code"], w["line"]) for w in partner.report.warnings]
         assert told == [("uncommitted", 9), ("unreleased", None)] * whole + [("disjoint", 2)]
         assert not whole or "run b " in partner.report.warnings[1]["what"]
+
+
+def test_a_hold_on_a_data_set_that_is_not_shown_is_billed_all_the_same() -> None:
+    """Its header says on which lineage."""
+    partner = partner_of()
+    partner.accounts = {X: Account(), Y: Account()}
+    plan = [{"purpose": "train", "count": 1, "event": FIELDS}]
+    b = {"run_id": "x", "request_id": "r", "dataset": digest("w")[:32], "plan": plan, "plan_sha256": digest("p")}
+    with bad("hidden", "that no entry shown here registers"):
+        partner._hold(Entry(4, "hold", {"lineage": Y, "hold": []}, EARLY, data=b), b)
+    assert set(partner.used()) == {Y}
+    assert partner.holds["x"].lineage == Y
+
+
+def test_a_backup_holds_less_than_stands_before_its_entry() -> None:
+    partner = partner_of()
+    for length in (1, 6):
+        partner._restored(Entry(7, "restored", None), {"length": length})
+    assert [(w["code"], w["line"]) for w in partner.report.warnings] == [("restored", 7)] * 2
+    for length in (7, 8):
+        with bad("run_order", f"names {length} entries, 6 stand before it"):
+            partner._restored(Entry(7, "restored", None), {"length": length})
+
+
+def test_over_its_budget_is_who_has_one_that_still_bounds() -> None:
+    """After an unprotected round no figure is claimed, so none is too large; and a population is no other."""
+    for unbounded in (None, 5):
+        partner, account = partner_of(epsilon=1e9), Account(unbounded=unbounded)
+        account.debits = [({}, (1.0, 1.0, 9), True)]
+        account.fix(HELD)
+        partner.accounts = {X: account, Y: Account(unbounded=unbounded)}
+        partner.finish()
+        book = Population(Report(), replace(terms_of(CLIENTS), epsilon=1e9))
+        book.plans["x"] = {"train": (1, (1.0, 1.0, 9))}
+        book._count("debit", {"run_id": "x", "round": 1, "purpose": "train", "clients": [[0, 0]]})
+        book.unbounded = unbounded
+        book.finish()
+        assert book.report.violations == []
+        book.budget = HELD
+        book.finish()
+        wanted = [] if unbounded else [("over_budget", None)]
+        assert (said(partner.report), said(book.report)) == (wanted, wanted)
 
 
 # -- what a coordinator records ------------------------------------------------------------------------------
@@ -647,6 +690,98 @@ def test_whose_updates_a_round_counts() -> None:
     ):
         with bad("record", words) if words else nullcontext():
             coordinator_of(quorum=quorum)._folded(run, {"round": 1, "partners": partners})
+
+
+Books = tuple[Coordinator, dict[str, Partner]]
+
+
+def crossing(evaluation: str = "public") -> Books:
+    """A coordinator and two partners of one run that tell the same; the first did all, the second refused."""
+    book, partners = coordinator_of(evaluation=evaluation), {}
+    book.whole = True
+    run = book.runs["x"]
+    for number, purpose in ((0, "open"), (1, "train"), (1, "evaluate")):
+        asks = {name: {"request_id": name + purpose, "request_sha256": digest(name, purpose)} for name in (P0, P1)}
+        run.asks[number, purpose] = asks
+        run.outcomes[number, purpose] = {P0: {"ok": digest("reply", purpose)}, P1: {"refused: budget": digest("no")}}
+    for name in (P0, P1):
+        partners[name] = partner = Partner(Report(), book.terms, name)
+        partner.whole = True
+    second = "commit" if evaluation == "private" else "public"
+    acts = [("hold", "open", 4), ("debit", "train", 5), ("commit", "train", 6), (second, "evaluate", 8)]
+    for kind, purpose, line in [*acts, *([("debit", "evaluate", 7)] if evaluation == "private" else [])]:
+        request = {"request_id": P0 + purpose, "request_sha256": digest(P0, purpose), "run_id": "x"}
+        body = request | {"reply_sha256": digest("reply", purpose), "purpose": purpose}
+        partners[P0].acts[kind][P0 + purpose] = Act(line, body | ({} if kind == "hold" else {"round": 1}))
+    for purpose in ("open", "train", "evaluate"):
+        body = {"request_id": P1 + purpose, "request_sha256": digest(P1, purpose), "run_id": "x", "reason": "budget"}
+        partners[P1]._refuse(Entry(9, "refuse", None), body)
+    return book, partners
+
+
+def refuses(books: Books, **other: str) -> None:
+    body = {"request_id": "z", "request_sha256": digest("z"), "run_id": "x", "reason": "budget"} | other
+    books[1][P1]._refuse(Entry(11, "refuse", None), body)
+
+
+L1 = f"partners/{P1}/ledger.jsonl"
+CROSSED: list[tuple[str, Callable[[Books], Any], list[tuple[str, str, int | None]], list[int]]] = [
+    ("nothing", lambda b: None, [], []),
+    ("no_hold", lambda b: b[1][P0].acts["hold"].clear(), [("not_done", L0, None)], []),
+    ("no_commit", lambda b: b[1][P0].acts["commit"].clear(), [("not_done", L0, None)], []),
+    ("no_public", lambda b: b[1][P0].acts["public"].clear(), [("not_done", L0, None)], []),
+    ("no_debit", lambda b: b[1][P0].acts["debit"].clear(), [], []),  # of a commit's debit its own ledger tells
+    ("not_whole", lambda b: (b[1][P0].acts["commit"].clear(), setattr(b[1][P0], "whole", False)), [], []),
+    ("other_reply", lambda b: b[1][P0].acts["commit"][P0 + "train"].body.update(reply_sha256="x"), [("not_done", L0, 6)], []),
+    ("other_public", lambda b: b[1][P0].acts["public"][P0 + "evaluate"].body.update(reply_sha256="x"), [("not_done", L0, 8)], []),
+    ("hold_has_no_reply", lambda b: b[1][P0].acts["hold"][P0 + "open"].body.pop("reply_sha256"), [], []),
+    ("failed", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"failed": digest("reply", "train")}}), [], []),
+    ("late_then_ok", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"timeout": None, "ok": "x"}}), [("not_done", L0, 6)], []),
+    ("late", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"timeout": None, "invalid": None}}), [], [6]),
+    ("never_seen", lambda b: b[0].runs["x"].outcomes.pop((1, "train")), [], [6]),
+    ("said_refused", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"refused: budget": "x"}}), [("not_done", L0, None), ("not_asked", L0, 6)], []),
+    ("late_then_refused", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P1: {"timeout": None, "refused: budget": "x"}}), [], []),
+    ("refused_otherwise", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P1: {"refused: lost": "x"}}), [("not_done", L1, None)], []),
+    ("other_request", lambda b: b[1][P0].acts["hold"][P0 + "open"].body.update(request_sha256="x"), [("not_asked", L0, 4)], []),
+    ("other_run", lambda b: b[1][P0].acts["debit"][P0 + "train"].body.update(run_id="y"), [("not_asked", L0, 5)], []),
+    ("other_round", lambda b: b[1][P0].acts["commit"][P0 + "train"].body.update(round=2), [("not_asked", L0, 6)], []),
+    ("other_purpose", lambda b: b[1][P0].acts["debit"][P0 + "train"].body.update(purpose="evaluate"), [("not_asked", L0, 5)], []),
+    ("public_round", lambda b: b[1][P0].acts["public"][P0 + "evaluate"].body.update(round=2), [("not_asked", L0, 8)], []),
+    ("not_asked", lambda b: b[1][P1].acts["hold"].update(z=Act(3, {"request_id": "z", "run_id": "x", "request_sha256": "z"})), [("not_asked", L1, 3)], []),
+    ("asked_by_halves", lambda b: (b[1][P1].acts["hold"].update(z=Act(3, {"request_id": "z", "run_id": "x", "request_sha256": "z"})), setattr(b[0], "whole", False)), [], []),
+    ("one_id_twice", lambda b: b[0].runs["x"].asks[1, "train"][P1].update(request_id=P1 + "open"), [("record", COORD, 3), ("not_done", L1, None), ("not_asked", L1, 9)], []),
+    ("refuses_nothing", refuses, [("not_asked", L1, 11)], []),
+    ("refuses_elsewhere", lambda b: refuses(b, run_id="y"), [], []),
+    ("refuses_again", lambda b: refuses(b, request_id=P1 + "open"), [], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", CROSSED, ids=[row[0] for row in CROSSED])
+def test_the_two_sides_of_a_request(row: tuple[str, Callable[[Books], Any], list[Any], list[int]]) -> None:
+    _, damage, wrong, warned = row
+    book, partners = crossing()
+    damage((book, partners))
+    report = Report()
+    verifier._cross_check(report, book, partners)
+    assert [(v["code"], v["file"], v["line"]) for v in report.violations] == wrong
+    assert [(w["code"], w["file"], w["line"]) for w in report.warnings] == [("unanswered", L0, line) for line in warned]
+
+
+def test_the_two_sides_of_a_private_evaluation() -> None:
+    """It is a debit and a commit, as training is."""
+    for damage, wrong in (
+        (lambda acts: None, []),
+        (lambda acts: acts["commit"].pop(P0 + "evaluate"), [("not_done", None)]),
+        (lambda acts: acts["debit"][P0 + "evaluate"].body.update(purpose="train"), [("not_asked", 7)]),
+        (lambda acts: acts["commit"][P0 + "evaluate"].body.update(round=2), [("not_asked", 8)]),
+        (lambda acts: acts["public"].update({P0 + "evaluate": acts["commit"].pop(P0 + "evaluate")}), [("not_done", None), ("not_asked", 8)]),
+    ):  # fmt: skip
+        book, partners = crossing("private")
+        damage(partners[P0].acts)
+        report = Report()
+        verifier._cross_check(report, book, partners)
+        assert said(report) == wrong
+        assert report.warnings == []
 
 
 def test_a_populations_runs_are_a_hundred_at_most() -> None:
@@ -896,6 +1031,37 @@ def test_which_checkpoints_close_a_run() -> None:
         assert [w["code"] for w in others.report.warnings] == ["no_runs"] * whole
 
 
+def test_only_so_many_signatures_are_looked_at() -> None:
+    """Twice as many as there are people."""
+    others, payload = witnesses_of(Ledger(1)), b"x"
+    others.names = {key: name for name, key in terms_of(SMALL).keys.items()}
+    one = identity(P0)
+    good, wrong = (one.key, one.sign(verifier.HEAD_TYPE, payload)), (one.key, b"x" * 64)
+    stranger = ("0" * 64, b"x" * 64)
+    for before in range(8):
+        for junk in (wrong, stranger):
+            signers = others._good(verifier.HEAD_TYPE, payload, [*[junk] * before, good, good])
+            assert signers == ((P0,) if before < 6 else ())
+
+
+def test_what_looks_like_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its first 64 KiB; and what cannot be looked at might be."""
+    file, words = tmp_path / "file", [b'"envelope":', verifier.HEAD_TYPE.encode(), verifier.CLOSING_TYPE.encode()]
+    for word in words:
+        for before, ours in ((0, True), (2**16 - len(word), True), (2**16 - len(word) + 1, False), (2**17, False)):
+            file.write_bytes(b" " * before + word + b"x")
+            assert verifier._like_ours(tmp_path, "file") is ours
+    file.write_bytes(b"")
+    assert not verifier._like_ours(tmp_path, "file")
+    assert verifier._like_ours(tmp_path, "nowhere")
+
+    def fails(_: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(verifier, "_open", lambda *_: nullcontext(SimpleNamespace(read=fails)))
+    assert verifier._like_ours(tmp_path, "file")
+
+
 # -- the bill, the result and the verdict --------------------------------------------------------------------
 
 
@@ -1049,6 +1215,9 @@ WRONG: list[Damage] = [
     lambda r: r["partners"][P1].update(epsilon_cap=99.0),
     lambda r: r["partners"][P1].update(epsilon_filter=99.0),
     lambda r: r["partners"][P1].update(delta=0.5),
+    lambda r: r["partners"][P1].update(delta=r["partners"][P1]["delta"] * 1.001),
+    lambda r: r["partners"][P1].update(epsilon_filter=r["partners"][P1]["epsilon_filter"] * 1.001),
+    lambda r: r["partners"][P1].update(epsilon=r["partners"][P1]["epsilon"] * 1.01),
     lambda r: r["partners"][P1].update(epsilon=99.0),
     lambda r: r.update(run_id="run-2"),
     lambda r: r.update(rounds={}),
@@ -1103,10 +1272,10 @@ def test_every_part_of_a_result_is_compared(tmp_path: Path, monkeypatch: pytest.
         assert len(found(result)) == 1, number
     for nonsense in ([], None, 7, "", "{", '{"a":NaN}', "\ufeff{}"):
         assert len(found(nonsense)) == 1
-    for key in ("epsilon_filter",):
-        result = copy.deepcopy(right)
-        del result["partners"][P1][key]
-        assert found(result) == []
+    result = copy.deepcopy(right)
+    del result["partners"][P1]["epsilon_filter"]  # not every result tells it
+    result["partners"][P1]["epsilon"] *= 1.001  # another odometer's
+    assert found(result) == []
     # what is not whole is not compared, and what is only bounded is not, as far as epsilon goes
     result = copy.deepcopy(right)
     result["partners"][P1] |= dict.fromkeys(result["partners"][P1], 7)
@@ -1151,6 +1320,22 @@ def test_the_rounds_of_a_result_are_of_the_first_completed_run() -> None:
             verifier._check_rounds(good | {"rounds": [*good["rounds"], good]}, runs)
         with bad("result", "final: "):
             verifier._check_rounds(good | {"final": {"auc": 0.9}}, runs)
+
+
+def test_what_a_broken_disk_is_blamed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, where that is told; else the bundle."""
+    for about, file in (
+        ((5, "Input/output error", "some file"), "some file"),
+        ((5, "Input/output error"), str(tmp_path)),
+    ):
+
+        def fails(*_: object, about: tuple[Any, ...] = about) -> dict[str, Any]:
+            raise OSError(*about)
+
+        monkeypatch.setattr(verifier, "_verdict", fails)
+        with pytest.raises(Unreadable, match="cannot be read: Input/output error") as caught:
+            verifier.verify_bundle(tmp_path)
+        assert (caught.value.file, caught.value.line) == (file, None)
 
 
 def test_how_the_command_is_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
