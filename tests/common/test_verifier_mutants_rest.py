@@ -40,7 +40,7 @@ from hansa.common.verifier import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bundles import Kept, Shape, digest, identity, result_for
+from bundles import NONE, Kept, Shape, digest, identity, result_for
 from test_verifier import CLIENTS, COORD, FULL, L0, P0, P1, PLAIN, PRIVATE, SMALL, TWO_RUNS, C, fresh, verdict_of
 from test_verifier_mutants import EARLY, HELD, SAMPLED, bad, budget_fields, composed, curve, places, terms_of
 
@@ -784,6 +784,43 @@ def test_the_two_sides_of_a_private_evaluation() -> None:
         assert report.warnings == []
 
 
+def cohorts() -> Population:
+    """A population of ten clients in a run that holds one unprotected round, and a private evaluation."""
+    book = Population(Report(), replace(terms_of(CLIENTS), clients=10, quorum=2, clip_norm=None))
+    book._run(Entry(3, "run", None), {"run_id": "x"})
+    book.plans["x"] = {"train": (1, None), "evaluate": (1, EVENT)}
+    return book
+
+
+def test_from_when_on_a_population_has_no_bound() -> None:
+    book = cohorts()
+    b = {"run_id": "x", "round": 1, "clip_norm": None, "declared_records": 100, "clients": [[0, 3]]}
+    for line, purpose, event, unbounded in (
+        (5, "evaluate", FIELDS, None),
+        (6, "train", NONE, 6),
+        (7, "train", NONE, 6),
+    ):
+        book._cohort_debit(Entry(line, "cohort-debit", None, EARLY), b | {"purpose": purpose, "event": event})
+        assert (book.unbounded, book.last_debit) == (unbounded, line)
+    plan = [{"purpose": "train", "count": 1, "event": FIELDS}]
+    book.budget, book.terms = HELD, replace(book.terms, plan={"train": EVENT}, rounds=1)
+    book._run(Entry(8, "run", None), {"run_id": "y"})
+    with bad("no_budget"):
+        book._cohort_hold(Entry(9, "cohort-hold", None, EARLY), {"run_id": "y", "plan": plan})
+    for purpose, event in (("train", FIELDS), ("evaluate", NONE)):
+        with bad("not_held"):
+            book._cohort_debit(Entry(10, "cohort-debit", None, EARLY), b | {"purpose": purpose, "event": event})
+
+
+def test_a_round_counts_who_trained() -> None:
+    book = cohorts()
+    for purpose, clients, committed in (("evaluate", [[0, 9]], 0), ("train", [[2, 4]], 3), ("evaluate", [[0, 9]], 3)):
+        book.cohort["x", purpose] = (1, [[0, 9]])
+        b = {"run_id": "x", "round": 1, "purpose": purpose, "clients": clients}
+        book._cohort_commit(Entry(6, "cohort-commit", None), b)
+        assert book.committed["x", 1] == committed
+
+
 def test_a_populations_runs_are_a_hundred_at_most() -> None:
     """Each is compared with all histories before it."""
     terms = terms_of(CLIENTS)
@@ -985,6 +1022,29 @@ def test_of_which_version_heads_and_checkpoints_are(version: int) -> None:
     line = made.head(P0, 1, digest("x"), (P0, P1), v=version)
     with nullcontext() if version == 1 else bad("layout"):
         assert others._head(line, "f", 1, False) is not None
+
+
+def test_heads_behind_somebody_elses_are_read_too(tmp_path: Path) -> None:
+    """In a file that is given: a head of another charter, a bad one, a good one."""
+    made, file = fresh(SMALL), tmp_path / "heads.jsonl"
+    terms = terms_of(SMALL)
+    others = Witnesses(Report(), terms, {P0: Ledger(3), C: Ledger(3)})  # type: ignore[dict-item]
+    named = made.head(P0, 1, digest("x"), (P0,), owner="somebody")  # by our key, under another name
+    made.people["mallory"], made.books["mallory"] = identity("mallory"), made.books[P0]
+    foreign = made.head("mallory", 1, digest("x"), ("mallory", P0))
+    good = made.head(P0, 2, digest("y"), (P0, P1))
+    for line in (named, foreign):
+        assert others._head(line, "f", 1, True) is None
+        with bad("head"):
+            others._head(line, "f", 1, False)
+    file.write_bytes(b"".join(line + b"\n" for line in (named, foreign, b"{}", good, good)))
+    others.read_heads(tmp_path, file.name, "x", "x", given=True)
+    assert [(w["code"], w["line"]) for w in others.report.warnings] == [("unrelated", 1), ("unrelated", 2), ("copy", 3)]
+    assert [(one.length, one.signers, one.line) for one in others.statements[P0]] == [
+        (2, (P0, P1), 4),
+        (2, (P0, P1), 5),
+    ]
+    assert others.report.checked["heads"] == len(others.heads) == 2
 
 
 def test_a_closing_file_that_is_not_good_is_named_by_its_line(tmp_path: Path) -> None:
@@ -1357,6 +1417,7 @@ def test_how_the_command_is_called(tmp_path: Path, capsys: pytest.CaptureFixture
         assert (out, err) == (json.dumps(json.loads(out), indent=2) + "\n", "")
         assert json.loads(out)["checked"]["proofs"] == 3 + len(arguments) // 2
     assert verifier.main([folder, "--against", one, "--against", f"{folder}/nowhere"]) == 2
+    assert capsys.readouterr().err == f"{folder}/nowhere: not there, so nothing can be compared with it\n"
     (Path(folder) / "model.safetensors").write_bytes(b"x")
     assert verifier.main([folder]) == 1
 
