@@ -1047,6 +1047,24 @@ def test_heads_behind_somebody_elses_are_read_too(tmp_path: Path) -> None:
     assert others.report.checked["heads"] == len(others.heads) == 2
 
 
+def test_why_a_copy_is_no_evidence(tmp_path: Path) -> None:
+    """What is wrong with it where that is known, and what it came from where it is not."""
+    others = witnesses_of(Ledger(3))
+    for data, words in (
+        (b"{", "not valid JSON: "),
+        (b"{}", "neither a ledger, nor"),
+        (b'{"envelope":1}', "malformed ("),
+        (b"[]", "malformed ("),
+    ):
+        (tmp_path / "x").write_bytes(data)
+        others._copy(tmp_path, "x", "label")
+        warning = others.report.warnings.pop()
+        assert (warning["code"], warning["file"], warning["line"]) == ("copy", "label", 1)
+        assert warning["what"].startswith(words)
+    assert others.report.warnings == []
+    assert others.used == 0
+
+
 def test_a_closing_file_that_is_not_good_is_named_by_its_line(tmp_path: Path) -> None:
     folder = fresh(TWO_RUNS).write(tmp_path / "b")
     (folder / "closing/run-2.json").rename(folder / "closing/run-0.json")
