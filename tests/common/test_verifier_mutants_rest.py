@@ -901,6 +901,8 @@ def test_one_other_partner_is_enough_where_there_is_one() -> None:
     others = witnesses_of(Ledger(10), "a")
     others.statements[P0] = [statement(9, C, "a"), statement(10, C)]
     assert others.witnessed(P0)["witnessed"] == {"length": 9, "by": ["a", C], "closing": None}
+    empty = {"witnessed": {"length": 0, "by": [], "closing": None}, "tail": 0, "missing": 0}
+    assert witnesses_of(Ledger(0, False), "a").witnessed(P0) == empty
     alone = witnesses_of(Ledger(10))
     alone.statements[P0] = [statement(8, C)]
     assert alone.witnessed(P0)["witnessed"] == {"length": 8, "by": [C], "closing": None}
@@ -1269,6 +1271,32 @@ def test_runs_that_are_open_and_ledgers_that_are_cut(tmp_path: Path) -> None:
     verdict = verdict_of(folder)
     assert (verdict["open_runs"], verdict["coordinator"]["whole"]) == ([], False)
     assert verdict["coordinator"]["witnessed"]["length"] > 0
+
+
+def test_all_of_a_bundle_is_looked_at(tmp_path: Path) -> None:
+    """Folders of strangers, what a ledger's end shows, and both sides of a request; and as of when the bill is complete."""
+    made = fresh(TWO_RUNS)
+    made.drop(P0, made.index(P0, "release", 1))
+    made.entry(P1, "commit")["reply_sha256"] = digest("another")
+    folder = made.write(tmp_path / "b")
+    (folder / "partners/mallory").mkdir()
+    (folder / "heads").mkdir(exist_ok=True)
+    (folder / f"heads/{P0}").write_bytes(b"")
+    verdict = verdict_of(folder)
+    assert places(verdict) == {
+        ("stranger", "partners/mallory", None),
+        ("stranger", f"heads/{P0}", None),
+        ("not_done", L1, made.index(P1, "commit") + 1),
+    }
+    assert places(verdict, "warnings") == {("unreleased", L0, None)}
+    assert (
+        "The bill is complete as of the newest closing checkpoint in this bundle, run run-2," in verdict["limits"][-2]
+    )
+    made = fresh(PLAIN)
+    made.closings.clear()
+    assert verdict_of(made.write(tmp_path / "b"))["limits"][-2].startswith(
+        "No good closing checkpoint is in this bundle"
+    )
 
 
 Damage = Callable[[dict[str, Any]], Any]
