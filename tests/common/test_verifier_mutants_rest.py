@@ -916,6 +916,7 @@ def test_one_other_partner_is_enough_where_there_is_one() -> None:
         (10, [statement(12), statement(4), statement(11)], 0, [("entries_missing", 5)], 2),
         (10, [statement(12), statement(4)], 7, [("entries_missing", 8)], 2),
         (10, [statement(12), statement(10)], 0, [("entries_missing", 11)], 2),
+        (10, [statement(12), statement(9)], 0, [("entries_missing", 10)], 2),
         (10, [statement(6, root="x")], 0, [("entry_differs", 1)], 0),
         (
             10,
@@ -1241,8 +1242,8 @@ def test_what_a_claim_says_of_evaluation() -> None:
 
 def test_lost_answers_of_clients_are_counted(tmp_path: Path) -> None:
     made = fresh(Shape(clients=200, rounds=1, evaluation="none", sigma=30.0))
-    made.entry(C, "cohort-debit")["clients"] = [[0, 9]]
-    made.entry(C, "cohort-commit")["clients"] = [[0, 6]]
+    made.entry(C, "cohort-debit")["clients"] = [[2, 9]]
+    made.entry(C, "cohort-commit")["clients"] = [[2, 6]]
     verdict = verdict_of(made.write(tmp_path / "b"))
     assert verdict["violations"] == []
     (told,) = [w["what"] for w in verdict["warnings"] if w["code"] == "uncommitted"]
@@ -1251,6 +1252,9 @@ def test_lost_answers_of_clients_are_counted(tmp_path: Path) -> None:
     assert [(one["charter"], one["count"]) for one in events] == [("this", 1)]
     assert verdict["partners"]["client-0003"]["rounds"] == 1
     assert verdict["partners"]["client-0009"]["rounds"] == 0
+    assert len(verdict["partners"]) == 200
+    debits = [verdict["partners"][f"client-{number:04d}"]["debits"] for number in (0, 1, 2, 9, 10, 199)]
+    assert debits == [0, 0, 1, 1, 0, 0]
 
 
 def test_runs_that_are_open_and_ledgers_that_are_cut(tmp_path: Path) -> None:
