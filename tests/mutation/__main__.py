@@ -49,6 +49,7 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "tests/common/test_tampering.py",
             "tests/common/test_verifier_mutants.py",
             "tests/common/test_verifier_mutants_import.py",
+            "tests/common/test_verifier_mutants_rest.py",
         ),
     ),
 }
