@@ -209,7 +209,9 @@ def test_a_rollback_shows_beside_what_somebody_kept(bundle: Path, demo_run: tupl
     call("audit", bundle, "--against", closing).expect(1).says("entries_missing", f"{file}:")
     (bundle / file).write_bytes(b"".join(lines[:6]))  # the newest head is from some entries before the end
     call("audit", bundle, "--against", whole / "heads").expect(1).says("entries_missing", f"{file}:")
-    call("audit", bundle, "--against", whole / "charter.json").expect(1).says("closing_missing", "neither a ledger, nor heads")
+    call("audit", bundle, "--against", whole / "charter.json").expect(1).says(
+        "closing_missing", "neither a ledger, nor heads"
+    )
     call("audit", whole, "--against", whole / "charter.json").expect(2).says("neither a ledger, nor heads")
 
 
