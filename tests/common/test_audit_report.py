@@ -605,6 +605,18 @@ def test_a_ledger_that_is_not_whole(
     assert filter_words in text
     assert "what was charged may be more" in text
     assert "No entry is without a witness" not in text.split("hungary")[3]
+    assert "but not here, or not read, to their end: hungary" in text
+
+
+def test_what_is_spent_is_rounded_up_and_what_is_left_down() -> None:
+    for value, spent, left in (
+        (0.279012, "0.2791", "0.2790"),
+        (0.5, "0.5000", "0.5000"),
+        (1e-9, "0.0001", "0.0000"),
+        (0.0, "0.0000", "0.0000"),
+    ):
+        assert (page.up(value), page.down(value)) == (spent, left)
+    assert page.down(3e15) == "3e+15"
 
 
 def test_several_budgets_are_not_one(audited: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

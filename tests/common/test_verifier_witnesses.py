@@ -267,6 +267,8 @@ def test_nothing_is_concluded_from_what_is_not_there(tmp_path: Path, made: Draft
         assert said <= {"restored", "recovered"}  # not open_run, no_runs, tail, uncommitted, unreleased
         one = verdict["coordinator"] if owner == C else verdict["partners"][owner]
         assert (one["entries"], one["unread"], one["whole"], one["missing"]) == (there, 0, False, len(lines) - there)
+        assert one["beyond"] == [name for name in (P0, P1, P2, C) if name != owner]
+        assert verdict["checked"]["ledgers"] == (4 if there else 3)
         assert verdict["open_runs"] == []
         assert f"Not here to their end are the ledgers of {owner}:" in " ".join(verdict["limits"])
         assert verdict["claim"] is None
