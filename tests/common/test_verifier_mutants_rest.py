@@ -1476,3 +1476,10 @@ def test_how_the_command_is_called(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_words_for_entries_and_models() -> None:
     assert (verifier._entries(3, 3), verifier._entries(3, 5)) == ("entry 3 is", "entries 3 to 5 are")
     assert verifier._model({"model_sha256": digest("x")}) == digest("x")[:16]
+
+
+def test_the_newest_completed_run_is_the_last_of_any_number() -> None:
+    runs: dict[str, Run] = {}
+    for number in range(1, 5):
+        runs[str(number)] = Run(1, rounds=[{"of": number}, {"of": -number}], close={"why": "completed"})
+        assert verifier._last(runs) == {"of": -number}
