@@ -312,7 +312,7 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
     run = report["run"]
     out.print(
         f"Each partner, record level, add-or-remove-one, local noise, delta {run['delta']:g}:\n"
-        f"  {report['rounds']} rounds x {report['steps_per_round']} steps, sampling rate {report['sampling_rate']:g}, "
+        f"  {counted(report['rounds'], 'round')} x {counted(report['steps_per_round'], 'step')}, sampling rate {report['sampling_rate']:g}, "
         f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
         f"  epsilon {up(run['epsilon_filter'])} by the filter that enforces the cap, {up(run['epsilon'])} by the odometer (tight); "
         f"cap {run['epsilon_cap']:g}"
@@ -348,6 +348,10 @@ def _table(title: str, *columns: str) -> Table:
     return Table(*columns, title=title, box=None, title_justify="left", pad_edge=False)
 
 
+def _all(rounds: int) -> str:
+    return "The one round fits" if rounds == 1 else f"All {rounds} rounds fit"
+
+
 def _fits(fits: bool) -> str:
     return "fits" if fits else "[red]refused[/]"
 
@@ -379,10 +383,10 @@ def _print_verdict(report: dict[str, Any], ledger: Path | None) -> None:
         )
         out.print(f"  What fits: {counted(rounds, 'such round')}.")
         if noise is None:
-            out.print(f"  All {report['rounds']} rounds fit at no noise multiplier.")
+            out.print(f"  {_all(report['rounds'])} at no noise multiplier.")
         else:
             out.print(
-                f"  All {report['rounds']} rounds fit from noise multiplier {noise:g} on "
+                f"  {_all(report['rounds'])} from noise multiplier {noise:g} on "
                 f"(epsilon {up(report['epsilon_of_noise_that_fits'])} by itself)."
             )
     if ledger is not None:

@@ -365,12 +365,13 @@ def test_plan_counts_what_open_runs_hold(tmp_path: Path) -> None:
     assert with_hold["epsilon_held_before"] == budget.spent(two)
     noise = with_hold["noise_multiplier"]
     assert with_hold["epsilon_filter"] == budget.spent([*four, PrivacyEvent(1.0, noise, 2)])
-    call("plan", config, "--ledger", path).says("was spent before this run", "open runs still hold")
+    call("plan", config, "--ledger", path).says("was spent before this run", "is held by open runs")
     ledger.append("release", {"run_id": "a", "why": "closed"})
     ledger.close()
     released = planned()
     assert (released["epsilon_spent_before"], released["epsilon_held_before"]) == (budget.spent(two), 0)
-    assert released["noise_multiplier"] < noise
+    assert released["noise_multiplier"] == noise  # the charter's, whatever was spent
+    assert released["noise_that_fits"] < with_hold["noise_that_fits"]
 
 
 def test_plan_refuses_a_ledger_that_is_torn_or_foreign(tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_plan_refuses_a_ledger_that_is_torn_or_foreign(tmp_path: Path) -> None:
     path.write_bytes(b"")
     refused("empty")
     with pytest.raises(LedgerError):
-        plan_cli._taken_before(path, Budget.create(1.0, 1e-4))
+        plan_cli._taken_before(path)
     path.write_text("a,b\n1,2\n")
     refused("l.jsonl:1")
 
