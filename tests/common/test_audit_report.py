@@ -387,7 +387,7 @@ def test_a_verdict_may_lack_anything(make: Callable[[], dict[str, Any]]) -> None
         for lacking in ({k: v for k, v in first.items() if k != key}, first | {key: None}):
             show(whole | {"partners": {name: lacking}})
     for key in ("trajectory", "events"):
-        for item in first.get(key) or []:
+        for item in (first.get(key) or [])[:3]:  # they are alike
             for field in item:
                 for lacking in ({k: v for k, v in item.items() if k != field}, item | {field: None}):
                     show(whole | {"partners": {name: first | {key: [lacking]}}})

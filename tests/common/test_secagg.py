@@ -148,7 +148,7 @@ def test_the_sum_is_exact_for_every_dropout_at_every_phase(count: int) -> None:
     assert tried == {3: 10, 4: 13, 5: 106}[count]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_the_sum_is_exact_for_rosters_up_to_30(data: st.DataObject) -> None:
     count = data.draw(st.integers(3, 30), "count")
