@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,11 @@ class Books:
         return self.standing.accounts.get(lineage) or Account()
 
     def taken(self, lineage: str, charter_sha256: str | None = None) -> list[PrivacyEvent]:
-        """Spent and held."""
+        """Spent and held, as the gate would count it now."""
         if lineage not in self.standing.accounts:
             return []
-        return [*self.standing.spent(lineage, charter_sha256), *self.standing.held(lineage, charter_sha256)]
+        held = self.standing.held(lineage, charter_sha256, at=datetime.now(UTC))
+        return [*self.standing.spent(lineage, charter_sha256), *held]
 
 
 def budget_report(settings: NodeSettings, plan: Path | None = None) -> dict[str, Any]:

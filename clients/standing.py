@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from ..common.accounting import Budget, PrivacyEvent, odometer
@@ -166,13 +166,15 @@ class Standing:
         """Everything debited on a lineage, over all runs, under one charter or all."""
         return [event for charter, _, event in self.accounts[lineage].debits if charter_sha256 in (None, charter)]
 
-    def held(self, lineage: str, charter_sha256: str | None = None) -> list[PrivacyEvent]:
+    def held(self, lineage: str, charter_sha256: str | None = None, at: datetime | None = None) -> list[PrivacyEvent]:
         """What open holds may still spend of a lineage, under one charter or all.
 
-        Nothing can be debited under a charter that has expired: the gate frees such holds before it admits anything.
+        Args:
+            at: without those of charters that have expired then: the gate frees them before it admits anything, which a reader of
+                its ledger cannot.
         """
-        found, now = [], datetime.now(UTC)
-        ended = {charter for charter, (_, expires) in self.charters.items() if now >= expires}
+        found = []
+        ended = {charter for charter, (_, expires) in self.charters.items() if at is not None and at >= expires}
         for hold in self.holds.values():
             if (
                 hold.charter_sha256 not in ended

@@ -311,7 +311,7 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
         return
     run = report["run"]
     out.print(
-        f"Each partner, record level, add-or-remove-one, local noise, delta {run['delta']:g}:\n"
+        f"Each partner, record level, add-or-remove-one, local noise, delta {run['delta']:g}, against {ADVERSARY}:\n"
         f"  {counted(report['rounds'], 'round')} x {counted(report['steps_per_round'], 'step')}, sampling rate {report['sampling_rate']:g}, "
         f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
         f"  epsilon {up(run['epsilon_filter'])} by the filter that enforces the cap, {up(run['epsilon'])} by the odometer (tight); "

@@ -25,7 +25,6 @@ References: Bonawitz et al. 2017 (CCS), sections 4 and 6; Ma et al. 2023 (Flamin
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import itertools
 import math
@@ -604,8 +603,3 @@ def _add_stream(values: Ring, seed: bytes, sign: int) -> None:
         size = part.nbytes
         stream.update_into(zeros[:size] if size < _STEP else zeros, buffer)
         apply(part, data[: len(part)], out=part)
-
-
-def encoded(data: bytes) -> str:
-    """Bytes as they travel in a message's fields."""
-    return base64.b64encode(data).decode()

@@ -2001,14 +2001,14 @@ class Witnesses:
         self.names = {key: name for name, key in terms.keys.items()}
         self.statements: dict[str, list[Statement]] = {owner: [] for owner in books}
         self.longer: dict[str, tuple[int, str]] = {}  # owner -> the most entries that it signed for, and where
-        self.beyond: dict[str, set[str]] = {
-            owner: set() for owner in books
-        }  # owner -> who else signed for more than is here
+        self.beyond: dict[str, set[str]] = {owner: set() for owner in books}  # who else signed for more than is here
         self.agreed = dict.fromkeys(books, 0)  # owner -> how much of its ledger is as in a copy
         self.heads: list[dict[str, Any]] = []
         self.closings: list[dict[str, Any]] = []
         self.used = 0  # things that were compared
-        self.worthless: list[Unreadable] = []  # what was given and says nothing of this bundle
+        self.worthless: list[
+            tuple[str, Unreadable]
+        ] = []  # what was given and says nothing of this bundle: code of a warning
 
     # heads
 
@@ -2172,21 +2172,23 @@ class Witnesses:
         """
         if not os.path.exists(given):  # never raises
             raise Unreadable(str(given), None, "not there, so nothing can be compared with it")
-        before, path = self.used, given.resolve()
+        before, told, path = self.used, len(self.report.warnings), given.resolve()
         if not path.is_dir():
             self._copy(path.parent, path.name, str(given))
         else:
             copies = list(itertools.islice(self._found(path, given), MAX_COPIES + 1))
             if len(copies) > MAX_COPIES:
                 what = f"more than {MAX_COPIES} files to compare with: give some at a time"
-                self.worthless.append(Unreadable(str(given), None, what))
+                self.worthless.append(("copy", Unreadable(str(given), None, what)))
                 return
             for file in sorted(copies):
                 self._copy(path, file, str(given / file))
         if before == self.used:
-            why = "; ".join(sorted({one["what"] for one in self.report.warnings if one["file"].startswith(str(given))}))
+            found = self.report.warnings[told:]
+            why = "; ".join(sorted({one["what"] for one in found}))
             what = f"nothing in it can be compared with this bundle{f': {why}' if why else ''}"
-            self.worthless.append(Unreadable(str(given), None, what))
+            code = "unrelated" if {one["code"] for one in found} == {"unrelated"} else "copy"
+            self.worthless.append((code, Unreadable(str(given), None, what)))
 
     def _found(self, path: Path, given: Path) -> Iterator[str]:
         """The files of a folder that are ledgers, heads or checkpoints, or look as if they should be. What cannot be looked at is told."""
@@ -2733,11 +2735,10 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
         if newest
         else "No good closing checkpoint is in this bundle: beyond the newest heads nobody vouches that it is complete."
     )
-    for one in others.worthless:
+    for code, one in others.worthless:
         if not report.violations:
             raise one
-        of_others = [w["code"] for w in report.warnings if w["file"].startswith(one.file)]
-        report.warn("unrelated" if of_others and "copy" not in of_others else "copy", one.file, one.line, one.what)
+        report.warn(code, one.file, one.line, one.what)
     simulated = ["Simulated: all keys and data were on one machine, so the signatures bind nobody."]
     cut = [name for name, ledger in others.books.items() if not ledger.whole]
     partly = f"Not here to their end are the ledgers of {', '.join(cut)}: figures are of what was read, and the rest of it was "

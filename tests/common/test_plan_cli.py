@@ -78,7 +78,7 @@ def test_what_a_ledger_has_left_never_changes_the_noise(monkeypatch: pytest.Monk
     for before in (1, 400, 10_000):
         spent = [PrivacyEvent(1.0, 40.0, before)]
         budget = Budget.create(2.0, 1e-4)
-        monkeypatch.setattr(plan_cli, "_taken_before", lambda _: (budget, spent, []))  # noqa: B023
+        monkeypatch.setattr(plan_cli, "_taken_before", lambda _, taken=(budget, spent, []): taken)
         found = plan_cli.planned(agreed, Path("l.jsonl"))
         assert found["noise_multiplier"] == sigma
 
@@ -106,6 +106,6 @@ def test_what_a_ledger_has_left_never_changes_the_noise(monkeypatch: pytest.Monk
 def test_unprotected_training_still_pays_for_private_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = config(privacy={"kind": "none"}, evaluation={"kind": "private", "noise_multiplier": 60.0})
     for spent, fits in (([], True), ([PrivacyEvent(1.0, 40.0, 10_000)], False)):
-        monkeypatch.setattr(plan_cli, "_taken_before", lambda _: (BUDGET, spent, []))  # noqa: B023
+        monkeypatch.setattr(plan_cli, "_taken_before", lambda _, taken=(BUDGET, spent, []): taken)
         assert plan_cli.planned(bare, Path("l.jsonl"))["fits"] is fits
     assert plan_cli.planned(bare)["fits"]

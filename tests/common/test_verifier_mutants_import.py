@@ -89,7 +89,7 @@ def test_1000_files_of_a_folder_are_compared(tmp_path: Path) -> None:
     (given / "one more").write_bytes(first)
     assert others.worthless == []
     others.read_given(given)
-    assert "more than 1000 files" in str(others.worthless[0])
+    assert "more than 1000 files" in str(others.worthless[0][1])
     assert others.used == 1000
 
 

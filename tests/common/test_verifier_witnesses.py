@@ -529,6 +529,17 @@ def test_what_is_given_is_nonsense(tmp_path: Path, made: Draft, data: bytes) -> 
 
 
 @pytest.mark.parametrize("how", ["blank", "bom", "torn", "genesis", "link", "linked folder", "unreadable name"])
+def test_anothers_bundle_is_unrelated_and_junk_is_worthless(tmp_path: Path, made: Draft) -> None:
+    """Where something is wrong anyway each is told by its own code, also when one path begins as the other does."""
+    stranger = honest(Shape(partners=2, rounds=1, sigma=30.0, seed=9)).write(tmp_path / "given2")
+    folder, junk = made.write(tmp_path / "b"), tmp_path / "given"
+    junk.write_bytes(b"x\n")
+    (folder / L0).unlink()
+    warned = found(verify_bundle(folder, [junk, stranger]), "warnings")
+    assert {("copy", str(junk), None), ("unrelated", str(stranger), None)} <= warned
+    assert warned == found(verify_bundle(folder, [stranger, junk]), "warnings")
+
+
 def test_evidence_in_a_folder_that_cannot_be_used_is_told(tmp_path: Path, made: Draft, how: str) -> None:
     """Beside a head that can: nobody may think that everything was compared."""
     folder, given = made.write(tmp_path / "b"), tmp_path / "given"
