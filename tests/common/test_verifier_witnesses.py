@@ -528,7 +528,6 @@ def test_what_is_given_is_nonsense(tmp_path: Path, made: Draft, data: bytes) -> 
     assert ("copy", str(given), None) in found(verdict, "warnings")
 
 
-@pytest.mark.parametrize("how", ["blank", "bom", "torn", "genesis", "link", "linked folder", "unreadable name"])
 def test_anothers_bundle_is_unrelated_and_junk_is_worthless(tmp_path: Path, made: Draft) -> None:
     """Where something is wrong anyway each is told by its own code, also when one path begins as the other does."""
     stranger = honest(Shape(partners=2, rounds=1, sigma=30.0, seed=9)).write(tmp_path / "given2")
@@ -540,6 +539,7 @@ def test_anothers_bundle_is_unrelated_and_junk_is_worthless(tmp_path: Path, made
     assert warned == found(verify_bundle(folder, [stranger, junk]), "warnings")
 
 
+@pytest.mark.parametrize("how", ["blank", "bom", "torn", "genesis", "link", "linked folder", "unreadable name"])
 def test_evidence_in_a_folder_that_cannot_be_used_is_told(tmp_path: Path, made: Draft, how: str) -> None:
     """Beside a head that can: nobody may think that everything was compared."""
     folder, given = made.write(tmp_path / "b"), tmp_path / "given"
