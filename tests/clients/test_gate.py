@@ -275,6 +275,10 @@ def test_an_expired_hold_comes_free(site: Site, monkeypatch: pytest.MonkeyPatch)
         def now(cls, zone: object = None) -> datetime:  # type: ignore[override]
             return EXPIRES + timedelta(days=1)
 
+    # A reader of the ledger cannot free them, and counts as the gate will.
+    (lineage,) = gate._standing.accounts
+    assert gate._standing.held(lineage) == gate._standing.held(lineage, at=EXPIRES - timedelta(seconds=1)) != []
+    assert gate._standing.held(lineage, at=EXPIRES) == []
     monkeypatch.setattr(module, "datetime", Later)
     opened(gate, signed, "later")
     released = [e.body["why"] for e in gate.ledger.of("release")]
