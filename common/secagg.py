@@ -31,7 +31,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -166,9 +166,9 @@ class Agreement:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all of it."""
-        said = {**self.__dict__, "keys": [[name, key] for name, key in self.keys.items()], "v": 1}
-        said.pop("digest", None)
-        return hashlib.sha256(canonical(said)).hexdigest()
+        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        said["keys"] = [[name, key] for name, key in self.keys.items()]  # their order counts
+        return hashlib.sha256(canonical({**said, "v": 1})).hexdigest()
 
     def check(self, me: str, private: bytes, charter_partners: Sequence[str], colluding: int, quorum: int) -> None:
         """Return when this is what `me` may take part in.
@@ -420,13 +420,13 @@ class Sum:
         _check_signed(LIST_TYPE, signature, wanted, identity, name, "list")
 
     def open(self, revealed: Mapping[str, Revealed]) -> tuple[Ring, list[str]]:
-        """The sum of the survivors' vectors, and who revealed something that does not fit.
+        """The sum of the survivors' vectors, and who revealed something that does not fit and was looked at.
 
         Args:
             revealed: of `threshold` survivors or more.
 
         Raises:
-            MessageError: too few shares of a mask fit. It names whose mask, and whose shares do not fit.
+            MessageError: too few shares of a mask fit together. It names the mask.
         """
         agreement, total = self.agreement, self.total.copy()
         liars: set[str] = set()
@@ -448,12 +448,18 @@ class Sum:
         roster, needed = self.agreement.roster, self.agreement.threshold
         points = {roster.index(holder) + 1: share for holder, share in held.items() if len(share) == SHARE}
         names = {roster.index(holder) + 1: holder for holder in held}
-        # The first `needed` do, unless somebody lies: then whichever do. Bounded, as who lies a lot only loses the sum.
-        for chosen in itertools.islice(itertools.combinations(sorted(points), needed), 2000):
+        # All fit, unless somebody lies: then without one, without two, ... Those who lied before come last. Bounded: many who lie
+        # lose the sum, and no more.
+        order = sorted(points, key=lambda at: (names[at] in liars, at))
+        without = (
+            left_out for few in range(len(order) - needed + 1) for left_out in itertools.combinations(order, few)
+        )
+        for left_out in itertools.islice(without, 2000):
+            chosen = [at for at in order if at not in left_out][:needed]
             found = _combine({at: points[at] for at in chosen})
             seed = found(0)
             if seed >> (8 * SEED) == 0 and hashlib.sha256(made := seed.to_bytes(SEED, "big")).hexdigest() == commitment:
-                if len(points) > needed and chosen != tuple(sorted(points)[:needed]):
+                if left_out:
                     liars |= {names[at] for at, share in points.items() if found(at) != int.from_bytes(share, "big")}
                 return made
         raise MessageError(f"{what} cannot be opened: no {needed} of {len(points)} shares fit together")

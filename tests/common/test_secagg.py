@@ -435,6 +435,24 @@ def test_a_partner_that_reveals_what_does_not_fit_is_named_and_the_sum_is_right(
         one.sum.open(one.revealed)
 
 
+@pytest.mark.parametrize("liars", [["p000"], ["p000", "p001"], ["p002", "p016"]])
+def test_liars_among_thirty_are_named_wherever_they_stand(liars: list[str]) -> None:
+    """Also the first ones, whose shares would be taken first: of 30 there are more ways to choose 16 than can be tried."""
+    who = people(30)
+    agreement = who.agreement()
+    values = vectors(agreement.roster, 32, 5, 12)
+    one = Attempt(who, agreement, values)
+    one.play(({"p029"}, set(), {"p028"}))
+    for name in liars:
+        true = one.revealed[name]
+        wrong = {peer: bytes([share[0]]) + bytes(16) for peer, share in true.own.items()}
+        between = {pair: bytes(17) for pair in true.between}
+        one.revealed[name] = replace(true, own=wrong, between=between)
+    total, named = one.sum.open(one.revealed)
+    assert [int(v) for v in total] == summed(values, agreement.roster[:29])
+    assert named == liars
+
+
 def test_vectors_of_another_length_or_ring() -> None:
     who = people(3)
     agreement = who.agreement()
