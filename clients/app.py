@@ -3,9 +3,11 @@
 verify the message -> ask the gate -> read data and work -> outbox -> commit -> reply. What the gate refuses is answered
 with a signed refusal and reads nothing.
 
-What may leave a node, and nothing else: `update` (a round's model update), `scores` (scores and labels of rows registered
+What may leave a node, and nothing else: `update` (a round's model update), `masked` (a masked vector, with shares of its masks that only
+their recipients can read), `survivors` (a signature under the list of those whose vectors are to be summed), `shares` (what opens that
+sum, and no other), `scores` (scores and labels of rows registered
 as public), `histogram` (noisy score histogram, charged), `failed` (that, and nothing else, when the work failed after it was
-paid for), `accepted`, `refused`, `kept`, `head` and `signature` (of its ledger). Whatever a round is answered with, the same is told
+paid for), `accepted` (with this run's public key), `refused`, `kept`, `head` and `signature` (of its ledger). Whatever a round is answered with, the same is told
 of ledgers beside it: its own head, and its signatures under heads of others'.
 
 What is logged holds no record value: of an exception its class and where in the code it was raised, never its words.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +29,17 @@ import torch
 
 from ..common.charter import Charter
 from ..common.closing import sign_closing
-from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused
+from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity, sha256
 from ..common.ledger import Ledger
+from ..common.masking import Told, bytes_by_name, fixed_point, revealed_fields, sent_fields, weights_of
 from ..common.messages import Manifest, Tensors, Wire, is_finite, manifest_sha256
+from ..common.model import model_sha256
+from ..common.plan import training_of
+from ..common.secagg import Agreement, agree, mask, read_keys, reveal, signed_key, to_ring
+from ..common.shared_noise import SharedGaussian
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
 from ..common.witness import Asked, signatures, telling
@@ -39,9 +47,13 @@ from .datasets import RegisteredDataset, Rows, Split
 from .models import verified
 from .noise import SecureNoise
 from .outbox import Outbox
-from .training import LocalSettings, train_locally
+from .run_keys import RunKeys
+from .training import LocalSettings, shared_gradient, train_locally
 
 _log = logging.getLogger("hansa.node")
+
+Fields = dict[str, Any]
+"""Of a reply's manifest."""
 
 
 class Doorkeeper(Protocol):
@@ -56,8 +68,16 @@ class Doorkeeper(Protocol):
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Hold a run's plan or raise Refused."""
 
-    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> str | None:
+    def debit(
+        self, request: Manifest, request_sha256: str, purpose: str, masked: Agreement | None = None
+    ) -> str | None:
         """Spend, or raise Refused; the SHA-256 of its reply when that was committed before."""
+
+    def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
+        """Let an exchange after a masked vector through, or raise Refused; the list that was signed before."""
+
+    def list_survivors(self, request: Manifest, request_sha256: str, agreed: Agreement, survivors: list[str]) -> None:
+        """Record the list before its signature leaves."""
 
     def admit_public(self, request: Manifest, request_sha256: str) -> str | None:
         """Let a public evaluation through, or raise Refused; the SHA-256 of its reply when that was committed before."""
@@ -84,6 +104,7 @@ class Node:
         identity: signs closing checkpoints; None there as well.
         keep: where models that closing messages deliver are kept, one folder a run; None there as well.
         heads: where heads of others' ledgers that this node countersigned are kept; None there as well.
+        keys: of secure aggregation; None there as well.
     """
 
     def __init__(
@@ -99,6 +120,7 @@ class Node:
         identity: Identity | None = None,
         keep: Path | None = None,
         heads: KeptHeads | None = None,
+        keys: RunKeys | None = None,
     ) -> None:
         self._task = task
         self._model = model
@@ -110,38 +132,88 @@ class Node:
         self._identity = identity
         self._keep = keep
         self._heads = heads
+        self._keys = keys
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def open(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
         """Accept or refuse a whole run."""
+        charter = self._agreed(request)
+        if (secure := charter.secure_aggregation) is not None and secure.dimension != (size := self._dimension()):
+            raise Refused(Refusal.NUMERIC, f"the model has {size} parameters, agreed are {secure.dimension}")
         self._gate.open_run(request, digest)
-        return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+        if secure is None:
+            return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+        identity, keys = self._masker()
+        private = keys.make(request.charter_sha256, request.run_id)
+        key = base64.b64encode(signed_key(identity, request.charter_sha256, request.run_id, private)).decode()
+        return self._wire.encode(request.reply("accepted", digest, key=key), self._wire.pack({}))[0]
 
     def train(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
         """One round of local training; answers with the update w_after − w_before."""
         self._check_model(tensors)
         asked = self._asked(request)
-        before = self._gate.debit(request, digest, "train")
+        charter = self._agreed(request)
+        agreed = self._attempt(request, charter, tensors) if charter.secure_aggregation is not None else None
+        before = self._gate.debit(request, digest, "train", agreed)
         if before is not None:
             return self._again(request, before)
-        charter = self._agreed(request)
-        settings = local_settings(charter)
         rows = self._rows().train
 
-        def update() -> Tensors:
-            return train_locally(
-                self._model,
-                self._task.loss,
-                tensors,
-                rows,
-                settings,
-                _declared(charter, self._gate.name),
-                seed=None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name),
-            )
+        def update() -> tuple[Tensors, Fields]:
+            settings = local_settings(charter)
+            seed = None if settings.event else round_seed(charter.model_seed, request.round, self._gate.name)
+            declared = _declared(charter, self._gate.name)
+            return train_locally(self._model, self._task.loss, tensors, rows, settings, declared, seed=seed), {}
 
-        return self._answer(request, digest, "update", update, public=False, asked=asked)
+        def masked() -> tuple[Tensors, Fields]:
+            assert agreed is not None
+            identity, keys = self._masker()
+            event, fixed = training_of(charter), fixed_point(charter)
+            if isinstance(event, SharedGaussian):
+                values = shared_gradient(self._model, self._task.loss, tensors, rows, event)
+            else:
+                flat = np.concatenate([part.reshape(-1) for part in update()[0].values()]).astype(np.float64)
+                values = fixed.to_grid(flat * weights_of(charter)[self._gate.name])
+            private = keys.get(request.charter_sha256, request.run_id)
+            vector, sent = mask(agreed, identity, private, to_ring(values, agreed.bits))
+            return {"masked": vector}, {"sent": sent_fields(sent)}
+
+        if agreed is None:
+            return self._answer(request, digest, "update", update, public=False, asked=asked)
+        return self._answer(request, digest, "masked", masked, public=False, asked=asked)
+
+    def agree(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
+        """Sign who the survivors of an attempt are; one list an attempt, on disk before its signature leaves."""
+        charter, agreed = self._told(request)
+        identity, _keys = self._masker()
+        before = self._gate.survivors(request, agreed.digest)
+        words = bytes_by_name(request.fields.get("words"))
+        signature = agree(agreed, identity, words, _identities(charter), before)
+        self._gate.list_survivors(request, digest, agreed, sorted(words))
+        encoded = base64.b64encode(signature).decode()
+        return self._wire.encode(request.reply("survivors", digest, signature=encoded), self._wire.pack({}))[0]
+
+    def reveal(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
+        """What opens the sum over the survivors that this node signed, and no other."""
+        charter, agreed = self._told(request)
+        _identity, keys = self._masker()
+        survivors = self._gate.survivors(request, agreed.digest)
+        if survivors is None:
+            raise Refused(Refusal.SECAGG_SURVIVORS, "this node signed no list of survivors for this attempt")
+        revealed = reveal(
+            agreed,
+            self._gate.name,
+            keys.get(request.charter_sha256, request.run_id),
+            survivors,
+            bytes_by_name(request.fields.get("signatures")),
+            bytes_by_name(request.fields.get("shares")),
+            _identities(charter),
+        )
+        return self._wire.encode(
+            request.reply("shares", digest, revealed=revealed_fields(revealed)), self._wire.pack({})
+        )[0]
 
     def evaluate(self, request: Manifest, digest: str, tensors: Tensors) -> RecordDict:
         """Measure the model on held-out rows, as the charter's evaluation says."""
@@ -154,16 +226,16 @@ class Node:
             return self._again(request, before)
         rows = self._rows().held_out
 
-        def scores() -> Tensors:
-            return {"scores": self._scores(tensors, rows), "labels": rows.y.numpy()}
+        def scores() -> tuple[Tensors, Fields]:
+            return {"scores": self._scores(tensors, rows), "labels": rows.y.numpy()}, {}
 
-        def histogram() -> Tensors:
-            found = scores()
+        def histogram() -> tuple[Tensors, Fields]:
+            found, _ = scores()
             binary = len(self._task.classes) == 2
             counts = score_histogram(found["scores"], found["labels"], evaluation.bins, binary=binary)
             assert evaluation.noise_multiplier is not None
             # One record is one count: sensitivity 1 under add-or-remove-one: the multiplier is the standard deviation.
-            return {"histogram": counts + SecureNoise().gaussian(counts.shape, evaluation.noise_multiplier)}
+            return {"histogram": counts + SecureNoise().gaussian(counts.shape, evaluation.noise_multiplier)}, {}
 
         if public:
             return self._answer(request, digest, "scores", scores, public=True)
@@ -174,6 +246,8 @@ class Node:
         head = self._gate.close_run(request.run_id, request.charter_sha256)
         if self._outbox is not None:
             self._outbox.drop(request.run_id)
+        if self._keys is not None:
+            self._keys.drop(request.charter_sha256, request.run_id)
         return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
 
     def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
@@ -224,6 +298,8 @@ class Node:
         work = {
             "open": self.open,
             "train": self.train,
+            "agree": self.agree,
+            "reveal": self.reveal,
             "evaluate": self.evaluate,
             "close": self.close,
             "sign": self.sign,
@@ -242,7 +318,7 @@ class Node:
         request: Manifest,
         digest: str,
         kind: str,
-        work: Callable[[], Tensors],
+        work: Callable[[], tuple[Tensors, Fields]],
         *,
         public: bool,
         asked: Asked | None = None,
@@ -253,13 +329,14 @@ class Node:
         repeated request gets this answer again: a second attempt would be a second release under one debit.
         """
         try:
-            tensors = work()
+            tensors, fields = work()
         except (OutputError, LedgerError, MemoryError):
             raise  # of this machine, like a crash: nothing was answered, the debit stays good
         except Exception as err:
             _log.error("%s: round %s failed: %s", self._gate.name, request.round, without_words(err))
-            kind, tensors = "failed", {}
-        fields = {} if asked is None else self._witnessed(asked)
+            kind, tensors, fields = "failed", {}, {}
+        if asked is not None:
+            fields = {**fields, **self._witnessed(asked)}
         reply, reply_sha256 = self._wire.encode(request.reply(kind, digest, **fields), self._wire.pack(tensors))
         if self._outbox is not None:
             self._outbox.put(request.run_id, request.request_id, reply)
@@ -302,6 +379,51 @@ class Node:
             )
         mine = telling(self._identity, self._gate.ledger, asked.since)
         return {"head": mine, "witnessed": signatures(signed, self._identity.key), "stands": stands}
+
+    def _told(self, request: Manifest) -> tuple[Charter, Agreement]:
+        """The attempt that an exchange after a masked vector is about: the model's name is told, its tensors were sent before."""
+        charter, model = self._agreed(request), request.fields.get("model_sha256")
+        if charter.secure_aggregation is None or not isinstance(model, str):
+            raise Refused(Refusal.SECAGG_TERMS, "no attempt at secure aggregation")
+        return charter, self._attempt(request, charter, model)
+
+    def _attempt(self, request: Manifest, charter: Charter, model: Tensors | str) -> Agreement:
+        """The attempt that a request is for, checked against the charter.
+
+        Args:
+            model: the tensors that came with it, or their name.
+
+        Raises:
+            MessageError: malformed.
+            Refused: a key, roster, threshold, quorum or ring that is not what was agreed.
+        """
+        identity, keys = self._masker()
+        told = Told.parse(request.fields.get("masked"))
+        public = read_keys(told.envelopes, request.charter_sha256, request.run_id, _identities(charter))
+        name = model if isinstance(model, str) else model_sha256(model)
+        agreed = told.agreement(request.charter_sha256, request.run_id, request.round, name, public)
+        private = keys.get(request.charter_sha256, request.run_id)
+        secure = charter.secure_aggregation
+        assert secure is not None
+        agreed.check(identity.name, private, [m.name for m in charter.partners], secure.colluding, charter.quorum)
+        if (agreed.length, agreed.bits) != (secure.dimension, fixed_point(charter).bits):
+            raise Refused(
+                Refusal.SECAGG_TERMS, f"{agreed.length} numbers of {agreed.bits} bits are not what the charter comes to"
+            )
+        if agreed.attempt > secure.retries:
+            raise Refused(
+                Refusal.SECAGG_TERMS,
+                f"attempt {agreed.attempt}, and {counted(secure.retries, 'retry', 'retries')} agreed",
+            )
+        return agreed
+
+    def _masker(self) -> tuple[Identity, RunKeys]:
+        assert self._identity is not None
+        assert self._keys is not None
+        return self._identity, self._keys
+
+    def _dimension(self) -> int:
+        return sum(math.prod(shape) for shape in self._shapes.values())
 
     def _agreed(self, request: Manifest) -> Charter:
         charter = self._gate.charter(request.charter_sha256)
@@ -356,6 +478,14 @@ def make_client_app(find: Callable[[Context], Node]) -> ClientApp:
     def _evaluate(message: Message, context: Context) -> Message:
         return find(context).handle("evaluate", message)
 
+    @app.query("agree")
+    def _agree(message: Message, context: Context) -> Message:
+        return find(context).handle("agree", message)
+
+    @app.query("reveal")
+    def _reveal(message: Message, context: Context) -> Message:
+        return find(context).handle("reveal", message)
+
     @app.query("close")
     def _close(message: Message, context: Context) -> Message:
         return find(context).handle("close", message)
@@ -399,6 +529,10 @@ def local_settings(charter: Charter) -> LocalSettings:
 def round_seed(model_seed: int, round_number: int, name: str) -> int:
     """Seed of the batches of one unprotected round, so that a resumed run repeats them. Never used for noise."""
     return int(sha256(f"{model_seed}:{round_number}:{name}".encode())[:15], 16)
+
+
+def _identities(charter: Charter) -> dict[str, str]:
+    return {member.name: member.key for member in charter.partners}
 
 
 def _closing(request: Manifest) -> bytes:

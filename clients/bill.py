@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.accounting import Budget, PrivacyEvent, odometer
-from ..common.charter import ADVERSARY, Charter, SignedCharter
-from ..common.config import Algorithm, Privacy, load_config
+from ..common.charter import Charter, SignedCharter, adversary
+from ..common.config import load_config
 from ..common.errors import ConfigError, LedgerError, Refusal, counted
 from ..common.home import Home
 from ..common.identity import real
 from ..common.ledger import Entry, read_ledger
-from ..common.plan import budget_of, calibrated, events_of, largest, plan_of, stopped_by
+from ..common.plan import PlanItem, Terms, budget_of, calibrated, events_of, largest, plan_of, stopped_by
 from .law import Control
 from .registrations import Listed, fitting, registered_at, serving
 from .settings import NodeSettings
@@ -100,12 +100,14 @@ def budget_report(settings: NodeSettings, plan: Path | None = None) -> dict[str,
         and body["round"] is None
         and not any(control.approved(body["run_id"], sha) for sha in books.charters)
     }
+    # Where noise was shared under one charter, the figures over all of them hold against no more than that charter's adversary.
+    weakest = min((a.colluding for a in standing.accounts.values() if a.colluding is not None), default=None)
     return {
         "partner": books.partner,
         "unit": "record",
         "adjacency": "add-or-remove-one",
-        "noise": "local",
-        "adversary": ADVERSARY,
+        "noise": "local" if weakest is None else "shared",
+        "adversary": adversary(weakest),
         "restored_not_proved": control.restored.exists(),
         "paused": control.paused(),
         "lineages": [_lineage(books, lineage) for lineage in standing.accounts],
@@ -117,7 +119,7 @@ def budget_report(settings: NodeSettings, plan: Path | None = None) -> dict[str,
                 "charter_sha256": hold.charter_sha256,
                 "lineage": hold.lineage,
                 "state": hold.ended or "open",
-                "rounds": sum(purpose == "train" for purpose, _ in hold.rounds),
+                "rounds": len({number for purpose, number, _ in hold.rounds if purpose == "train"}),
             }
             for hold in standing.holds.values()
         ],
@@ -140,7 +142,7 @@ def _lineage(books: Books, lineage: str) -> dict[str, Any]:
         if account.budget is not None:
             one["share"] = standing.epsilons(lineage, account.budget, sha)
         if charter is not None and privacy is not None and privacy.epsilon is not None and privacy.delta is not None:
-            one["own"] = standing.epsilons(lineage, budget_of(privacy, charter.algorithm), sha)
+            one["own"] = standing.epsilons(lineage, budget_of(charter), sha)
             one["site"] = None if cap is None else standing.epsilons(lineage, Budget.create(cap, privacy.delta))
         agreed.append(one)
     return {
@@ -231,9 +233,9 @@ def plan_report(books: Books, path: Path) -> dict[str, Any]:
     Raises:
         ConfigError, CharterError: not a charter and not a configuration.
     """
-    sha, name, task, privacy, algorithm, plan = _planned(path)
+    sha, name, task, terms, plan = _planned(path)
     events = events_of(plan)
-    protected = privacy.kind == "local"
+    protected = terms.privacy.kind != "none"
     named = next((e.dataset for e in books.settings.federations if SignedCharter.load(e.charter).sha256 == sha), None)
     served = fitting(books.known, task) if named is None else [serving(books.known, task, named)]
     if not served:
@@ -249,14 +251,14 @@ def plan_report(books: Books, path: Path) -> dict[str, Any]:
             {
                 "lineage": one.dataset.lineage,
                 "data": one.name,
-                **_cost(books, one.dataset.lineage, sha, privacy, algorithm, events),
+                **_cost(books, one.dataset.lineage, sha, terms, events),
             }
             for one in served
         ],
     }
 
 
-def _planned(path: Path) -> tuple[str | None, str, str, Privacy, Algorithm, Any]:
+def _planned(path: Path) -> tuple[str | None, str, str, Terms, tuple[PlanItem, ...]]:
     try:
         head = path.read_bytes()[:1_000_000]
     except OSError as err:
@@ -264,23 +266,22 @@ def _planned(path: Path) -> tuple[str | None, str, str, Privacy, Algorithm, Any]
     if b'"payloadType"' in head:
         signed = SignedCharter.load(path)
         agreed = signed.charter
-        plan = plan_of(agreed.algorithm, agreed.privacy, agreed.evaluation)
-        return signed.sha256, agreed.name, agreed.task.name, agreed.privacy, agreed.algorithm, plan
+        return signed.sha256, agreed.name, agreed.task.name, agreed, plan_of(agreed)
     config = load_config(path)
-    noise = calibrated(config.algorithm, config.privacy, config.evaluation)
-    privacy = config.privacy.model_copy(update={"noise_multiplier": noise})
-    plan = plan_of(config.algorithm, privacy, config.evaluation)
-    return None, config.name, config.task, privacy, config.algorithm, plan
+    if config.secure_aggregation is not None:
+        from ..common.tasks import sized  # imports torch, which other plans do without
+
+        config = sized(config)
+    config = config.with_noise(calibrated(config))
+    return None, config.name, config.task, config, plan_of(config)
 
 
-def _cost(
-    books: Books, lineage: str, sha: str | None, privacy: Privacy, algorithm: Algorithm, events: list[PrivacyEvent]
-) -> dict[str, Any]:
+def _cost(books: Books, lineage: str, sha: str | None, terms: Terms, events: list[PrivacyEvent]) -> dict[str, Any]:
     account, site = books.account(lineage), books.settings.site
-    if privacy.kind != "local":
+    if terms.privacy.kind == "none":
         stops = [] if site.allow_unprotected else ["the site: no training without privacy"]
         return {"before": None, "after": None, "stops": stops, "fits": None if not stops else 0}
-    agreed = budget_of(privacy, algorithm)
+    agreed = budget_of(terms)
     own = agreed if account.budget is None else account.budget
     taken = books.taken(lineage)
     caps: dict[str, tuple[Budget, list[PrivacyEvent]]] = {

@@ -28,11 +28,13 @@ from ..common.plan import (
     SOFTWARE,
     PlanItem,
     budget_of,
+    charged,
     evaluated_rounds,
     event_fields,
     plan_of,
     plan_sha256,
 )
+from ..common.secagg import Agreement
 from .datasets import RegisteredDataset
 from .law import SiteLaw
 from .standing import Exchange, Hold, Standing, kind_of, refusal_key, times
@@ -116,9 +118,9 @@ class Gate:
         self._ask_site(charter, request)
         lineage = dataset.lineage
         account = self._standing.accounts[lineage]
-        plan = plan_of(charter.algorithm, charter.privacy, charter.evaluation)
-        if charter.privacy.kind == "local":
-            agreed = budget_of(charter.privacy, charter.algorithm)
+        plan = plan_of(charter)
+        if charter.privacy.kind != "none":
+            agreed = budget_of(charter)
             # The lineage's own cap over everything, and the charter's over what is spent under it: both must hold.
             self._admit(account.budget or agreed, plan, request.charter_sha256, lineage, every=True)
             self._admit(agreed, plan, request.charter_sha256, lineage, every=False)
@@ -148,8 +150,13 @@ class Gate:
             {"lineage": lineage, "hold": [[event_fields(item.event), item.count] for item in plan]},
         )
 
-    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> str | None:
+    def debit(
+        self, request: Manifest, request_sha256: str, purpose: str, masked: Agreement | None = None
+    ) -> str | None:
         """Spend one planned event on this request.
+
+        Args:
+            masked: the attempt at secure aggregation that the request is for.
 
         Returns:
             The SHA-256 of the reply that was committed before, to answer with from the outbox; None: spent, so work.
@@ -166,15 +173,16 @@ class Gate:
         if known is not None:
             return None  # debited, then a crash: nothing was released, so the same debit pays for it
         item = next(
-            (i for i in plan_of(charter.algorithm, charter.privacy, charter.evaluation) if i.purpose == purpose),
+            (i for i in plan_of(charter) if i.purpose == purpose),
             None,
         )
         member = charter.member(self.name)
         assert member is not None
         if item is None or hold.left[kind_of(purpose, event_fields(item.event))] < 1:
             raise Refused(Refusal.NOT_HELD, f"nothing more is held for {purpose}")
-        self._check_round(request, charter, hold, purpose)
+        self._check_round(request, charter, hold, purpose, 0 if masked is None else masked.attempt)
         protected_training = purpose == "train" and item.event is not None
+        about = {} if masked is None else {"masked": {"attempt": masked.attempt, "agreement": masked.digest}}
         self._append(
             "debit",
             {
@@ -188,11 +196,49 @@ class Gate:
                 "event": event_fields(item.event),
                 "clip_norm": real(charter.privacy.clip_norm or 0.0) if protected_training else None,
                 "declared_records": member.declared_records,
+                **about,
             },
             request.charter_sha256,
             {"lineage": hold.lineage, "debit": event_fields(item.event)},
         )
         return None
+
+    def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
+        """Let an exchange after a masked vector through. Returns the list of survivors that was signed for it; None: none yet.
+
+        Args:
+            agreement: its digest.
+
+        Raises:
+            Refused: no vector was sent under it, or the run is over, or may not go on now.
+        """
+        self.ledger.check_open()
+        charter, dataset = self._charter(request)
+        self._ask_site(charter, request)
+        self._open_hold(request, dataset)
+        sent = self._standing.masked.get((request.charter_sha256, agreement), "")
+        known = self._standing.exchanges.get((request.charter_sha256, sent))
+        if known is None or not known.reply_sha256:
+            raise Refused(Refusal.SECAGG_SURVIVORS, "this node sent no vector in this attempt")
+        return self._standing.survivors.get((request.charter_sha256, agreement))
+
+    def list_survivors(self, request: Manifest, request_sha256: str, agreed: Agreement, survivors: list[str]) -> None:
+        """Record the one list of survivors that is signed for an attempt, before its signature leaves.
+
+        Raises:
+            Refused: a request of this id but other content was taken before.
+        """
+        if self._known(request, request_sha256) is None:
+            body = {
+                "request_id": request.request_id,
+                "request_sha256": request_sha256,
+                "run_id": request.run_id,
+                "round": request.round,
+                "attempt": agreed.attempt,
+                "agreement": agreed.digest,
+                "survivors": survivors,
+            }
+            self._append("survivors", body, request.charter_sha256)
 
     def admit_public(self, request: Manifest, request_sha256: str) -> str | None:
         """Let a public evaluation through. Returns the SHA-256 of the reply that was committed before, if there is one.
@@ -356,10 +402,10 @@ class Gate:
             privacy = {"lineage": dataset.lineage, "open": declared.kind} if opens else None
             self._append("dataset", dataset.describe(), None, privacy)
 
-    def _check_round(self, request: Manifest, charter: Charter, hold: Hold, purpose: str) -> None:
+    def _check_round(self, request: Manifest, charter: Charter, hold: Hold, purpose: str, attempt: int = 0) -> None:
         rounds = charter.algorithm.rounds
         every = 1 if purpose == "train" else charter.evaluation.every
-        taken = hold.rounds.get((purpose, request.round), request.request_id)
+        taken = hold.rounds.get((purpose, request.round, attempt), request.request_id)
         if request.round not in evaluated_rounds(rounds, every) or taken != request.request_id:
             raise Refused(Refusal.ROUND, f"round {request.round} is not one to {purpose}, or was asked for before")
 
@@ -494,4 +540,4 @@ def check_charter(
 
 
 def _asked(plan: Iterable[PlanItem]) -> list[PrivacyEvent]:
-    return [e for i in plan for e in times(i.event, i.count)]
+    return [e for i in plan if i.event is not None for e in times(charged(i.event), i.count)]

@@ -39,6 +39,7 @@ from .law import Control, SiteLaw
 from .outbox import Outbox
 from .registrations import serving
 from .registry import Registered, Registry
+from .run_keys import RunKeys
 from .settings import FederationEntry, NodeSettings
 from .training import check_model
 
@@ -150,6 +151,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
                 identity=identity,
                 keep=settings.models,
                 heads=heads,
+                keys=RunKeys(settings.state / "masks"),
             )
             joined.append(Joined(signed, entry, wire, make_client_app(_always(node))))
         if not joined:

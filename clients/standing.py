@@ -20,6 +20,7 @@ from ..common.errors import LedgerError
 from ..common.identity import canonical, strict_json
 from ..common.ledger import Entry
 from ..common.plan import event_from
+from ..common.shared_noise import MECHANISM as SHARED
 
 SPENDS_NOTHING = frozenset({"genesis", "charter", "refuse", "recovered", "restored", "dataset"})
 """Types of entries that neither hold, debit nor release anything."""
@@ -31,7 +32,7 @@ class Hold:
 
     Attributes:
         left: (purpose, event) -> how many, in the order of the plan.
-        rounds: (purpose, round) -> the request that it was debited for.
+        rounds: (purpose, round, attempt) -> the request that it was debited for.
         ended: why it was released; None while it is open.
     """
 
@@ -40,7 +41,7 @@ class Hold:
     lineage: str
     plan_sha256: str
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
-    rounds: dict[tuple[str, int], str] = field(default_factory=dict)
+    rounds: dict[tuple[str, int, int], str] = field(default_factory=dict)
     ended: str | None = None
 
     @property
@@ -74,11 +75,14 @@ class Account:
         budget: its own, fixed by the first run that was accepted; None before.
         debits: (charter, time, event), in order.
         unbounded: an unprotected round was debited: no finite ε holds any more.
+        colluding: the least t of shared noise that was debited: no ε here holds against more partners than so many. None: all noise
+            was local.
     """
 
     budget: Budget | None = None
     debits: list[tuple[str, str, PrivacyEvent]] = field(default_factory=list)
     unbounded: bool = False
+    colluding: int | None = None
 
 
 class Standing:
@@ -92,6 +96,8 @@ class Standing:
         exchanges: by (charter, request).
         charters: SHA-256 of every accepted charter -> (name, expires).
         refused: (charter, body) of recorded refusals, by their canonical bytes.
+        masked: (charter, digest of an agreement on secure aggregation) -> the request that was debited for a vector under it.
+        survivors: (charter, such a digest) -> the one list of survivors that was signed for it.
     """
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
@@ -102,6 +108,8 @@ class Standing:
         self.exchanges: dict[tuple[str, str], Exchange] = {}
         self.charters: dict[str, tuple[str, datetime]] = {}
         self.refused: dict[bytes, tuple[str, Mapping[str, Any]]] = {}
+        self.masked: dict[tuple[str, str], str] = {}
+        self.survivors: dict[tuple[str, str], list[str]] = {}
         for entry in entries:
             self.apply(entry)
 
@@ -140,16 +148,25 @@ class Standing:
             case "debit":
                 hold = self.holds[charter, body["run_id"]]
                 hold.left[kind_of(body["purpose"], body["event"])] -= 1
-                hold.rounds[body["purpose"], body["round"]] = body["request_id"]
+                masked = body.get("masked", {"attempt": 0})
+                hold.rounds[body["purpose"], body["round"], masked["attempt"]] = body["request_id"]
+                if "agreement" in masked:
+                    self.masked[charter, masked["agreement"]] = body["request_id"]
                 self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"])
                 event, account = event_from(body["event"]), self.accounts[hold.lineage]
                 account.unbounded |= event is None
+                if body["event"]["mechanism"] == SHARED:
+                    colluding = body["event"]["colluding"]
+                    account.colluding = min(colluding, colluding if account.colluding is None else account.colluding)
                 if event is not None:
                     account.debits.append((charter, entry.time, event))
             case "commit" | "public":
                 if entry.type == "public":
-                    self.holds[charter, body["run_id"]].rounds["public", body["round"]] = body["request_id"]
+                    self.holds[charter, body["run_id"]].rounds["public", body["round"], 0] = body["request_id"]
                 self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], body["reply_sha256"])
+            case "survivors":
+                self.survivors[charter, body["agreement"]] = body["survivors"]
+                self.exchanges[charter, body["request_id"]] = Exchange(body["request_sha256"], "")
             case "release":
                 self.holds[charter, body["run_id"]].ended = body["why"]
             case "refuse":

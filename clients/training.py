@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..common.accounting import PrivacyEvent
 from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError, counted
+from ..common.shared_noise import SharedGaussian
 from .datasets import Rows
 from .noise import SecureNoise
 
@@ -231,6 +232,53 @@ def train_locally(
     return update
 
 
+def shared_gradient(
+    model: nn.Module,
+    loss: Loss,
+    weights: Mapping[str, NDArray[np.float32]],
+    data: Rows,
+    event: SharedGaussian,
+) -> NDArray[np.int64]:
+    """One partner's part of one step of shared noise: the sum of its clipped gradients, with its share of the noise.
+
+    *Formal guarantees.* The sum over N_min or more partners costs each record what `event` says, against a coordinator that sees
+    nothing but that sum and learns the noise of at most t of them. **By itself this vector is not private enough**: it must
+    leave under a mask only. Sampling, clipping and what is not covered: as `train_locally`, and a record's share is at most C
+    whatever rounds.
+
+    Args:
+        model, loss, weights, data: as `train_locally`.
+
+    Returns:
+        int64 [event.dimension], in steps of event.grid, in the order of `model.named_parameters()`.
+
+    Raises:
+        ConfigError: the model has another number of parameters than the event.
+        MessageError, TaskError: as `train_locally`.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    arrays = _matching(parameters, weights)
+    if (size := sum(p.numel() for p in parameters.values())) != event.dimension:
+        raise ConfigError(
+            f"the model has {size} parameters, agreed are {event.dimension}", "Install the task that was agreed."
+        )
+    if not all(layer.training for layer in model.modules()):
+        model.train()
+    try:
+        check_model(model)
+        _check_records_apart(model, loss, tuple(parameters), data.x.shape[1:], data.x.dtype)
+        clip = event.clip_norm * (1 - 1e-8)  # what float64 may add to a record's share is taken off before
+        with _clipped_sums(model, loss, parameters, data, event.sampling_rate, clip) as clipped_sum:
+            for p, array in zip(parameters.values(), arrays, strict=True):
+                p.detach().numpy()[...] = array
+            total = clipped_sum().numpy()
+    finally:
+        for p in parameters.values():
+            p.grad = None
+    on_grid = np.rint(total / event.grid).astype(np.int64)  # exact but for the rounding: the grid is a power of two
+    return on_grid + SecureNoise().discrete_gaussian(event.dimension, event.share_std)
+
+
 def _optimizer(parameters: list[nn.Parameter], settings: LocalSettings) -> Callable[[], object]:
     """One step on `p.grad`, from an empty state."""
     if settings.optimizer == "adam":
@@ -327,24 +375,40 @@ def _private_gradients(
     noise = SecureNoise()
     shapes = [p.shape for p in parameters.values()]
     sizes = [p.numel() for p in parameters.values()]
-    # A row costs 4 bytes a parameter as Opacus gives it and 8 in float64.
-    rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (12 * sum(sizes))))
+    with _clipped_sums(model, loss, parameters, data, event.sampling_rate, clip_norm) as clipped_sum:
 
-    def gradients() -> list[Tensor]:
+        def gradients() -> list[Tensor]:
+            total = clipped_sum()
+            total += torch.from_numpy(noise.gaussian(sum(sizes), event.noise_multiplier * clip_norm))
+            total /= divisor
+            return [part.view(shape).float() for part, shape in zip(torch.split(total, sizes), shapes, strict=True)]
+
+        yield gradients
+
+
+@contextmanager
+def _clipped_sums(
+    model: nn.Module, loss: Loss, parameters: _Parameters, data: Rows, sampling_rate: float, clip_norm: float
+) -> Iterator[Callable[[], Tensor]]:
+    """A function that draws a Poisson batch and returns the sum of its clipped gradients, float64 [number of parameters]."""
+    noise = SecureNoise()
+    size = sum(p.numel() for p in parameters.values())
+    # A row costs 4 bytes a parameter as Opacus gives it and 8 in float64.
+    rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (12 * size)))
+
+    def clipped_sum() -> Tensor:
         x, y = data.x, data.y
-        if event.sampling_rate < 1:
-            taken = torch.from_numpy(noise.bernoulli(len(y), event.sampling_rate))
+        if sampling_rate < 1:
+            taken = torch.from_numpy(noise.bernoulli(len(y), sampling_rate))
             x, y = x[taken], y[taken]
-        total = torch.zeros(sum(sizes), dtype=torch.float64)
+        total = torch.zeros(size, dtype=torch.float64)
         if len(y):
             for some_x, some_y in zip(torch.split(x, rows), torch.split(y, rows), strict=True):
                 total += _clipped_sum(_by_record(wrapped, loss, parameters, some_x, some_y), clip_norm)
-        total += torch.from_numpy(noise.gaussian(sum(sizes), event.noise_multiplier * clip_norm))
-        total /= divisor
-        return [part.view(shape).float() for part, shape in zip(torch.split(total, sizes), shapes, strict=True)]
+        return total
 
     with _opacus(model) as wrapped:
-        yield gradients
+        yield clipped_sum
 
 
 def _clipped_sum(by_record: list[Tensor], clip_norm: float) -> Tensor:

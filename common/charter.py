@@ -23,7 +23,10 @@ from .config import (
     Positive,
     Privacy,
     Section,
+    SecureAggregation,
     check_delta,
+    check_secure,
+    threshold_of,
 )
 from .errors import CharterError, MessageError, counted
 from .identity import (
@@ -42,6 +45,7 @@ from .identity import (
 
 CHARTER_TYPE = "application/vnd.hansa.charter+json"
 ADVERSARY = "everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
+"""Of local noise."""
 
 _SECTIONS = re.compile(rb"^[ \t]*\"?(task|algorithm|privacy|partners|population)\"?[ \t]*:", re.MULTILINE)
 """Two of these, and an unreadable charter is a configuration."""
@@ -91,6 +95,7 @@ class Charter(Section):
     algorithm: Algorithm
     privacy: Privacy
     evaluation: Evaluation
+    secure_aggregation: SecureAggregation | None = None
     quorum: Annotated[int, Field(ge=1)]
     round_deadline_s: Positive
     declared_tolerance: NonNegative
@@ -110,8 +115,17 @@ class Charter(Section):
             raise ValueError("either partners or a simulated population")
         if self.population is not None and not self.simulated:
             raise ValueError("a population exists only in a simulation")
-        if self.privacy.kind == "local" and self.privacy.noise_multiplier is None:
+        if self.privacy.kind != "none" and self.privacy.noise_multiplier is None:
             raise ValueError("the noise multiplier is missing")
+        check_secure(
+            self.secure_aggregation,
+            len(self.partners) if self.partners else None,
+            self.quorum,
+            self.algorithm,
+            self.privacy,
+        )
+        if self.secure_aggregation is not None and self.secure_aggregation.dimension is None:
+            raise ValueError("secure_aggregation.dimension is missing: how many numbers are summed")
         for member in self.partners:
             check_delta(self.privacy.delta, member.declared_records)
         if self.created.tzinfo is None or self.expires.tzinfo is None or self.expires <= self.created:
@@ -122,9 +136,32 @@ class Charter(Section):
         """The partner of that name, if it is one."""
         return next((p for p in self.partners if p.name == name), None)
 
+    @property
+    def adversary(self) -> str:
+        """Against whom the epsilons under this charter hold, in words."""
+        secure = self.secure_aggregation
+        return adversary(secure.colluding if secure is not None and self.privacy.kind == "shared" else None)
+
     def keys(self) -> dict[str, str]:
         """Name -> public key, of everyone who must sign."""
         return {p.name: p.key for p in self.partners} | {self.coordinator.name: self.coordinator.key}
+
+
+def adversary(colluding: int | None) -> str:
+    """Against whom an epsilon holds, in words.
+
+    Args:
+        colluding: t of shared noise; None: local noise.
+    """
+    if colluding is None:
+        return ADVERSARY
+    if colluding == 0:
+        return (
+            "the coordinator alone, and whoever receives the model but is no partner: a partner knows its own share of the noise, "
+            "and without that share less is left than what was charged"
+        )
+    some = "one partner" if colluding == 1 else f"at most {colluding} partners"
+    return f"the coordinator and {some}, together, and whoever receives the model"
 
 
 def draft(
@@ -162,6 +199,7 @@ def draft(
             algorithm=config.algorithm,
             privacy=config.privacy.model_copy(update={"noise_multiplier": noise_multiplier}),
             evaluation=config.evaluation,
+            secure_aggregation=config.secure_aggregation,
             quorum=config.quorum,
             round_deadline_s=config.round_deadline_s,
             declared_tolerance=config.declared_tolerance,
@@ -307,7 +345,7 @@ class SignedCharter:
 def in_words(signed: SignedCharter) -> str:
     """What is being agreed to, for the people who sign it."""
     c = signed.charter
-    a, p, e = c.algorithm, c.privacy, c.evaluation
+    a, p, e, s = c.algorithm, c.privacy, c.evaluation, c.secure_aggregation
     lines = [f"CHARTER  {c.name}", f"  sha-256  {signed.sha256}"]
     if c.purpose:
         lines.append(f"  purpose  {c.purpose}")
@@ -337,10 +375,24 @@ def in_words(signed: SignedCharter) -> str:
             f"  each partner spends at most epsilon = {p.epsilon:g} at delta = {p.delta:g} of its dataset's budget"
         )
         lines.append("  unit: one record of one partner; adjacency: add or remove one record")
+        times = f"{p.noise_multiplier:g} x the clipping norm {p.clip_norm:g}"
+        if p.kind == "local":
+            lines.append(f"  noise: local, Gaussian, {times}, added to every step before anything leaves")
+        else:
+            assert s is not None
+            sure = c.quorum - s.colluding
+            lines.append(
+                f"  noise: shared, discrete Gaussian, {times} in every sum; each partner adds 1/sqrt({sure}) of it"
+            )
+            lines.append(f"         to the sum of its clipped gradients, so that {sure} of them together are enough")
+        lines.append(f"  adversary: {c.adversary}")
+    if s is not None:
+        lines += ["", "Secure aggregation"]
+        lines.append(f"  the coordinator learns sums over {c.quorum} partners or more, and nothing else of a partner's")
         lines.append(
-            f"  noise: local, Gaussian, {p.noise_multiplier:g} x the clipping norm {p.clip_norm:g}, added to every step before anything leaves"
+            f"  this holds while at most {counted(s.colluding, 'partner')} work with it; {threshold_of(len(c.partners), s.colluding)} partners' shares open a sum"
         )
-        lines.append(f"  adversary: {ADVERSARY}")
+        lines.append(f"  a run may ask for {counted(s.retries, 'round')} again, each of which is paid for")
     often = "every round" if e.every == 1 else f"every {e.every} rounds"
     lines += ["", "Evaluation"]
     match e.kind:
@@ -362,7 +414,12 @@ def in_words(signed: SignedCharter) -> str:
 
 
 def _payload(charter: Charter) -> bytes:
-    return canonical(_decimal(charter.model_dump(mode="json")))
+    said = charter.model_dump(mode="json")
+    # What came later is left out where nothing is said of it: a charter from before keeps its bytes.
+    for section, key in ((said, "secure_aggregation"), (said["algorithm"], "average_last")):
+        if section[key] is None:
+            del section[key]
+    return canonical(_decimal(said))
 
 
 def _decimal(value: Any) -> Any:

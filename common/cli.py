@@ -214,15 +214,16 @@ def charter_new(
 
     Example: hansa charter new federation.yaml --keys keys/ --out charter.json
     """
-    from .tasks import code_sha256
+    from .tasks import code_sha256, sized
 
     federation = load_config(config)
     if federation.partners is None:
         raise ConfigError(
             f"{config}: a population has no keys", "Only `hansa simulate` makes its charter; or name your partners."
         )
+    federation = sized(federation)
     found = {}
-    for name in [*federation.partners, "coordinator"]:
+    for name in [*(federation.partners or {}), "coordinator"]:
         found[name] = public_key(keys / f"{name}.pem", f"Put the public key of {name} there, in PEM form.")
     coordinator = found.pop("coordinator")
     drafted = draft(
@@ -230,7 +231,7 @@ def charter_new(
         task_sha256=code_sha256(federation.task),
         coordinator_key=coordinator,
         partner_keys=found,
-        noise_multiplier=calibrated(federation.algorithm, federation.privacy, federation.evaluation),
+        noise_multiplier=calibrated(federation),
         simulated=simulated,
     )
     signed = SignedCharter.unsigned(drafted)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from .errors import ConfigError, counted
 
@@ -96,18 +96,22 @@ class Algorithm(Section):
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     participation: Fraction = 1.0
     weighting: Literal["declared", "uniform"] = "declared"
+    average_last: Fraction | None = None
+    """The result is the mean of the models after this share of the rounds, the last ones: what comes after the noise costs nothing."""
     local: Local
 
 
 class Privacy(Section):
     """What each partner's dataset may spend, and what for.
 
-    The unit is one record of one partner; adjacency is add-or-remove-one; noise is added locally, before anything
-    leaves the node; the adversary is everybody but the node itself, the coordinator included. `noise_multiplier`
-    (noise standard deviation over `clip_norm`) is calibrated with the filter that will enforce it when left out.
+    The unit is one record of one partner; adjacency is add-or-remove-one. `kind`, also written `noise`, says where the noise is
+    added. local: by every partner, enough for its own update to be private by itself, against everybody else. shared: by every
+    partner a share, enough for the secure sum to be private, against the coordinator and so many partners as
+    `secure_aggregation.colluding` says. `noise_multiplier` (noise standard deviation over `clip_norm`; of shared noise that of
+    quorum − colluding shares together) is calibrated with the filter that will enforce it when left out.
     """
 
-    kind: Literal["local", "none"] = "local"
+    kind: Literal["local", "shared", "none"] = Field("local", validation_alias=AliasChoices("kind", "noise"))
     unit: Literal["record"] = "record"
     epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
@@ -117,8 +121,8 @@ class Privacy(Section):
     @model_validator(mode="after")
     def _complete(self) -> Privacy:
         numbers = ("epsilon", "delta", "clip_norm")
-        if self.kind == "local" and (missing := [n for n in numbers if getattr(self, n) is None]):
-            raise ValueError(f"privacy kind local needs {', '.join(missing)}")
+        if self.kind != "none" and (missing := [n for n in numbers if getattr(self, n) is None]):
+            raise ValueError(f"privacy kind {self.kind} needs {', '.join(missing)}")
         if self.kind == "none" and any(getattr(self, n) is not None for n in (*numbers, "noise_multiplier")):
             raise ValueError("privacy kind none takes no epsilon, delta, clip_norm or noise_multiplier")
         return self
@@ -142,6 +146,20 @@ class Evaluation(Section):
         if (self.kind == "private") != (self.noise_multiplier is not None):
             raise ValueError("noise_multiplier goes with evaluation kind private, and only with it")
         return self
+
+
+class SecureAggregation(Section):
+    """The coordinator learns the sum over the partners of a round, and nothing else of any of them.
+
+    Attributes:
+        colluding: t, how many partners may work together with the coordinator.
+        retries: how many times in a whole run a round may be asked again because too few went on with it. Each is paid for.
+        dimension: how many numbers are summed: the model's trainable parameters. Taken from the task.
+    """
+
+    colluding: Annotated[int, Field(ge=0, le=98)]
+    retries: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    dimension: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
 
 class PartnerEntry(Section):
@@ -185,12 +203,19 @@ class Federation(Section):
     algorithm: Algorithm
     privacy: Privacy
     evaluation: Evaluation = Evaluation()
+    secure_aggregation: SecureAggregation | None = None
     quorum: Annotated[int, Field(ge=1)]
     round_deadline_s: Positive = 600.0
     declared_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     expires_days: Annotated[int, Field(ge=1, le=3650)] = 365
     benefit: Line = "Every partner receives the final model."
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def with_noise(self, noise_multiplier: float | None) -> Federation:
+        """The same with this noise."""
+        return self.model_copy(
+            update={"privacy": self.privacy.model_copy(update={"noise_multiplier": noise_multiplier})}
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
@@ -206,7 +231,61 @@ class Federation(Section):
             raise ValueError(f"quorum {self.quorum} is more than the {counted(cohort, 'partner')} asked in a round")
         largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
         check_delta(self.privacy.delta, largest)
+        check_secure(
+            self.secure_aggregation,
+            len(self.partners) if self.partners is not None else None,
+            self.quorum,
+            self.algorithm,
+            self.privacy,
+        )
         return self
+
+
+def threshold_of(partners: int, colluding: int) -> int:
+    """The least threshold T with 2T − n > t: how many shares open a partner's own mask."""
+    return (partners + colluding) // 2 + 1
+
+
+def check_secure(
+    secure: SecureAggregation | None, partners: int | None, quorum: int, algorithm: Algorithm, privacy: Privacy
+) -> None:
+    """Refuse secure aggregation, or noise shared under it, whose promise these terms cannot keep.
+
+    Args:
+        partners: how many there are; None: a population.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if secure is None:
+        if privacy.kind == "shared":
+            raise ValueError(
+                "secure_aggregation is missing: shared noise protects only a sum that nobody sees the parts of. "
+                "State colluding: how many partners may work with the coordinator"
+            )
+        return
+    if partners is None or not 3 <= partners <= SIGNED_PARTNERS_MAX:
+        raise ValueError(f"secure_aggregation is for 3 to {SIGNED_PARTNERS_MAX} partners with keys of their own")
+    t, least = secure.colluding, max(secure.colluding + 2, threshold_of(partners, secure.colluding))
+    if not least <= quorum <= partners:
+        raise ValueError(
+            f"quorum {quorum} with secure_aggregation.colluding {t}: of {partners} partners at least {least} must be in every sum, so "
+            f"that two of them do not collude and no two sums of one round can be opened"
+        )
+    if privacy.kind != "shared":
+        return
+    local, strategy = algorithm.local, algorithm.strategy.name
+    wrong = {
+        "algorithm.local.steps must be 1: shared noise is added to the sum of one gradient step": local.steps != 1,
+        "algorithm.local.optimizer must be sgd without momentum: a round is one gradient step. Momentum belongs to the strategy: "
+        "{name: fedavgm, server_momentum: 0.9}": local.optimizer.name != "sgd" or local.optimizer.momentum > 0,
+        "algorithm.strategy fedprox pulls towards the model that a round began with, where its one step is": strategy
+        == "fedprox",
+        "algorithm.weighting must be declared: every record weighs the same under shared noise": algorithm.weighting
+        != "declared",
+    }
+    if told := next((words for words, is_so in wrong.items() if is_so), None):
+        raise ValueError(told)
 
 
 def check_delta(delta: float | None, declared_records: int) -> None:
@@ -379,6 +458,8 @@ _CALLED_HERE = {
     "eps": "epsilon",
     "target_delta": "delta",
     "learning_rate": "local.optimizer.lr",
+    **dict.fromkeys(("n_min", "minimum_partners", "min_partners"), "quorum, the least number of partners in a sum"),
+    **dict.fromkeys(("t", "max_colluding", "collusion"), "secure_aggregation.colluding"),
 }
 """What other tools call things -> what to write instead."""
 

@@ -34,7 +34,7 @@ CHUNK_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_BYTES = 8 * 1024**3
 PIECE = 2**18
 """Values of a tensor that are computed with at a time: of an update, 1 MB, and 2 MB once they are weighted."""
-DTYPES = ("float32", "float64", "int64", "uint8")
+DTYPES = ("float32", "float64", "int64", "uint8", "uint32", "uint64")
 
 _DTYPES = frozenset(np.dtype(name) for name in DTYPES)
 
@@ -46,7 +46,8 @@ class Manifest:
     """What a message says besides its tensors.
 
     Attributes:
-        kind: open, train, evaluate, close or sign; a reply: accepted, update, scores, histogram, head, signature, refused.
+        kind: open, train, agree, reveal, evaluate, close or sign; a reply: accepted, update, masked, survivors, shares, scores,
+            histogram, head, signature, refused.
         request_id: names the exchange; a reply repeats it.
         in_reply_to: for a reply, the SHA-256 of the request's manifest; else empty.
         fields: JSON without floats.

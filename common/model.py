@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .charter import ADVERSARY, Charter
+from .charter import Charter
 from .errors import MessageError
 from .identity import real, write_whole
 
@@ -174,10 +174,10 @@ def model_manifest(
             "adjacency": "add-or-remove-one",
             "epsilon": decimal(privacy.epsilon),
             "delta": decimal(privacy.delta),
-            "noise": "local" if privacy.kind == "local" else "none",
+            "noise": privacy.kind,
             "noise_multiplier": decimal(privacy.noise_multiplier),
             "clip_norm": decimal(privacy.clip_norm),
-            "adversary": ADVERSARY,
+            "adversary": charter.adversary,
         },
         "evaluation": charter.evaluation.kind,
         "metrics": dict(metrics),

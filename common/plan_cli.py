@@ -23,7 +23,19 @@ from .errors import ConfigError, LedgerError, Refused, RunFailed, counted
 from .identity import canonical, check_writable, strict_json, write_whole
 from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
 from .page import down, up
-from .plan import Caps, budget_of, calibrated, evaluations_of, event_from, events_of, largest, plan_of, stopped_by
+from .plan import (
+    Caps,
+    budget_of,
+    calibrated,
+    charged_training,
+    evaluations_of,
+    event_from,
+    events_of,
+    largest,
+    least_noise,
+    plan_of,
+    stopped_by,
+)
 
 EPSILONS = "0.25,0.5,1,2,4,8"
 SIMULATORS = "hansa.simulators"
@@ -127,20 +139,20 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     Raises:
         Refused: no noise is enough for the configuration's own ε.
     """
-    a, p, e = federation.algorithm, federation.privacy, federation.evaluation
+    a, p = federation.algorithm, federation.privacy
     if p.kind == "none":
         return _unprotected(federation, ledger)
-    sigma = calibrated(a, p, e)
+    sigma = calibrated(federation)
     assert sigma is not None
-    agreed = budget_of(p, a)
+    agreed = budget_of(federation)
     fixed, spent, held = _taken_before(ledger)
     budget, before = fixed or agreed, [*spent, *held]  # the first run that a node accepts fixes its budget
     caps: Caps = {OWN: (agreed, [])} if ledger is None else {OWN: (agreed, []), LEDGER: (budget, before)}
     steps, q = a.local.steps, a.local.sampling_rate
 
     def asked(rounds: int, noise: float) -> list[PrivacyEvent]:
-        terms = p.model_copy(update={"noise_multiplier": noise})
-        return events_of(plan_of(a.model_copy(update={"rounds": rounds}), terms, e))
+        terms = federation.with_noise(noise).model_copy(update={"algorithm": a.model_copy(update={"rounds": rounds})})
+        return events_of(plan_of(terms))
 
     def after(rounds: int, noise: float) -> dict[str, Any]:
         history = [*before, *asked(rounds, noise)]
@@ -159,13 +171,16 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     most = MAX_STEPS // steps
     rounds_left = 0
     if not stops:
-        rounds_left = min(f.most_steps(q, sigma, [*taken, *run]) // steps for f, taken in caps.values())
+        one = charged_training(federation.with_noise(sigma)).noise_multiplier
+        rounds_left = min(f.most_steps(q, one, [*taken, *run]) // steps for f, taken in caps.values())
     enough = _noise_that_fits(caps, federation)
     others: list[dict[str, Any]] = []
     for epsilon in OTHER_CAPS if ledger is None else (0.1, 0.25, *OTHER_CAPS):
-        terms = p.model_copy(update={"epsilon": epsilon, "noise_multiplier": None})
+        terms = federation.model_copy(
+            update={"privacy": p.model_copy(update={"epsilon": epsilon, "noise_multiplier": None})}
+        )
         try:
-            needed = calibrated(a, terms, e)
+            needed = calibrated(terms)
         except Refused:
             needed = None
         fits = needed is not None and (ledger is None or budget.admits([*before, *asked(a.rounds, needed)]))
@@ -196,11 +211,9 @@ OTHER_CAPS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 def _noise_that_fits(caps: Caps, federation: Federation) -> float | None:
     """The least noise at which all rounds are admitted under every cap; None: no noise is enough."""
-    a = federation.algorithm
-    other = evaluations_of(a, federation.evaluation)
-    q, steps = a.local.sampling_rate, a.rounds * a.local.steps
+    other = evaluations_of(federation)
     try:
-        return max(budget.calibrate(q, steps, [*taken, *other]) for budget, taken in caps.values())
+        return least_noise(federation, {name: (budget, [*taken, *other]) for name, (budget, taken) in caps.items()})
     except Refused:
         return None
 
@@ -214,7 +227,7 @@ def _unprotected(federation: Federation, ledger: Path | None) -> dict[str, Any]:
         budget, spent, held = _taken_before(ledger)
     except RunFailed:  # it is unbounded already
         return report
-    asked = evaluations_of(federation.algorithm, federation.evaluation)
+    asked = evaluations_of(federation)
     stops = [] if budget is None else stopped_by({LEDGER: (budget, [*spent, *held])}, asked)
     return {**report, "stops": stops, "fits": not stops}
 

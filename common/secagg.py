@@ -45,6 +45,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from .config import threshold_of
 from .errors import MessageError, Refusal, Refused
 from .identity import Identity, canonical, read_envelope, strict_json
 
@@ -127,11 +128,6 @@ def _first_line(err: Exception) -> str:
 
 
 # -- what all agree on -------------------------------------------------------------------------------------------------
-
-
-def threshold_of(partners: int, colluding: int) -> int:
-    """The least threshold T with 2T − n > t: how many shares open an own mask."""
-    return (partners + colluding) // 2 + 1
 
 
 @dataclass(frozen=True)

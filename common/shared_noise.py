@@ -52,6 +52,12 @@ def grid_for(clip_norm: float, dimension: int) -> float:
     return 2.0 ** math.floor(math.log2(clip_norm / (FINE * math.sqrt(dimension))))
 
 
+def charged_as(noise_multiplier: float, clip_norm: float, grid: float, dimension: int) -> float:
+    """σ', the noise multiplier that shared noise is charged as: see the top of this module."""
+    noise = math.sqrt((noise_multiplier * clip_norm) ** 2 - (ETA * grid) ** 2)
+    return noise / (clip_norm + grid * math.sqrt(dimension)) * (1 - 1e-12)
+
+
 @dataclass(frozen=True)
 class SharedGaussian:
     """`steps` steps of shared noise on one partner's dataset.
@@ -108,9 +114,9 @@ class SharedGaussian:
     @property
     def charged(self) -> PrivacyEvent:
         """What it costs (see the top of this module): never more noise than there is."""
-        noise = math.sqrt((self.noise_multiplier * self.clip_norm) ** 2 - (ETA * self.grid) ** 2)
-        sensitivity = self.clip_norm + self.grid * math.sqrt(self.dimension)
-        return PrivacyEvent(self.sampling_rate, noise / sensitivity * (1 - 1e-12), self.steps)
+        return PrivacyEvent(
+            self.sampling_rate, charged_as(self.noise_multiplier, self.clip_norm, self.grid, self.dimension), self.steps
+        )
 
     def factor(self, partners: int) -> float:
         """How many times larger the standard deviation of the noise of so many partners is than that which is charged: √(n/(N_min − t))."""

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..common.errors import OutputError
 from ..common.identity import write_whole
 from ..common.model import Arrays, file_sha256, tensor_bytes, tensors_from
@@ -29,6 +31,8 @@ class Checkpoint:
         folded: whose updates are in the last training.
         answers: purpose -> partner -> answer, of the last step; the ledger may not have them yet.
         witness: partner -> what the next request to train asks of it about heads; asked again, it is the same.
+        keys: partner -> its signed key of secure aggregation, in base64, as it accepted the run.
+        average: mean of the models of the rounds that count for the result, float64 by name; empty before the first of them.
     """
 
     run_id: str
@@ -41,6 +45,19 @@ class Checkpoint:
     trained: bool = False
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
     witness: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    average: Arrays = field(default_factory=dict)
+
+    @property
+    def result(self) -> Arrays:
+        """The model that a run which ended here would come to."""
+        return {n: v.astype(np.float32) for n, v in self.average.items()} if self.average else self.model
+
+    def average_in(self, which: int) -> None:
+        """Take the model into the mean as its `which`-th, from 1."""
+        for name, value in self.model.items():
+            mean = self.average.setdefault(name, np.zeros(value.shape))
+            mean += (value - mean) / which
 
     def save(self, path: Path) -> None:
         """Write, whole or not at all; no tensor is copied for it.
@@ -61,10 +78,12 @@ class Checkpoint:
     def _parts(self) -> Iterator[bytes | memoryview]:
         tensors = {f"model/{k}": v for k, v in self.model.items()}
         tensors |= {f"strategy/{k}": v for k, v in self.strategy.items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.items()}
         # asdict would copy every tensor.
         answers = {p: {n: asdict(a) for n, a in given.items()} for p, given in self.answers.items()}
         about = {"run_id": self.run_id, "round": self.round, "history": self.history, "folded": self.folded}
         about |= {"accepted": self.accepted, "trained": self.trained, "answers": answers, "witness": self.witness}
+        about |= {"keys": self.keys}
         return tensor_bytes(tensors, json.dumps(about))
 
     @classmethod
@@ -87,7 +106,8 @@ class Checkpoint:
             raise OutputError(f"{path}: the checkpoint is damaged", "Start the run again in a new folder.") from err
         model = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         strategy = {k.removeprefix("strategy/"): v for k, v in tensors.items() if k.startswith("strategy/")}
-        return cls(**about, model=model, strategy=strategy)
+        average = {k.removeprefix("average/"): v for k, v in tensors.items() if k.startswith("average/")}
+        return cls(**about, model=model, strategy=strategy, average=average)
 
 
 _ABOUT: dict[str, type | tuple[type, ...]] = {
@@ -99,6 +119,7 @@ _ABOUT: dict[str, type | tuple[type, ...]] = {
     "trained": bool,
     "answers": dict,
     "witness": dict,
+    "keys": dict,
 }
 
 

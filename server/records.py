@@ -26,11 +26,28 @@ class Records(Protocol):
     def run(self, run_id: str) -> str | None:
         """A run begins, or goes on. Returns why it was closed; None while it is open."""
 
-    def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
+    def asked(
+        self,
+        run_id: str,
+        round_number: int,
+        purpose: str,
+        requests: Mapping[str, tuple[str, str]],
+        attempt: int | None = None,
+    ) -> None:
         """Requests are about to be sent: partner -> (request id, manifest hash)."""
 
-    def answered(self, run_id: str, round_number: int, purpose: str, replies: Mapping[str, Answer]) -> None:
+    def answered(
+        self,
+        run_id: str,
+        round_number: int,
+        purpose: str,
+        replies: Mapping[str, Answer],
+        attempt: int | None = None,
+    ) -> None:
         """All answers that will count are in."""
+
+    def attempts(self, run_id: str) -> dict[tuple[int, str, int], list[str]]:
+        """What was asked under secure aggregation: (round, purpose, attempt) -> of whom."""
 
     def round(
         self,
@@ -61,20 +78,44 @@ class LedgerRecords:
             self._append("run", {"run_id": run_id})
         return next((e.body["why"] for e in self._of("close") if e.body["run_id"] == run_id), None)
 
-    def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
+    def asked(
+        self,
+        run_id: str,
+        round_number: int,
+        purpose: str,
+        requests: Mapping[str, tuple[str, str]],
+        attempt: int | None = None,
+    ) -> None:
         """See `Records`."""
         named = {name: {"request_id": rid, "request_sha256": digest} for name, (rid, digest) in requests.items()}
-        self._append("ask", {"run_id": run_id, "round": round_number, "purpose": purpose, "requests": named})
+        body = {"run_id": run_id, "round": round_number, "purpose": purpose, "requests": named}
+        self._append("ask", body if attempt is None else {**body, "attempt": attempt})
 
-    def answered(self, run_id: str, round_number: int, purpose: str, replies: Mapping[str, Answer]) -> None:
+    def answered(
+        self,
+        run_id: str,
+        round_number: int,
+        purpose: str,
+        replies: Mapping[str, Answer],
+        attempt: int | None = None,
+    ) -> None:
         """See `Records`."""
         named = {
             name: {"request_id": a.request_id, "outcome": a.outcome, "reply_sha256": a.reply_sha256}
             for name, a in replies.items()
         }
         body = {"run_id": run_id, "round": round_number, "purpose": purpose, "replies": named}
+        body |= {} if attempt is None else {"attempt": attempt}
         if not any(e.body == body for e in self._of("answers")[-2:]):  # said again after a crash: once is enough
             self._append("answers", body)
+
+    def attempts(self, run_id: str) -> dict[tuple[int, str, int], list[str]]:
+        """See `Records`."""
+        found = {}
+        for body in (entry.body for entry in self._of("ask")):
+            if body["run_id"] == run_id and "attempt" in body:
+                found[body["round"], body["purpose"], body["attempt"]] = list(body["requests"])
+        return found
 
     def round(
         self,

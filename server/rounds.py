@@ -26,15 +26,18 @@ import numpy.typing as npt
 
 from ..common.charter import Charter, SignedCharter
 from ..common.closing import CLOSING_TYPE, closing_payload, read_closing
-from ..common.errors import MessageError, Refusal, RunFailed
+from ..common.errors import MessageError, Refusal, Refused, RunFailed
 from ..common.flower import Grid, Message, RecordDict
 from ..common.identity import Envelope, Identity, real, sha256, verify, write_envelope, write_whole
+from ..common.masking import fixed_point, weights_of
 from ..common.messages import Manifest, Tensors, Wire, pieces, squares
 from ..common.model import Arrays, model_manifest, model_sha256, zeros_like
-from ..common.plan import evaluated_rounds
+from ..common.plan import evaluated_rounds, first_averaged
+from ..common.secagg import read_keys
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
 from .checkpoint import Checkpoint
+from .masked import MaskedRounds
 from .records import Answer, Records
 from .strategies import ServerOptimizer
 from .witness import Witnessing
@@ -153,13 +156,13 @@ class Coordinator:
         if why is None:
             self._record(state)  # what the checkpoint knows and a crash may have kept from the ledger
         else:  # stopped between its last entry and the countersigned checkpoint, or asked for again
-            model = state.model if state.round else None
+            model = state.result if state.round else None
             outcome = Outcome(run_id, why, model, state.history, self._refusals)
             return self._close(grid, outcome, closed_before=True)
         if state.accepted is None and give_up:
             return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
         if state.accepted is None:
-            state.accepted = self._open(grid, run_id, only or list(self._roster))
+            state.accepted, state.keys = self._open(grid, run_id, only or list(self._roster))
             if len(state.accepted) < self._charter.quorum:
                 return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
             self._witness(state, 1, {})
@@ -167,6 +170,7 @@ class Coordinator:
         optimizer = ServerOptimizer(self._charter.algorithm.strategy)
         optimizer.restore(state.strategy)
         evaluation = self._charter.evaluation
+        first = first_averaged(self._charter.algorithm)
         measured = (
             evaluated_rounds(self._charter.algorithm.rounds, evaluation.every) if evaluation.kind != "none" else []
         )
@@ -174,16 +178,20 @@ class Coordinator:
         # a resumed run repeats the same questions to the same partners, and never folds a second answer of one of them.
         for number in range(state.round + 1, self._charter.algorithm.rounds + 1):
             if give_up and not state.trained:
-                model = state.model if state.round else None
+                model = state.result if state.round else None
                 return self._close(grid, Outcome(run_id, "refused", model, state.history, self._refusals))
             began = time.perf_counter()
             self._notify("round", round=number)
             metrics: dict[str, float] = {}
             if not state.trained:
-                mean, state.folded, answers, said = self._train(grid, run_id, number, state)
+                work = self._train if self._charter.secure_aggregation is None else self._train_masked
+                mean, state.folded, answers, said = work(grid, run_id, number, state)
                 state.model = optimizer.step(number, state.model, mean)
+                if (which := number - first + 1) > 0:
+                    state.average_in(which)
                 self._witness(state, number + 1, said)
-                state.strategy, state.trained, state.answers = optimizer.state(), True, {"train": answers}
+                state.strategy, state.trained = optimizer.state(), True
+                state.answers = {"train": answers} if answers else {}
             if number in measured:
                 state.save(path)
                 self._record(state)
@@ -194,7 +202,7 @@ class Coordinator:
             state.save(path)
             self._record(state)
             self._notify("done", round=number, metrics=metrics, seconds=time.perf_counter() - began)
-        return self._close(grid, Outcome(run_id, "completed", state.model, state.history, self._refusals))
+        return self._close(grid, Outcome(run_id, "completed", state.result, state.history, self._refusals))
 
     def _standing(self, path: Path, run_id: str) -> Checkpoint:
         """Where the run stands: at its checkpoint, or at its beginning."""
@@ -219,12 +227,26 @@ class Coordinator:
             self._records.answered(state.run_id, number, purpose, answers)
         if state.round and not state.trained:
             metrics = state.history[-1]["metrics"]
-            self._records.round(state.run_id, state.round, model_sha256(state.model), state.folded, metrics)
+            self._records.round(state.run_id, state.round, model_sha256(state.result), state.folded, metrics)
 
     # -- the phases of a run -----------------------------------------------------------------------------------------
 
-    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> list[str]:
-        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, lambda *_: None)
+    def _open(self, grid: Grid, run_id: str, partners: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Who accepted the run, and their signed keys of secure aggregation, in base64."""
+        keys: dict[str, str] = {}
+
+        def key(partner: str, reply: Manifest, _: Tensors) -> None:
+            if self._charter.secure_aggregation is None:
+                return
+            given = str(reply.fields.get("key", ""))
+            identities = {m.name: m.key for m in self._charter.partners}
+            try:
+                read_keys({partner: base64.b64decode(given, validate=True)}, self._signed.sha256, run_id, identities)
+            except Refused as refused:
+                raise MessageError(refused.detail) from refused
+            keys[partner] = given
+
+        answers = self._exchange(grid, run_id, 0, "open", "query.open", partners, {}, key)
         self._records.answered(run_id, 0, "open", answers)
         accepted = [name for name, answer in answers.items() if answer.outcome == "ok"]
         silent = [name for name, answer in answers.items() if answer.outcome in ("timeout", "invalid")]
@@ -242,7 +264,7 @@ class Coordinator:
                 f"Nothing was spent. When they are ready, run again with --resume: run {run_id} is then asked for again. Until "
                 "then those who accepted hold their part of the budget for it; --resume --give-up closes it instead.",
             )
-        return accepted
+        return accepted, keys
 
     def _train(
         self, grid: Grid, run_id: str, number: int, state: Checkpoint
@@ -273,13 +295,50 @@ class Coordinator:
             said[partner] = reply.fields
 
         cohort = self._cohort(number, state.accepted)
-        answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold, state.witness)
+        fields = _about_heads(state.witness)
+        answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold, fields)
         if len(folded) < self._charter.quorum:
             self._records.answered(run_id, number, "train", answers)
             raise self._no_quorum(number, len(folded), answers)
         for value in total.values():
             value /= mass
         return total, folded, answers, said
+
+    def _train_masked(
+        self, grid: Grid, run_id: str, number: int, state: Checkpoint
+    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer], dict[str, Mapping[str, Any]]]:
+        """As `_train`, but of the cohort only the sum is learned; its answers are recorded on the way."""
+        assert state.accepted is not None
+
+        def exchange(
+            purpose: str,
+            cohort: list[str],
+            model: Arrays,
+            sink: Sink,
+            fields: Mapping[str, dict[str, Any]],
+            attempt: int,
+        ) -> dict[str, Answer]:
+            kind = purpose if purpose == "train" else f"query.{purpose}"
+            answers = self._exchange(grid, run_id, number, purpose, kind, cohort, model, sink, fields, attempt)
+            self._records.answered(run_id, number, purpose, answers, attempt)
+            return answers
+
+        keys = {name: base64.b64decode(key) for name, key in state.keys.items()}
+        rounds = MaskedRounds(self._charter, self._signed.sha256, run_id, keys, self._records, self._notify)
+        cohort = self._cohort(number, state.accepted)
+        found = rounds.sum(number, cohort, state.model, state.witness, exchange)
+        values = fixed_point(self._charter).from_grid(found.total)
+        if self._charter.privacy.kind == "shared":
+            local = self._charter.algorithm.local
+            records = sum(m.declared_records for m in self._charter.partners if m.name in found.survivors)
+            values *= -local.optimizer.lr / (local.sampling_rate * records)
+        else:
+            values /= sum(weight for name, weight in weights_of(self._charter).items() if name in found.survivors)
+        mean, at = {}, 0
+        for name, value in state.model.items():
+            mean[name] = values[at : at + value.size].reshape(value.shape)
+            at += value.size
+        return mean, found.survivors, {}, found.said
 
     def _evaluate(
         self, grid: Grid, run_id: str, number: int, state: Checkpoint
@@ -310,7 +369,9 @@ class Coordinator:
                     raise MessageError(f"{partner}'s histogram is not finite, or has counts not below {MAX_UPDATE:g}")
             parts[partner] = tensors
 
-        answers = self._exchange(grid, run_id, number, "evaluate", "evaluate", state.accepted, state.model, take, shown)
+        answers = self._exchange(
+            grid, run_id, number, "evaluate", "evaluate", state.accepted, state.result, take, _about_heads(shown)
+        )
         ordered = [parts[name] for name in self._roster if name in parts]
         if not ordered:
             return {}, answers
@@ -400,13 +461,18 @@ class Coordinator:
         cohort: list[str],
         model: Arrays,
         sink: Sink,
-        witness: Mapping[str, Any] | None = None,
+        fields: Mapping[str, dict[str, Any]] | None = None,
+        attempt: int | None = None,
     ) -> dict[str, Answer]:
-        """One question to a cohort: requests on the ledger, then sent, answers folded; the caller records them."""
-        fields = {name: {"witness": asked} for name, asked in (witness or {}).items()}
-        requests, records = self._encoded(purpose, cohort, run_id, number, fields, model)
+        """One question to a cohort: requests on the ledger, then sent, answers folded; the caller records them.
+
+        Args:
+            fields: by partner, what its request says besides.
+            attempt: at secure aggregation.
+        """
+        requests, records = self._encoded(purpose, cohort, run_id, number, fields or {}, model, attempt)
         asked = {name: (manifest.request_id, digest) for name, (manifest, digest) in requests.items()}
-        self._records.asked(run_id, number, purpose, asked)
+        self._records.asked(run_id, number, purpose, asked, attempt)
         answers = self._deliver(grid, message_type, requests, records, sink)
         for name, answer in answers.items():
             if answer.outcome.startswith("refused: "):
@@ -442,12 +508,13 @@ class Coordinator:
         number: int,
         fields: Mapping[str, dict[str, Any]],
         tensors: Arrays,
+        attempt: int | None = None,
     ) -> tuple[dict[str, tuple[Manifest, str]], dict[str, RecordDict]]:
         """By partner: the request and its hash, and its records. All records share the tensors' bytes."""
         packed = self._wire.pack(tensors)
         requests, records = {}, {}
         for name in partners:
-            manifest = self._manifest(kind, name, run_id, number, fields.get(name, {}))
+            manifest = self._manifest(kind, name, run_id, number, fields.get(name, {}), attempt)
             records[name], digest = self._wire.encode(manifest, packed)
             requests[name] = (manifest, digest)
         return requests, records
@@ -528,7 +595,10 @@ class Coordinator:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _manifest(self, kind: str, partner: str, run_id: str, number: int, fields: dict[str, Any]) -> Manifest:
+    def _manifest(
+        self, kind: str, partner: str, run_id: str, number: int, fields: dict[str, Any], attempt: int | None
+    ) -> Manifest:
+        which = kind if attempt is None else f"{kind}.{attempt}"
         # Everything here repeats after a crash, so the bytes do: the same request has the same hash.
         return Manifest(
             kind=kind,
@@ -537,7 +607,7 @@ class Coordinator:
             charter_sha256=self._signed.sha256,
             run_id=run_id,
             round=number,
-            request_id=f"{run_id}.{number}.{kind}.{partner}",
+            request_id=f"{run_id}.{number}.{which}.{partner}",
             in_reply_to="",
             fields=fields,
         )
@@ -569,6 +639,10 @@ class Coordinator:
         )
 
 
+def _about_heads(witness: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: {"witness": asked} for name, asked in witness.items()}
+
+
 def _add(total: npt.NDArray[np.float64], value: npt.NDArray[Any], weight: float) -> None:
     """total += weight * value, in float64, piece by piece."""
     to = total.reshape(-1)
@@ -581,7 +655,9 @@ _NOT_YET = (Refusal.NOT_APPROVED, Refusal.PAUSED, Refusal.HOURS)
 
 _REPLIES = {
     "open": ("accepted",),
-    "train": ("update",),
+    "train": ("update", "masked"),
+    "agree": ("survivors",),
+    "reveal": ("shares",),
     "evaluate": ("scores", "histogram"),
     "close": ("head",),
     "sign": ("signature",),

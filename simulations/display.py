@@ -37,7 +37,7 @@ class Display:
         self._simulation = simulation
         for name in list(simulation.nodes)[:_SHOWN]:
             self._measure(name)
-        if self._live is None and not self._quiet and simulation.signed.charter.privacy.kind == "local":
+        if self._live is None and not self._quiet and simulation.signed.charter.privacy.kind != "none":
             self._console.print(f"epsilon below: {self._meaning()}", markup=False)
 
     def __enter__(self) -> Display:

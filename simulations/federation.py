@@ -28,6 +28,7 @@ from ..clients.app import Node, make_client_app
 from ..clients.datasets import RegisteredDataset, Split, csv_source, split_rows
 from ..clients.gate import Gate
 from ..clients.outbox import Outbox
+from ..clients.run_keys import RunKeys
 from ..clients.training import check_model
 from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
@@ -39,7 +40,7 @@ from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire
 from ..common.model import Arrays, write_model
 from ..common.plan import SOFTWARE, calibrated
-from ..common.tasks import Task, code_sha256, initial_model, load_task
+from ..common.tasks import Task, code_sha256, initial_model, load_task, sized
 from ..server.app import make_server_app
 from ..server.records import LedgerRecords, Records
 from ..server.rounds import Coordinator, Outcome
@@ -210,6 +211,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.private = self.private_root or private_folder(self.out)
+        self.config = sized(self.config)
         self.task = load_task(self.config.task)
         self._refuse_foreign()  # before anything is written
         made = [folder for folder in (self.out, self.private) if not folder.exists()]
@@ -415,6 +417,7 @@ class Simulation:
             outbox=Outbox(self.private / name / "outbox"),
             identity=identity,
             keep=self.private / name / "models",
+            keys=RunKeys(self.private / name / "masks"),
             heads=self._kept_heads(identity),
         )
 
@@ -462,7 +465,7 @@ class Simulation:
             task_sha256=code_sha256(self.task.name),
             coordinator_key=me.key,
             partner_keys={name: identity.key for name, identity in who.items()},
-            noise_multiplier=calibrated(self.config.algorithm, self.config.privacy, self.config.evaluation),
+            noise_multiplier=calibrated(self.config),
             simulated=True,
             population=population,
             declared=sizes,

@@ -169,7 +169,7 @@ def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:
     privacy = agreed.privacy
     point = {"epsilon_cap": privacy.epsilon, "rounds": agreed.algorithm.rounds, "refused": ""}
     try:
-        sigma = calibrated(agreed.algorithm, privacy, agreed.evaluation)
+        sigma = calibrated(agreed)
     except Refused as err:
         if err.reason is not Refusal.BUDGET:
             raise
@@ -177,11 +177,9 @@ def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:
         return {**point, **nothing, "refused": "no noise is enough"}, None
     assert sigma is not None
     assert privacy.delta is not None
-    events = events_of(
-        plan_of(agreed.algorithm, privacy.model_copy(update={"noise_multiplier": sigma}), agreed.evaluation)
-    )
+    events = events_of(plan_of(agreed.with_noise(sigma)))
     costs = {
-        "epsilon_filter": budget_of(privacy, agreed.algorithm).spent(events),
+        "epsilon_filter": budget_of(agreed).spent(events),
         "epsilon_odometer": odometer(events, privacy.delta),
         "noise_multiplier": sigma,
     }

@@ -16,6 +16,7 @@ from ..common.identity import real
 from ..common.ledger import Ledger
 from ..common.messages import Manifest
 from ..common.plan import budget_of, event_fields, events_of, plan_of
+from ..common.secagg import Agreement
 from ..server.records import Answer, LedgerRecords
 
 
@@ -34,7 +35,7 @@ class PopulationRecords:
         self._sha256 = signed.sha256
         assert signed.charter.population is not None
         self._population = signed.charter.population
-        self._plan = plan_of(self._charter.algorithm, self._charter.privacy, self._charter.evaluation)
+        self._plan = plan_of(self._charter)
         self._items = {item.purpose: item for item in self._plan}
         self.debited = {(e.body["run_id"], e.body["round"], e.body["purpose"]) for e in ledger.of("cohort-debit")}
 
@@ -48,7 +49,7 @@ class PopulationRecords:
         """
         why = self._own.run(run_id)
         if self._charter.privacy.kind == "local" and not self.ledger.of("budget"):
-            budget = budget_of(self._charter.privacy, self._charter.algorithm)
+            budget = budget_of(self._charter)
             # A population's budget begins with its run, so nothing was spent before.
             if not budget.admits(events_of(self._plan)):
                 raise Refused(
@@ -69,7 +70,14 @@ class PopulationRecords:
             self._append("cohort-hold", {"run_id": run_id, "plan": [item.to_fields() for item in self._plan]})
         return why
 
-    def asked(self, run_id: str, round_number: int, purpose: str, requests: Mapping[str, tuple[str, str]]) -> None:
+    def asked(
+        self,
+        run_id: str,
+        round_number: int,
+        purpose: str,
+        requests: Mapping[str, tuple[str, str]],
+        attempt: int | None = None,
+    ) -> None:
         """Debit the whole cohort before any of it reads data."""
         item = self._items.get(purpose)
         if item is None or (run_id, round_number, purpose) in self.debited:
@@ -89,7 +97,18 @@ class PopulationRecords:
         )
         self.debited.add((run_id, round_number, purpose))
 
-    def answered(self, run_id: str, round_number: int, purpose: str, replies: Mapping[str, Answer]) -> None:
+    def attempts(self, run_id: str) -> dict[tuple[int, str, int], list[str]]:
+        """A population has no keys to mask with."""
+        return {}
+
+    def answered(
+        self,
+        run_id: str,
+        round_number: int,
+        purpose: str,
+        replies: Mapping[str, Answer],
+        attempt: int | None = None,
+    ) -> None:
         """Name the clients whose answers count."""
         if purpose in self._items:
             good = [name for name, answer in replies.items() if answer.outcome == "ok"]
@@ -132,7 +151,20 @@ class PopulationGate:
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Held for everybody when the run began."""
 
-    def debit(self, request: Manifest, request_sha256: str, purpose: str) -> str | None:
+    def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
+        """No client of a population has keys to mask with.
+
+        Raises:
+            Refused: always.
+        """
+        raise Refused(Refusal.SECAGG_TERMS, "a population has no secure aggregation")
+
+    def list_survivors(self, request: Manifest, request_sha256: str, agreed: Agreement, survivors: list[str]) -> None:
+        """Never reached."""
+
+    def debit(
+        self, request: Manifest, request_sha256: str, purpose: str, masked: Agreement | None = None
+    ) -> str | None:
         """Check that this round was debited.
 
         Raises:

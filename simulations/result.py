@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.accounting import PrivacyEvent, odometer
-from ..common.charter import ADVERSARY, Charter
+from ..common.charter import Charter
 from ..common.identity import write_whole
 from ..common.plan import budget_of, event_from
 from ..server.rounds import Outcome, Refusing
@@ -43,10 +43,10 @@ def make_result(
             "adjacency": "add-or-remove-one",
             "epsilon": privacy.epsilon,
             "delta": privacy.delta,
-            "noise": "local" if privacy.kind == "local" else "none",
+            "noise": privacy.kind,
             "noise_multiplier": privacy.noise_multiplier,
             "clip_norm": privacy.clip_norm,
-            "adversary": ADVERSARY,
+            "adversary": charter.adversary,
         },
         "partners": _partners(simulation),
         "refusals": _refusals(simulation, refusals),
@@ -82,7 +82,9 @@ def _partners(simulation: Simulation) -> dict[str, Any]:
         for member in charter.partners:
             gate = simulation.gates[member.name]
             trained = {d.body["request_id"] for d in gate.ledger.of("debit") if d.body["purpose"] == "train"}
-            rounds = {e.body["request_id"] for e in gate.ledger.of("commit")} & trained
+            rounds = {
+                (e.body["run_id"], e.body["round"]) for e in gate.ledger.of("commit") if e.body["request_id"] in trained
+            }
             found[member.name] = _bill(charter, member.declared_records, gate.spent(), len(rounds), gate.unbounded())
         return found
     return _population(simulation)
@@ -90,11 +92,11 @@ def _partners(simulation: Simulation) -> dict[str, Any]:
 
 def _bill(charter: Charter, declared: int, spent: list[PrivacyEvent], rounds: int, unbounded: bool) -> dict[str, Any]:
     privacy = charter.privacy
-    bounded = privacy.kind == "local" and not unbounded
+    bounded = privacy.kind != "none" and not unbounded
     return {
         "declared_records": declared,
         "epsilon": odometer(spent, privacy.delta) if bounded and privacy.delta is not None else None,
-        "epsilon_filter": budget_of(privacy, charter.algorithm).spent(spent) if bounded else None,
+        "epsilon_filter": budget_of(charter).spent(spent) if bounded else None,
         "epsilon_cap": privacy.epsilon,
         "delta": privacy.delta,
         "rounds": rounds,

@@ -76,7 +76,7 @@ class Realm:
                 task_sha256=code_sha256(TASK),
                 coordinator_key=self.keys.home("coordinator", coordinator).key(),
                 partner_keys={n: self.keys.home(n).key() for n in NAMES},
-                noise_multiplier=calibrated(config.algorithm, config.privacy, config.evaluation),
+                noise_multiplier=calibrated(config),
                 simulated=True,
             )
         )

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import TaskError
+from ..config import Federation
+from ..errors import ConfigError, TaskError
 from .schema import ArraySchema, TableSchema
 
-__all__ = ["Task", "check_model", "code_sha256", "cross_entropy", "initial_model", "load_task", "task_names"]
+__all__ = ["Task", "check_model", "code_sha256", "cross_entropy", "initial_model", "load_task", "sized", "task_names"]
 
 # Also entry points, but they must work where the package is on the path without being installed.
 _BUILT_IN = {name: f"{__name__}.{name.replace('-', '_')}" for name in ("digits", "fashion-mnist", "heart-disease")}
@@ -104,6 +105,26 @@ def initial_model(task: Task, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return task.build_model()
+
+
+def sized(config: Federation) -> Federation:
+    """The configuration with what its secure aggregation takes from the task: how many numbers are summed.
+
+    Raises:
+        ConfigError: it gives another number.
+        TaskError: as `load_task`.
+    """
+    secure = config.secure_aggregation
+    if secure is None:
+        return config
+    model = initial_model(load_task(config.task), config.seed)
+    dimension = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if secure.dimension not in (None, dimension):
+        raise ConfigError(
+            f"secure_aggregation.dimension is {secure.dimension}; the model of task {config.task} has {dimension} parameters",
+            "Leave it out: it is taken from the task.",
+        )
+    return config.model_copy(update={"secure_aggregation": secure.model_copy(update={"dimension": dimension})})
 
 
 def check_model(task: Task) -> None:
