@@ -130,8 +130,8 @@ class SecureNoise:
 
 
 _MARGIN = 2.0**-40
-"""What a float's probability may be off, relatively; its true error is below 2⁻⁴³ for |k| up to 64·std, beyond which it is 0 and
-the comparison is an exact one."""
+"""What a float's probability may be off, relatively. Its true error is below 2⁻⁴³ where the probability is above 2⁻⁶²; below that the
+absolute slack decides, exactly."""
 
 
 class _Words:

@@ -243,8 +243,9 @@ def shared_gradient(
 
     *Formal guarantees.* The sum over N_min or more partners costs each record what `event` says, against a coordinator that sees
     nothing but that sum and learns the noise of at most t of them. **By itself this vector is not private enough**: it must
-    leave under a mask only. Sampling, clipping and what is not covered: as `train_locally`, and a record's share is at most C
-    whatever rounds.
+    leave under a mask only. Sampling and clipping as in `train_locally`, but exact: each record's clipped gradient is a vector of whole
+    numbers of norm at most C, and so is its share of the sum, whoever else is in it. Not covered: that a batch of another size may
+    round *other* records' float32 gradients differently (about 1e-7 of each).
 
     Args:
         model, loss, weights, data: as `train_locally`.
@@ -267,15 +268,21 @@ def shared_gradient(
     try:
         check_model(model)
         _check_records_apart(model, loss, tuple(parameters), data.x.shape[1:], data.x.dtype)
-        clip = event.clip_norm * (1 - 1e-8)  # what float64 may add to a record's share is taken off before
-        with _clipped_sums(model, loss, parameters, data, event.sampling_rate, clip) as clipped_sum:
+        with _clipped_sums(
+            model,
+            loss,
+            parameters,
+            data,
+            event.sampling_rate,
+            lambda by_record: _whole_sum(by_record, event.clip_norm, event.grid / FINER),
+        ) as clipped_sum:
             for p, array in zip(parameters.values(), arrays, strict=True):
                 p.detach().numpy()[...] = array
             total = clipped_sum().numpy()
     finally:
         for p in parameters.values():
             p.grad = None
-    on_grid = np.rint(total / event.grid).astype(np.int64)  # exact but for the rounding: the grid is a power of two
+    on_grid = np.rint(total / FINER).astype(np.int64)
     return on_grid + SecureNoise().discrete_gaussian(event.dimension, event.share_std)
 
 
@@ -375,7 +382,9 @@ def _private_gradients(
     noise = SecureNoise()
     shapes = [p.shape for p in parameters.values()]
     sizes = [p.numel() for p in parameters.values()]
-    with _clipped_sums(model, loss, parameters, data, event.sampling_rate, clip_norm) as clipped_sum:
+    with _clipped_sums(
+        model, loss, parameters, data, event.sampling_rate, lambda by_record: _clipped_sum(by_record, clip_norm)
+    ) as clipped_sum:
 
         def gradients() -> list[Tensor]:
             total = clipped_sum()
@@ -388,9 +397,18 @@ def _private_gradients(
 
 @contextmanager
 def _clipped_sums(
-    model: nn.Module, loss: Loss, parameters: _Parameters, data: Rows, sampling_rate: float, clip_norm: float
+    model: nn.Module,
+    loss: Loss,
+    parameters: _Parameters,
+    data: Rows,
+    sampling_rate: float,
+    add: Callable[[list[Tensor]], Tensor],
 ) -> Iterator[Callable[[], Tensor]]:
-    """A function that draws a Poisson batch and returns the sum of its clipped gradients, float64 [number of parameters]."""
+    """A function that draws a Poisson batch and returns the sum of its clipped gradients, float64 [number of parameters].
+
+    Args:
+        add: gradients by record -> the sum of the clipped ones, or of whole numbers made of them.
+    """
     noise = SecureNoise()
     size = sum(p.numel() for p in parameters.values())
     # A row costs 4 bytes a parameter as Opacus gives it and 8 in float64.
@@ -404,7 +422,7 @@ def _clipped_sums(
         total = torch.zeros(size, dtype=torch.float64)
         if len(y):
             for some_x, some_y in zip(torch.split(x, rows), torch.split(y, rows), strict=True):
-                total += _clipped_sum(_by_record(wrapped, loss, parameters, some_x, some_y), clip_norm)
+                total += add(_by_record(wrapped, loss, parameters, some_x, some_y))
         return total
 
     with _opacus(model) as wrapped:
@@ -426,6 +444,22 @@ def _clipped_sum(by_record: list[Tensor], clip_norm: float) -> Tensor:
     norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in wide]).norm(dim=0)
     factors = torch.where(norms.isfinite(), (clip_norm / norms).clamp(max=1.0), 0.0)
     return torch.cat([factors @ g.nan_to_num_(0.0, 0.0, 0.0) for g in wide])
+
+
+FINER = 1024.0
+"""Each record's gradient is rounded to the grid over this; the sum is then exact, and only it is rounded to the grid."""
+
+
+def _whole_sum(by_record: list[Tensor], clip_norm: float, step: float) -> Tensor:
+    """As `_clipped_sum`, of gradients that are whole numbers of `step`, rounded towards zero, which makes no norm larger.
+
+    Floats add whole numbers exactly, up to 2⁵³ (`masking.fixed_point_of` sees to that): no order, chunk or other record moves a
+    record's share. The slack of 10⁻⁷ is more than what floats may be off in a norm of up to 10⁹ numbers.
+    """
+    wide = [g.flatten(1).double() for g in by_record]
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in wide]).norm(dim=0)
+    factors = torch.where(norms.isfinite(), (clip_norm * (1 - 1e-7) / norms).clamp(max=1.0), 0.0) / step
+    return torch.cat([g.nan_to_num_(0.0, 0.0, 0.0).mul_(factors[:, None]).trunc_().sum(dim=0) for g in wide])
 
 
 def _by_record(wrapped: nn.Module, loss: Loss, parameters: _Parameters, x: Tensor, y: Tensor) -> list[Tensor]:

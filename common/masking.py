@@ -77,6 +77,11 @@ def fixed_point_of(terms: Terms, declared: Sequence[int], tolerance: float) -> F
     # Every gradient may be its clip, in one coordinate and one direction: nothing is assumed of the data.
     records = sum(math.floor(size * (1 + tolerance)) for size in declared)
     bound = records * event.clip_norm / event.grid + len(declared)
+    if bound * 1024 > 2**53:  # a partner adds up whole numbers of 1/1024 of the grid, in float64
+        raise ConfigError(
+            f"secure aggregation of {records} records and {event.dimension} parameters: their sum is not exact in float64",
+            "Declare fewer records, or train a smaller model.",
+        )
     std = event.share_std * math.sqrt(len(declared))
     try:
         bits, chance = ring_for(bound, std, attempts(terms) * event.dimension)

@@ -465,13 +465,7 @@ class Sum:
 
 
 def to_ring(values: npt.NDArray[np.int64], bits: int) -> Ring:
-    """Integers modulo 2^bits.
-
-    Raises:
-        MessageError: a value that is not between −2^(bits−1) and 2^(bits−1), which would not come back.
-    """
-    if bits < 64 and len(values) and not -(2 ** (bits - 1)) <= int(values.min()) <= int(values.max()) < 2 ** (bits - 1):
-        raise MessageError(f"a value that does not fit in {bits} bits")
+    """Integers modulo 2^bits. A value that does not fit wraps: to refuse it would tell of it, and a wrap tells nothing."""
     return values.astype(np.uint64).astype(f"uint{bits}", copy=False)
 
 

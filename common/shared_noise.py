@@ -9,23 +9,31 @@ independent of them.
 
     σ' = √(σ²C² − 16γ²) / (C + γ√d)
 
-costs, in every accountant, up to a factor e^κ of probabilities with κ below 10⁻¹³⁰ a coordinate, which is charged by rounding σ' down:
+(rounded down by 10⁻¹²) costs, in every accountant:
 
-1. *Sensitivity.* A record adds a vector of norm at most C; rounding moves each of d coordinates by at most γ/2, with and without it. So the
-   sum on the grid differs by at most C + γ√d, by whole numbers of γ.
+1. *Sensitivity.* A record adds a vector of norm at most C; rounding to the nearest point of the grid moves each of d coordinates by at
+   most γ/2, with and without it. So the sum on the grid differs by at most C + γ√d, by whole numbers of γ.
 2. *A sum of shares is one discrete Gaussian.* With X ~ N_Z(0, a²) and Y ~ N_Z(0, b²), P[X + Y = z] is ρ_s(z)·Σ_k ρ_h(k − cz) over a constant, with
    s² = a² + b² and h = ab/s. By Poisson summation Σ_k ρ_h(k − u) = h√2π·(1 + E), |E| ≤ e(h) = 2Σ_j exp(−2π²h²j²) for every u. Both are
    distributions, so their ratio is within (1 ± e(h))/(1 ∓ e(h)); likewise for each further share (Kairouz, Liu & Steinke 2102.06387, section 3,
-   use the same for their τ).
+   use the same for their τ). With shares of at least 8 steps h is at least 8/√2, and e(h) below 10⁻²⁷³.
 3. *A discrete Gaussian is what is made of a continuous one.* Let x ~ N(m, s² − η²) for a whole number m, and then z ~ N_Z(x, η²), whose
-   weights are normalised for that x. Averaged over x, P[z] is within (1 ± e(η))/(1 ∓ e(s)) of N_Z(m, s²). So whoever sees the discrete sum sees
-   a post-processing of a continuous one of variance s² − η² (the argument of Peikert 2010, theorem 3.1, in one dimension). Here η = 4.
-4. Probabilities that differ by a factor e^κd change (ε, δ) to (ε + 2κd, e^κd·δ). With η = 4 and shares of at least 8 steps of the grid, κ is at
-   most 5·10⁻¹³⁷ a share and coordinate; with up to 100 shares, 10⁹ coordinates and 10⁹ steps that is less than 10⁻¹¹⁴ in all, and σ' is 10⁻¹² smaller
-   than by the formula, which costs more.
+   weights are normalised for that x. Averaged over x, P[z] is between (1 − e(s))/(1 + e(η)) and (1 + e(s))/(1 − e(η)) times that of N_Z(m, s²). So
+   whoever sees the discrete sum sees a post-processing of a continuous one of variance s² − η² (the argument of Peikert 2010, theorem 3.1, in one
+   dimension, but with ratios: statistical distance would not be enough). Here η = 4, and both together are within e^±κ, κ < 2·10⁻¹³⁷ a coordinate.
+4. *The factor is less than what σ' is rounded down by, for one step, before sampling.* Let a pair of distributions be within e^±k of what is made of
+   N(0, 1) and N(μ, 1). Then its δ(ε) is at most e^k·δ_μ(ε − 2k), and 1 − δ(ε) at least e^−k·(1 − δ_μ(ε)). As ∂δ_μ/∂μ = φ(z) with z = μ/2 − ε/μ, and what
+   k costs is at most kφ(z)(M(|z|) + M(μ − z)), M Mills' ratio, at most 1.26, the first (z < 0) or the second (z ≥ 0) is below δ_μ'(ε) for every ε
+   once k ≤ (μ' − μ)/3. Here μ is 10⁻⁹ to 1/0.3 and μ' 10⁻¹² larger: k may be 3·10⁻²², and is below 10⁻¹²⁷ for 10⁹ coordinates. So by Blackwell's
+   theorem a step is, without any factor, made of the continuous one of σ', in both directions.
+5. *Sampling.* Given who else was drawn, a step is (1 − q)Q + qR against Q with (Q, R) as in 4, and a shift of less than C + γ√d is made of the whole
+   one; joint convexity of hockey-stick divergences over the others' draws gives the pair of the accountants. Any number of steps, chosen by whoever
+   saw the ones before: theirs.
 
-So the exact Gaussian branch of the filter and the tight odometer hold for shared noise, too, and a Poisson sample of each partner's records is
-amplified as that of a continuous Gaussian step is (3 holds whichever records were drawn). ADR 15 compares this with the bound of 2102.06387.
+So the exact Gaussian branch of the filter and the tight odometer hold for shared noise, too. ADR 15 compares this with the bound of 2102.06387.
+
+What it is not about: a person with records at k partners moves one and the same sum k times as far: ledgers of different partners are not to be composed
+as if they were about different releases. The unit is one record of one partner. And masks are computational: so is all of this.
 """
 
 from __future__ import annotations
@@ -54,8 +62,9 @@ def grid_for(clip_norm: float, dimension: int) -> float:
 
 def charged_as(noise_multiplier: float, clip_norm: float, grid: float, dimension: int) -> float:
     """σ', the noise multiplier that shared noise is charged as: see the top of this module."""
-    noise = math.sqrt((noise_multiplier * clip_norm) ** 2 - (ETA * grid) ** 2)
-    return noise / (clip_norm + grid * math.sqrt(dimension)) * (1 - 1e-12)
+    step = grid / clip_norm  # in this unit nothing underflows
+    noise = math.sqrt((noise_multiplier - ETA * step) * (noise_multiplier + ETA * step))
+    return noise / (1 + step * math.sqrt(dimension)) * (1 - 1e-12)
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class SharedGaussian:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ConfigError(f"{name} {value!r} is not a positive number", "Give a plain decimal number.")
             object.__setattr__(self, name, float(value))
+        if self.grid / self.clip_norm == 0:
+            raise ConfigError(f"a grid of {self.grid:g} for a clip of {self.clip_norm:g}", "Take a coarser one.")
         for name, least in (("dimension", 1), ("colluding", 0), ("quorum", self.colluding + 2)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= 10**9:
@@ -109,7 +120,7 @@ class SharedGaussian:
     @property
     def share_std(self) -> float:
         """Standard deviation of one partner's share, in steps of the grid."""
-        return self.noise_multiplier * self.clip_norm / (self.grid * math.sqrt(self.quorum - self.colluding))
+        return self.noise_multiplier / (self.grid / self.clip_norm * math.sqrt(self.quorum - self.colluding))
 
     @property
     def charged(self) -> PrivacyEvent:

@@ -879,6 +879,6 @@ def test_a_round_makes_no_copy_but_the_sum() -> None:
 
 
 def test_replies_have_a_kind_for_every_request() -> None:
-    assert set(rounds._REPLIES) == {"open", "train", "evaluate", "close", "sign", "deliver"}
+    assert set(rounds._REPLIES) == {"open", "train", "agree", "reveal", "evaluate", "close", "sign", "deliver"}
     with pytest.raises(MessageError):
         SignedWire(identity("ada"), {}, "").decode(RecordDict(), "ada")
