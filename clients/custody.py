@@ -60,8 +60,9 @@ _HOME = re.compile(
     r"identity\.key|identity\.json|tls\.key|tls\.key\.new|tls\.crt|ca\.crt|revoked\.crl|[a-z0-9-]+\.(csr|pem)"
 )
 """Files of an identity; its folder may hold anything else."""
-_PASSING = ("inbox", "counter", "datasets.lock")
-"""What of a state folder is of this machine alone: the counter of a restored ledger is written anew."""
+_PASSING = ("inbox", "counter", "datasets.lock", "masks")
+"""What of a state folder is of this machine alone: the counter of a restored ledger is written anew, and a run's key for secure
+aggregation, which would open what was masked, must be gone when the run is."""
 _LEDGER = "state/ledger.jsonl"
 _MARKER = "state/control/restored.json"
 

@@ -320,6 +320,10 @@ class Gate:
             "Restore the newest backup: hansa node restore BACKUP",
         )
 
+    def open_runs(self) -> list[tuple[str, str]]:
+        """(charter, run) of every run that may still be debited."""
+        return [key for key, hold in self._standing.holds.items() if hold.open]
+
     def charter(self, sha256_hex: str) -> Charter | None:
         """An accepted charter by its hash."""
         known = self._charters.get(sha256_hex)

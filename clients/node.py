@@ -119,6 +119,8 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
             law=law,
             log=log,
         )
+        run_keys = RunKeys(settings.state / "masks")
+        run_keys.keep_only(gate.open_runs())
         joined, refused = [], []
         for entry, signed in charters:
             about = {"federation": signed.charter.name, "charter": signed.sha256}
@@ -151,7 +153,7 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
                 identity=identity,
                 keep=settings.models,
                 heads=heads,
-                keys=RunKeys(settings.state / "masks"),
+                keys=run_keys,
             )
             joined.append(Joined(signed, entry, wire, make_client_app(_always(node))))
         if not joined:

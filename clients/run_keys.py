@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..common.errors import OutputError, Refusal, Refused
@@ -40,6 +41,13 @@ class RunKeys:
     def drop(self, charter_sha256: str, run_id: str) -> None:
         """Forget a closed run's key."""
         self._path(charter_sha256, run_id).unlink(missing_ok=True)
+
+    def keep_only(self, runs: Iterable[tuple[str, str]]) -> None:
+        """Forget the keys of all runs but these (charter, run): of what ended while nobody closed it."""
+        wanted = {self._path(charter, run) for charter, run in runs}
+        for path in self._folder.glob("*"):
+            if path not in wanted:
+                path.unlink(missing_ok=True)
 
     @staticmethod
     def _read(path: Path) -> bytes:

@@ -32,7 +32,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -103,24 +103,29 @@ def read_keys(
     for name, data in envelopes.items():
         if name not in identities:
             raise Refused(Refusal.SECAGG_ROSTER, f"{name!r} is no partner of this charter")
-        try:
-            envelope = read_envelope(data, KEY_TYPE)
-            if len(envelope.signatures) != 1:
-                raise MessageError("not exactly one signature")
-            envelope.signed_by(identities[name])
-            said = strict_json(envelope.payload)
-            key = said["key"] if isinstance(said, dict) else None
-            if not isinstance(key, str) or len(bytes.fromhex(key)) != 32:
-                raise MessageError("no key in it")
-            wanted = {"v": 1, "charter_sha256": charter_sha256, "run_id": run_id, "name": name, "key": key}
-            if envelope.payload != canonical(wanted):
-                raise MessageError("it is for another run, charter or partner")
-        except (MessageError, LookupError, ValueError) as err:
-            raise Refused(Refusal.SECAGG_KEY, f"the key given as {name}'s: {_first_line(err)}") from err
-        keys[name] = key
+        keys[name] = _read_key(data, charter_sha256, run_id, name, identities[name])
     if len(set(keys.values())) != len(keys):
         raise Refused(Refusal.SECAGG_KEY, "two partners with one key")
     return keys
+
+
+@lru_cache(maxsize=1024)  # every request of a run brings them again
+def _read_key(data: bytes, charter_sha256: str, run_id: str, name: str, identity: str) -> str:
+    try:
+        envelope = read_envelope(data, KEY_TYPE)
+        if len(envelope.signatures) != 1:
+            raise MessageError("not exactly one signature")
+        envelope.signed_by(identity)
+        said = strict_json(envelope.payload)
+        key = said["key"] if isinstance(said, dict) else None
+        if not isinstance(key, str) or len(bytes.fromhex(key)) != 32:
+            raise MessageError("no key in it")
+        wanted = {"v": 1, "charter_sha256": charter_sha256, "run_id": run_id, "name": name, "key": key}
+        if envelope.payload != canonical(wanted):
+            raise MessageError("it is for another run, charter or partner")
+    except (MessageError, LookupError, ValueError) as err:
+        raise Refused(Refusal.SECAGG_KEY, f"the key given as {name}'s: {_first_line(err)}") from err
+    return key
 
 
 def _first_line(err: Exception) -> str:
