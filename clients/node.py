@@ -4,6 +4,7 @@
     state/ledger.jsonl    everything decided and spent      state/counter       how long the ledger must be
     state/inbox/          requests that are worked on       state/models/       final models, one folder a run
     state/control/        what commands tell the daemon     state/heads/        heads of ledgers that were countersigned
+    state/masks/          keys of secure aggregation, until their run ends
 
 One gate and ledger for all data sets; for each charter one ClientApp with a wire of its own, so that no coordinator can speak
 under another's charter.

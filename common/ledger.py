@@ -235,12 +235,15 @@ class Ledger:
         *,
         charter: str | None = None,
         privacy: Mapping[str, Any] | None = None,
+        at_once: bool = True,
     ) -> Entry:
         """Write one entry and return when it is on disk.
 
         Args:
             charter: SHA-256 of the charter that it is about.
             privacy: what it does to a budget, as docs/ledger-format.md has it: this is told to every auditor.
+            at_once: False for what may be on disk with the next entry only: if the machine stops before, it is as if it had not
+                been written.
 
         Raises:
             OutputError: it could not be written; the ledger is as it was before.
@@ -258,7 +261,8 @@ class Ledger:
             view = memoryview(line + b"\n")
             while view:  # an unbuffered write may be short (a signal, a nearly full disk)
                 view = view[self._file.write(view) :]
-            os.fsync(self._file.fileno())
+            if at_once:
+                os.fsync(self._file.fileno())
         except OSError as err:
             try:
                 self._truncate()
@@ -271,7 +275,7 @@ class Ledger:
         data = strict_json(whole)["data"]
         entry = Entry(self.length, time, kind, charter, data, strict_json(header)["privacy"], leaf, before, self.root)
         self.entries.append(entry)
-        if self._counter is not None:
+        if self._counter is not None and at_once:
             try:
                 self._counter.advance(entry)
             except OutputError:
