@@ -459,6 +459,112 @@ def _budget(said: Any) -> None:
     assert [PrivacyEvent.from_fields(event.to_fields()) for event in history] == history
 
 
+SHARED = {
+    "mechanism": "shared-gaussian/1", "q": "1.0", "sigma": "9.5", "clip": "1.0", "grid": "0.0001220703125",
+    "dimension": 72, "quorum": 4, "colluding": 1, "steps": 1,
+}  # fmt: skip
+
+
+@of_json("shared-event", lambda: [SHARED, {**SHARED, "q": "0.01", "steps": 10**9}, {**SHARED, "dimension": 10**6}])
+def _shared_event(said: Any) -> None:
+    from hansa.common.plan import event_from
+    from hansa.common.shared_noise import SharedGaussian
+
+    with building():
+        if not isinstance(said, dict):
+            raise Skip
+    event = event_from(said)
+    again = SharedGaussian.from_fields(said)
+    assert again.charged == event
+    assert again.to_fields() == said
+    assert 0.3 <= again.charged.noise_multiplier < again.noise_multiplier
+
+
+# -- secure aggregation ----------------------------------------------------------------------------------------------------
+
+MASKERS = ("ada", "ben", "cy")
+
+
+@functools.cache
+def masked() -> Any:
+    """(agreement, private keys, envelopes, what each sent, words, signatures): three partners, of whom all survive."""
+    import numpy as np
+
+    from hansa.common import secagg
+
+    private = {name: bytes([number + 1]) * 32 for number, name in enumerate(MASKERS)}
+    envelopes = {n: secagg.signed_key(corpus.identity(n), "a" * 64, "run", private[n]) for n in MASKERS}
+    keys = secagg.read_keys(envelopes, "a" * 64, "run", corpus.keys())
+    agreed = secagg.Agreement("a" * 64, "run", 1, 0, "b" * 64, keys, 2, 3, 32, 4)
+    vectors = {n: secagg.mask(agreed, corpus.identity(n), private[n], np.arange(4, dtype=np.uint32)) for n in MASKERS}
+    words = {n: sent.word for n, (_, sent) in vectors.items()}
+    signatures = {n: secagg.agree(agreed, corpus.identity(n), words, corpus.keys(), None) for n in MASKERS}
+    return agreed, private, envelopes, vectors, words, signatures
+
+
+def masked_seeds() -> list[Any]:
+    from hansa.common import masking, secagg
+
+    agreed, private, envelopes, vectors, words, signatures = masked()
+    shares = {n: sent.shares["ada"] for n, (_, sent) in vectors.items()}
+    revealed = secagg.reveal(agreed, "ada", private["ada"], MASKERS, signatures, shares, corpus.keys())
+    return [
+        {
+            "asked": masking.asked_fields(agreed, envelopes),
+            "sent": masking.sent_fields(vectors["ben"][1]),
+            "words": masking.by_name(words),
+            "signatures": masking.by_name(signatures),
+            "shares": masking.by_name(shares),
+            "revealed": masking.revealed_fields(revealed),
+        }
+    ]
+
+
+@of_json("masked", masked_seeds)
+def _masked(said: Any) -> None:
+    from hansa.common import masking, secagg
+    from hansa.common.identity import strict_json
+
+    with building():  # they are fields of a message, which was read so
+        fields = strict_json(bent(said))
+        parts = [fields[key] for key in ("asked", "sent", "words", "signatures", "shares", "revealed")]
+    asked, sent, words, signatures, shares, revealed = parts
+    agreed, private, _, vectors, _, _ = masked()
+    people = {name: corpus.keys()[name] for name in MASKERS}
+
+    def told() -> None:
+        one = masking.Told.parse(asked)
+        keys = secagg.read_keys(one.envelopes, "a" * 64, "run", people)
+        one.agreement("a" * 64, "run", 1, "b" * 64, keys).check("ada", private["ada"], MASKERS, 0, 3)
+
+    def added() -> None:
+        total = secagg.Sum(agreed)
+        total.add("ben", vectors["ben"][0], masking.sent_from(sent), people["ben"])
+
+    def agrees() -> None:
+        secagg.agree(agreed, corpus.identity("ada"), masking.bytes_by_name(words), people, None)
+
+    def reveals() -> None:
+        given = masking.bytes_by_name(signatures), masking.bytes_by_name(shares)
+        secagg.reveal(agreed, "ada", private["ada"], MASKERS, *given, people)
+
+    def opens() -> None:
+        total = secagg.Sum(agreed)
+        for name, (vector, one) in vectors.items():
+            total.add(name, vector, one, people[name])
+        plain = dict.fromkeys(MASKERS, masking.revealed_from(revealed))
+        total.open(plain)
+
+    refused = None
+    for parse in (told, added, agrees, reveals, opens):
+        try:
+            parse()
+        except HansaError as err:
+            refused = err
+    if refused is not None and not str(refused).startswith("ada's own mask cannot be opened"):
+        raise refused
+
+
 # -- messages and the link -------------------------------------------------------------------------------------------------
 
 
