@@ -68,6 +68,9 @@ class Doorkeeper(Protocol):
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Hold a run's plan or raise Refused."""
 
+    def open_runs(self) -> list[tuple[str, str]]:
+        """(charter, run) of every run that may still be debited."""
+
     def debit(
         self, request: Manifest, request_sha256: str, purpose: str, masked: Agreement | None = None
     ) -> str | None:
@@ -146,6 +149,8 @@ class Node:
         if secure is None:
             return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
         identity, keys = self._masker()
+        if (request.charter_sha256, request.run_id) not in self._gate.open_runs():
+            raise Refused(Refusal.NOT_HELD, "this run is over here")
         private = keys.make(request.charter_sha256, request.run_id)
         key = base64.b64encode(signed_key(identity, request.charter_sha256, request.run_id, private)).decode()
         return self._wire.encode(request.reply("accepted", digest, key=key), self._wire.pack({}))[0]
@@ -175,7 +180,7 @@ class Node:
                 values = shared_gradient(self._model, self._task.loss, tensors, rows, event)
             else:
                 flat = np.concatenate([part.reshape(-1) for part in update()[0].values()]).astype(np.float64)
-                values = fixed.to_grid(flat * weights_of(charter)[self._gate.name])
+                values = fixed.to_grid(flat, weights_of(charter)[self._gate.name])
             private = keys.get(request.charter_sha256, request.run_id)
             vector, sent = mask(agreed, identity, private, to_ring(values, agreed.bits))
             return {"masked": vector}, {"sent": sent_fields(sent)}
@@ -191,7 +196,8 @@ class Node:
         before = self._gate.survivors(request, agreed.digest)
         words = bytes_by_name(request.fields.get("words"))
         signature = agree(agreed, identity, words, _identities(charter), before)
-        self._gate.list_survivors(request, digest, agreed, sorted(words))
+        if before is None:
+            self._gate.list_survivors(request, digest, agreed, sorted(words))
         encoded = base64.b64encode(signature).decode()
         return self._wire.encode(request.reply("survivors", digest, signature=encoded), self._wire.pack({}))[0]
 

@@ -228,17 +228,17 @@ class Gate:
         Raises:
             Refused: a request of this id but other content was taken before.
         """
-        if self._known(request, request_sha256) is None:
-            body = {
-                "request_id": request.request_id,
-                "request_sha256": request_sha256,
-                "run_id": request.run_id,
-                "round": request.round,
-                "attempt": agreed.attempt,
-                "agreement": agreed.digest,
-                "survivors": survivors,
-            }
-            self._append("survivors", body, request.charter_sha256)
+        self._known(request, request_sha256)
+        body = {
+            "request_id": request.request_id,
+            "request_sha256": request_sha256,
+            "run_id": request.run_id,
+            "round": request.round,
+            "attempt": agreed.attempt,
+            "agreement": agreed.digest,
+            "survivors": survivors,
+        }
+        self._append("survivors", body, request.charter_sha256)
 
     def admit_public(self, request: Manifest, request_sha256: str) -> str | None:
         """Let a public evaluation through. Returns the SHA-256 of the reply that was committed before, if there is one.

@@ -388,7 +388,13 @@ def in_words(signed: SignedCharter) -> str:
         lines.append(f"  adversary: {c.adversary}")
     if s is not None:
         lines += ["", "Secure aggregation"]
-        lines.append(f"  the coordinator learns sums over {c.quorum} partners or more, and nothing else of a partner's")
+        lines.append(
+            f"  of what is trained the coordinator learns sums over {c.quorum} partners or more, and nothing else"
+        )
+        if p.kind == "none":
+            lines.append(
+                "  two sums of different partners can be subtracted: without noise that leaves one partner's update"
+            )
         lines.append(
             f"  this holds while at most {counted(s.colluding, 'partner')} work with it; {threshold_of(len(c.partners), s.colluding)} partners' shares open a sum"
         )

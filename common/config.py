@@ -153,7 +153,8 @@ class SecureAggregation(Section):
 
     Attributes:
         colluding: t, how many partners may work together with the coordinator.
-        retries: how many times in a whole run a round may be asked again because too few went on with it. Each is paid for.
+        retries: how many times in a whole run a round may be asked again, of fewer, because its sum could not be opened: somebody
+            lied, or a vector was lost with the coordinator's process. Each is paid for, whether it is needed or not.
         dimension: how many numbers are summed: the model's trainable parameters. Taken from the task.
     """
 
@@ -270,7 +271,7 @@ def check_secure(
     if not least <= quorum <= partners:
         raise ValueError(
             f"quorum {quorum} with secure_aggregation.colluding {t}: of {partners} partners at least {least} must be in every sum, so "
-            f"that two of them do not collude and no two sums of one round can be opened"
+            f"that two of them do not collude and no two sums of one attempt can be opened"
         )
     if privacy.kind != "shared":
         return

@@ -41,15 +41,15 @@ class FixedPoint:
     bits: int
     log2_wrap: float
 
-    def to_grid(self, update: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """An update that is private by itself, rounded.
+    def to_grid(self, update: npt.NDArray[np.float64], weight: float) -> npt.NDArray[np.int64]:
+        """An update that is private by itself, weighted and rounded.
 
         Raises:
             MessageError: it has a value that is not finite or beyond LIMIT.
         """
         if not (np.abs(update) <= LIMIT).all():  # also where it is NaN
             raise MessageError(f"an update with a value that is not finite, or beyond {LIMIT:g}")
-        return np.rint(update / self.grid).astype(np.int64)
+        return np.rint(update * (weight / self.grid)).astype(np.int64)
 
     def from_grid(self, total: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Back from a sum."""

@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -118,8 +119,12 @@ def _read_key(data: bytes, charter_sha256: str, run_id: str, name: str, identity
         envelope.signed_by(identity)
         said = strict_json(envelope.payload)
         key = said["key"] if isinstance(said, dict) else None
-        if not isinstance(key, str) or len(bytes.fromhex(key)) != 32:
+        if not isinstance(key, str) or not re.fullmatch(r"[0-9a-f]{64}", key):
             raise MessageError("no key in it")
+        if int.from_bytes(raw := bytes.fromhex(key), "little") >= 2**255 - 19:
+            raise MessageError("a key in another form than its usual one")
+        # Some points make the same secret with everybody; they are refused here, before anybody is charged for a round.
+        X25519PrivateKey.from_private_bytes(bytes(32)).exchange(X25519PublicKey.from_public_bytes(raw))
         wanted = {"v": 1, "charter_sha256": charter_sha256, "run_id": run_id, "name": name, "key": key}
         if envelope.payload != canonical(wanted):
             raise MessageError("it is for another run, charter or partner")
@@ -312,7 +317,8 @@ def reveal(
         identities: the charter's identity keys, by partner.
 
     Raises:
-        Refused: fewer than `threshold` survivors signed this list, or a share is not one or of another attempt.
+        Refused: fewer than `threshold` survivors signed this list, or fewer of the shares are ones of this attempt. Of one that is
+            none nothing is revealed: who dealt it must not make others fall silent.
     """
     roster = agreement.roster
     signed = 0
@@ -331,10 +337,17 @@ def reveal(
     gone = [peer for peer in roster if peer not in survivors]
     own: dict[str, bytes] = {}
     between: dict[tuple[str, str], bytes] = {}
+    bad: list[Refused] = []
     for name in survivors:
-        dealt = _unseal(agreement, name, me, pairs.get(name, private), shares[name])
+        try:
+            dealt = _unseal(agreement, name, me, pairs.get(name, private), shares[name])
+        except Refused as refused:
+            bad.append(refused)
+            continue
         own[name] = dealt[name]
         between |= {(name, peer): dealt[peer] for peer in gone}
+    if len(own) < agreement.threshold:
+        raise bad[0]
     return Revealed(own, {peer: _pair_seed(agreement, me, peer, pairs[peer]) for peer in gone}, between)
 
 
@@ -374,11 +387,13 @@ class Sum:
     Attributes:
         arrived: partner -> what came with its vector.
         total: the sum of vectors, [length] in the ring.
+        liars: who dealt or revealed something that does not fit, as far as `open` had to look.
     """
 
     agreement: Agreement
     arrived: dict[str, Sent] = field(default_factory=dict)
     total: Ring = field(init=False)
+    liars: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.total = np.zeros(self.agreement.length, _dtype(self.agreement))
@@ -420,38 +435,37 @@ class Sum:
         wanted = _list(self.agreement, sorted(self.arrived))
         _check_signed(LIST_TYPE, signature, wanted, identity, name, "list")
 
-    def open(self, revealed: Mapping[str, Revealed]) -> tuple[Ring, list[str]]:
-        """The sum of the survivors' vectors, and who revealed something that does not fit and was looked at.
+    def open(self, revealed: Mapping[str, Revealed]) -> Ring:
+        """The sum of the survivors' vectors.
 
         Args:
             revealed: of `threshold` survivors or more.
 
         Raises:
-            MessageError: too few shares of a mask fit together. It names the mask.
+            MessageError: too few shares of a mask fit together. It names the mask, and who dealt it is among the `liars`.
         """
         agreement, total = self.agreement, self.total.copy()
-        liars: set[str] = set()
         gone = [peer for peer in agreement.roster if peer not in self.arrived]
         for name, sent in self.arrived.items():
             held = {holder: one.own.get(name, b"") for holder, one in revealed.items()}
-            _add_stream(total, self._seed(held, sent.commitments[name], f"{name}'s own mask", liars), -1)
+            _add_stream(total, self._seed(held, sent.commitments[name], f"{name}'s own mask", name), -1)
             for peer in gone:
                 seed = revealed[name].dropped.get(peer, b"") if name in revealed else b""
                 if hashlib.sha256(seed).hexdigest() != sent.commitments[peer]:
                     held = {holder: one.between.get((name, peer), b"") for holder, one in revealed.items()}
-                    seed = self._seed(held, sent.commitments[peer], f"the mask between {name} and {peer}", liars)
-                    liars |= {name} & set(revealed)
+                    seed = self._seed(held, sent.commitments[peer], f"the mask between {name} and {peer}", name)
+                    self.liars |= {name} & set(revealed)
                 _add_stream(total, seed, -_sign(agreement, name, peer))
-        return total, sorted(liars)
+        return total
 
-    def _seed(self, held: Mapping[str, bytes], commitment: str, what: str, liars: set[str]) -> bytes:
-        """A seed from shares; who holds one that is not on its polynomial is added to `liars`."""
+    def _seed(self, held: Mapping[str, bytes], commitment: str, what: str, dealer: str) -> bytes:
+        """A seed from shares; who holds one that is not on its polynomial is a liar, and who dealt a mask that no shares open."""
         roster, needed = self.agreement.roster, self.agreement.threshold
         points = {roster.index(holder) + 1: share for holder, share in held.items() if len(share) == SHARE}
         names = {roster.index(holder) + 1: holder for holder in held}
         # All fit, unless somebody lies: then without one, without two, ... Those who lied before come last. Bounded: many who lie
         # lose the sum, and no more.
-        order = sorted(points, key=lambda at: (names[at] in liars, at))
+        order = sorted(points, key=lambda at: (names[at] in self.liars, at))
         without = (
             left_out for few in range(len(order) - needed + 1) for left_out in itertools.combinations(order, few)
         )
@@ -461,8 +475,11 @@ class Sum:
             seed = found(0)
             if seed >> (8 * SEED) == 0 and hashlib.sha256(made := seed.to_bytes(SEED, "big")).hexdigest() == commitment:
                 if left_out:
-                    liars |= {names[at] for at, share in points.items() if found(at) != int.from_bytes(share, "big")}
+                    self.liars |= {
+                        names[at] for at, share in points.items() if found(at) != int.from_bytes(share, "big")
+                    }
                 return made
+        self.liars.add(dealer)
         raise MessageError(f"{what} cannot be opened: no {needed} of {len(points)} shares fit together")
 
 

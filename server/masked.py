@@ -1,8 +1,9 @@
 """The coordinator's side of secure aggregation: one round's sum, in as many attempts as the charter allows.
 
 An attempt is three exchanges (common/secagg.py): masked vectors; signatures under the list of those that arrived; what opens
-their sum. Too few in the first: the round fails, as any round does. Too few after it: asked again of those who went along, with
-fresh batches, noise and masks, which is a new debit for each.
+their sum. Where too few answer one of them the round fails, as any round does, and whoever resumes the run asks them again. Where the
+quorum is there and the sum cannot be opened (somebody lied, or a vector was lost with the coordinator's process), it is asked again of
+those who are not to blame, with fresh batches, noise and masks, which is a new debit for each.
 
 What a crash may interrupt is in the ledger: each attempt's requests, and with those to agree the list of survivors. Whoever goes on
 asks the same again, sums the same vectors, and can get no other sum.
@@ -11,7 +12,7 @@ asks the same again, sums the same vectors, and can get no other sum.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -118,7 +119,7 @@ class MaskedRounds:
         assert secure is not None
         asked = self._records.attempts(self._run)
         attempt = max((a for (n, _, a) in asked if n == number), default=0)
-        roster = asked.get((number, "train", attempt), cohort)
+        roster = self._ordered(asked.get((number, "train", attempt), cohort))
         listed = asked.get((number, "agree", attempt))
         used = sum(max(a for (n, _, a) in asked if n == one) for one in {n for n, _, _ in asked} - {number})
         while True:
@@ -133,8 +134,12 @@ class MaskedRounds:
                     "Nothing was learned but sums over the quorum. Mend the cause and run again with --resume, or close the run as it "
                     "stands with --resume --give-up.",
                 )
-            attempt, roster, listed = attempt + 1, went, None
+            attempt, roster, listed = attempt + 1, self._ordered(went), None
             self._notify("retry", round=number, attempt=attempt, partners=roster, why=why)
+
+    def _ordered(self, names: Iterable[str]) -> list[str]:
+        """In the charter's order, whoever answered first: a request that is made again is the same."""
+        return [m.name for m in self._charter.partners if m.name in set(names)]
 
     def _attempt(
         self,
@@ -157,11 +162,12 @@ class MaskedRounds:
             return list(state.signatures), "too few agreed on who is in the sum"
         self._reveal(state, here, exchange)
         try:
-            total, liars = state.total.open(state.revealed)
+            total = state.total.open(state.revealed)
         except MessageError as err:
-            return list(state.revealed), err.message
-        for name in liars:
-            self._notify("liar", partner=name, round=number)
+            return [name for name in state.revealed if name not in state.total.liars], err.message
+        finally:
+            for name in sorted(state.total.liars):
+                self._notify("liar", partner=name, round=number)
         return Summed(from_ring(total), here, state.said)
 
     def _begin(self, number: int, attempt: int, roster: list[str], model: str) -> _Attempt:

@@ -151,6 +151,10 @@ class PopulationGate:
     def open_run(self, request: Manifest, request_sha256: str) -> None:
         """Held for everybody when the run began."""
 
+    def open_runs(self) -> list[tuple[str, str]]:
+        """Never asked: only secure aggregation does."""
+        return []
+
     def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
         """No client of a population has keys to mask with.
 

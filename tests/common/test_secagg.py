@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hansa.common import secagg
 from hansa.common.errors import MessageError, Refusal, Refused
-from hansa.common.identity import Identity
+from hansa.common.identity import Identity, canonical
 from hansa.common.secagg import Agreement, Revealed, Ring, Sent, Sum, agree, mask, new_key, public_key, reveal
 
 CHARTER, MODEL = "c" * 64, "d" * 64
@@ -124,8 +124,8 @@ class Attempt:
             if name not in drop[2]:
                 shares = self.sum.shares(name)
                 self.revealed[name] = who.reveal(self.agreement, name, survivors, self.signatures, shares)
-        total, liars = self.sum.open(self.revealed)
-        assert liars == []
+        total = self.sum.open(self.revealed)
+        assert not self.sum.liars
         return [int(v) for v in total]
 
 
@@ -232,6 +232,18 @@ def test_a_key_for_which_every_secret_is_known() -> None:
     zero = replace(agreement, keys={**agreement.keys, "p002": "00" * 32})
     with refused(Refusal.SECAGG_KEY, "p002's key"):
         who.masked(zero, "p000", vectors(["x"], 32, 5, 0)["x"])
+
+
+def test_a_key_in_another_form_or_of_small_order_is_refused_before_anybody_pays() -> None:
+    who = people(3)
+    good = public_key(who.private["p001"])
+    twin = bytes.fromhex(good)[:31] + bytes([bytes.fromhex(good)[31] | 0x80])  # the same point
+    forms = [good.upper(), twin.hex(), "00" * 32, "01" + "00" * 31, (2**255 - 19).to_bytes(32, "little").hex()]
+    for form in forms:
+        said = {"v": 1, "charter_sha256": CHARTER, "run_id": "run-1", "name": "p001", "key": form}
+        made = who.identities["p001"].seal(secagg.KEY_TYPE, canonical(said))
+        with refused(Refusal.SECAGG_KEY, "the key given as p001's"):
+            secagg.read_keys({"p001": made}, CHARTER, "run-1", who.keys)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +362,7 @@ def test_a_peer_that_is_called_dropped_though_its_vector_arrived() -> None:
     signatures = {name: who.agree(agreement, name, lied.words()) for name in lied.arrived}
     revealed = {n: who.reveal(agreement, n, lied.arrived, signatures, lied.shares(n)) for n in lied.arrived}
     victim, (vector, given_with) = "p004", sent["p004"]
-    assert [int(v) for v in lied.open(revealed)[0]] == summed(values, agreement.roster[:4])
+    assert [int(v) for v in lied.open(revealed)] == summed(values, agreement.roster[:4])
     assert all(victim not in one.own for one in revealed.values())
     assert all(victim not in {n for n, _ in one.between} for one in revealed.values())
     opened = vector.copy()
@@ -408,8 +420,11 @@ def test_shares_that_do_not_fit() -> None:
         b"",
         bytes(12),
     ):
+        # Nothing is revealed of it, and all else is: who deals what nobody can read must not make others fall silent.
+        revealed = who.reveal(agreement, "p000", survivors, one.signatures, {**shares, "p001": bad})
+        assert set(revealed.own) == set(survivors) - {"p001"}
         with refused(Refusal.SECAGG_SHARE, "the share given as p001's"):
-            who.reveal(agreement, "p000", survivors, one.signatures, {**shares, "p001": bad})
+            who.reveal(agreement, "p000", survivors, one.signatures, {**shares, **dict.fromkeys(survivors[1:], bad)})
     for odd in ({k: v for k, v in shares.items() if k != "p001"}, {**shares, "x": b""}):
         with refused(Refusal.SECAGG_SHARE, "not one share of every survivor"):
             who.reveal(agreement, "p000", survivors, one.signatures, odd)
@@ -426,13 +441,26 @@ def test_a_partner_that_reveals_what_does_not_fit_is_named_and_the_sum_is_right(
         true = one.revealed[name]
         wrong = {peer: bytes([share[0]]) + bytes(16) for peer, share in true.own.items()}
         one.revealed[name] = replace(true, own=wrong, dropped={"p006": bytes(16)})
-    total, named = one.sum.open(one.revealed)
+    total, named = one.sum.open(one.revealed), sorted(one.sum.liars)
     assert [int(v) for v in total] == summed(values, agreement.roster[:6])
     assert named == liars
     for name in agreement.roster[:3]:  # more than can be told apart
         one.revealed[name] = replace(one.revealed[name], own={})
     with pytest.raises(MessageError, match="p000's own mask cannot be opened"):
         one.sum.open(one.revealed)
+
+
+def test_who_deals_a_mask_that_no_shares_open_is_named() -> None:
+    """By a commitment to another seed: everybody's share fits the others', and the sum is lost; not so whom it is to be tried without."""
+    who = people(5)
+    agreement = who.agreement()
+    one = Attempt(who, agreement, vectors(agreement.roster, 32, 5, 11))
+    one.play()
+    sent = one.sum.arrived["p002"]
+    one.sum.arrived["p002"] = replace(sent, commitments={**sent.commitments, "p002": "0" * 64})
+    with pytest.raises(MessageError, match="p002's own mask cannot be opened"):
+        one.sum.open(one.revealed)
+    assert one.sum.liars == {"p002"}
 
 
 @pytest.mark.parametrize("liars", [["p000"], ["p000", "p001"], ["p002", "p016"]])
@@ -448,7 +476,7 @@ def test_liars_among_thirty_are_named_wherever_they_stand(liars: list[str]) -> N
         wrong = {peer: bytes([share[0]]) + bytes(16) for peer, share in true.own.items()}
         between = {pair: bytes(17) for pair in true.between}
         one.revealed[name] = replace(true, own=wrong, between=between)
-    total, named = one.sum.open(one.revealed)
+    total, named = one.sum.open(one.revealed), sorted(one.sum.liars)
     assert [int(v) for v in total] == summed(values, agreement.roster[:29])
     assert named == liars
 
