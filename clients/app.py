@@ -145,13 +145,22 @@ class Node:
         charter = self._agreed(request)
         if (secure := charter.secure_aggregation) is not None and secure.dimension != (size := self._dimension()):
             raise Refused(Refusal.NUMERIC, f"the model has {size} parameters, agreed are {secure.dimension}")
-        self._gate.open_run(request, digest)
         if secure is None:
+            self._gate.open_run(request, digest)
             return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
         identity, keys = self._masker()
-        if (request.charter_sha256, request.run_id) not in self._gate.open_runs():
-            raise Refused(Refusal.NOT_HELD, "this run is over here")
-        private = keys.make(request.charter_sha256, request.run_id)
+        run = request.charter_sha256, request.run_id
+        # One key a run, made before the run is held: where it is held and has none, the key is lost, and no second one is signed.
+        fresh = run not in self._gate.open_runs()
+        private = keys.make(*run) if fresh else keys.get(*run)
+        try:
+            self._gate.open_run(request, digest)
+            if run not in self._gate.open_runs():
+                raise Refused(Refusal.NOT_HELD, "this run is over here")
+        except Refused:
+            if fresh:
+                keys.drop(*run)
+            raise
         key = base64.b64encode(signed_key(identity, request.charter_sha256, request.run_id, private)).decode()
         return self._wire.encode(request.reply("accepted", digest, key=key), self._wire.pack({}))[0]
 

@@ -451,7 +451,7 @@ class Sum:
             _add_stream(total, self._seed(held, sent.commitments[name], f"{name}'s own mask", name), -1)
             for peer in gone:
                 seed = revealed[name].dropped.get(peer, b"") if name in revealed else b""
-                if hashlib.sha256(seed).hexdigest() != sent.commitments[peer]:
+                if len(seed) != SEED or hashlib.sha256(seed).hexdigest() != sent.commitments[peer]:
                     held = {holder: one.between.get((name, peer), b"") for holder, one in revealed.items()}
                     seed = self._seed(held, sent.commitments[peer], f"the mask between {name} and {peer}", name)
                     self.liars |= {name} & set(revealed)

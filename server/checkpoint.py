@@ -51,7 +51,7 @@ class Checkpoint:
     @property
     def result(self) -> Arrays:
         """The model that a run which ended here would come to."""
-        return {n: v.astype(np.float32) for n, v in self.average.items()} if self.average else self.model
+        return {n: self.average[n].astype(np.float32) for n in self.model} if self.average else self.model
 
     def average_in(self, which: int) -> None:
         """Take the model into the mean as its `which`-th, from 1."""
