@@ -48,7 +48,7 @@ from hansa.server.masked import MaskedRounds, Summed
 from hansa.simulations.federation import Simulation
 from hansa.simulations.grid import InProcessGrid
 from node_support import ROWS, TASK, Realm, context
-from support import request
+from support import config, request
 
 NAMES = ("ada", "ben", "cy", "dee")
 QUORUM = 3
@@ -363,6 +363,21 @@ class Sums:
 
 
 # -- a Grid that loses, and partners that lie ------------------------------------------------------------------------------
+
+HOSPITALS = ("cleveland", "hungary", "switzerland", "va-long-beach")
+
+
+def simulation(out: Path, resume: bool = False, **changes: Any) -> Simulation:
+    """One round of four hospitals, of which one may collude, with shared noise and no retries; sections are replaced whole."""
+    terms: dict[str, Any] = {
+        "algorithm": {"rounds": 1, "local": {"steps": 1, "optimizer": {"lr": 0.2}}},
+        "privacy": {"noise": "shared", "epsilon": 100.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 50.0},
+        "secure_aggregation": {"colluding": 1, "retries": 0},
+        "evaluation": {"kind": "none"},
+        "declared_tolerance": 0.5,
+    }
+    return Simulation(config(**{**terms, **changes}), Path(), out, resume=resume)
+
 
 Hook = Callable[["Asked", Callable[[], Message]], "Message | None"]
 """(what is asked, the honest node's answer) -> what the coordinator gets; None: nothing, ever."""

@@ -32,8 +32,21 @@ from hansa.common.identity import Envelope, Identity, canonical, read_envelope, 
 from hansa.common.messages import Manifest, to_bytes
 from hansa.common.secagg import KEY_TYPE, LIST_TYPE, Ring, agree, new_key, signed_key
 from hansa.simulations.federation import Simulation
-from masked_support import NAMES, RETRIES, ROUNDS, Asked, Attempt, Between, Plain, Plot, Sums, Town, retold
-from support import config
+from masked_support import (
+    HOSPITALS,
+    NAMES,
+    RETRIES,
+    ROUNDS,
+    Asked,
+    Attempt,
+    Between,
+    Plain,
+    Plot,
+    Sums,
+    Town,
+    retold,
+    simulation,
+)
 
 KEY, ROSTER, TERMS = Refusal.SECAGG_KEY, Refusal.SECAGG_ROSTER, Refusal.SECAGG_TERMS
 SURVIVORS, SHARE = Refusal.SECAGG_SURVIVORS, Refusal.SECAGG_SHARE
@@ -747,19 +760,6 @@ def test_opening_again_signs_the_same_key(plot: Plot) -> None:
 # -- partners that lie to an honest coordinator ----------------------------------------------------------------------------------
 
 
-def simulation(out: Path, **changes: Any) -> Simulation:
-    """One round of four hospitals."""
-    terms: dict[str, Any] = {
-        "algorithm": {"rounds": 1, "local": {"steps": 1, "optimizer": {"lr": 0.2}}},
-        "privacy": {"noise": "shared", "epsilon": 100.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 50.0},
-        "secure_aggregation": {"colluding": 1, "retries": 0},
-        "evaluation": {"kind": "none"},
-        "declared_tolerance": 0.5,
-    }
-    return Simulation(config(**{**terms, **changes}), Path(), out)
-
-
-HOSPITALS = ("cleveland", "hungary", "switzerland", "va-long-beach")
 LIAR, HONEST = HOSPITALS[1], (HOSPITALS[0], *HOSPITALS[2:])
 
 
