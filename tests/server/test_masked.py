@@ -421,18 +421,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         return run(tmp_path_factory.mktemp("whole") / "out", patch, **MEASURED)[0]
 
 
-_ORDER = pytest.mark.xfail(
-    strict=True, reason="read back, the mean's tensors are in another order: another request, refused as a replay"
-)
-
-
 @pytest.mark.parametrize(
     "dies",
     [
         ("train", 2),
         ("train", 3),
-        pytest.param(("evaluate", 2), marks=_ORDER),
-        pytest.param(("evaluate", 3), marks=_ORDER),
+        ("evaluate", 2),
+        ("evaluate", 3),
         ("close", 4),
     ],
     ids=lambda dies: f"{dies[0]}-{dies[1]}",
