@@ -374,18 +374,17 @@ def _print_secure(report: dict[str, Any]) -> None:
     if s["log2_wrap"] is not None:
         wrap = f"the probability that a sum of the run wraps is at most 2^{max(-1000, math.ceil(s['log2_wrap']))}"
     colluding = "no partner works" if s["colluding"] == 0 else f"at most {s['colluding']} work"
+    again = "no round may be asked again (retries: 0)"
+    if s["retries"]:
+        again = f"{counted(s['retries'], 'round')} of the run may be asked again (retries)"
+        if report["privacy"] != "none":
+            again += f"; each is paid for: the noise is calibrated for {s['rounds_paid_for']}"
     out.print(
-        f"\nSecure aggregation of {s['partners']} partners: the coordinator learns sums over {s['quorum']} or more (quorum N_min = {s['quorum']}) "
-        f"and nothing else of a partner's,\n  while {colluding} with it (t = {s['colluding']}); {s['threshold']} partners' shares open a sum "
-        f"(threshold T = {s['threshold']}, 2T - n > t)\n"
+        f"\nSecure aggregation of {s['partners']} partners: of what is trained the coordinator learns sums over {s['quorum']} or more "
+        f"(quorum N_min = {s['quorum']}) and nothing else,\n  while {colluding} with it (t = {s['colluding']}); {s['threshold']} partners' "
+        f"shares open a sum (threshold T = {s['threshold']}, 2T - n > t)\n"
         f"  a masked vector has {counted(s['dimension'], 'value')} in steps of 2^{math.log2(s['grid']):g} in a ring of {s['ring_bits']} bits: "
-        f"{s['vector_bytes']:,} bytes; {wrap}\n"
-        f"  {counted(s['retries'], 'round')} of the run may be asked again (retries)"
-        + (
-            f"; each is paid for: the noise is calibrated for {s['rounds_paid_for']}"
-            if report["privacy"] != "none"
-            else ""
-        )
+        f"{s['vector_bytes']:,} bytes; {wrap}\n  {again}"
     )
 
 

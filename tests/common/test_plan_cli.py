@@ -191,6 +191,13 @@ def test_local_noise_under_secure_aggregation(plan: Callable[..., tuple[int, str
     assert "paid for" not in shown
 
 
+def test_without_retries_nothing_more_is_paid_for(plan: Callable[..., tuple[int, str, str]]) -> None:
+    shown = plan(SHARED.replace(", retries: 2", ""))[1]
+    assert "no round may be asked again (retries: 0)" in shown
+    assert "paid for" not in shown
+    assert "epsilon by rounds rounds" in shown, "and no word of it in the table's title"
+
+
 def test_little_noise_is_no_row(plan: Callable[..., tuple[int, str, str]]) -> None:
     """Half of the least noise cannot be asked for, nor what is charged as less than the least."""
     few = SHARED.replace("epsilon: 1.0", "epsilon: 90").replace(
