@@ -1,13 +1,13 @@
 """`hansa node budget`: what each lineage of data sets has spent, holds and has left, as this node's own ledger has it.
 
-Every ε is of one record of this partner, add or remove one, at a stated δ, with the noise that the partner adds itself, against everyone
-else. The *filter* decides; the *odometer* is the tight figure beside it and decides nothing.
+Every ε is of one record of this partner, add or remove one, at a stated δ, against a stated adversary: everyone else where all noise was
+local. The *filter* decides; the *odometer* is the tight figure beside it and decides nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,14 +100,11 @@ def budget_report(settings: NodeSettings, plan: Path | None = None) -> dict[str,
         and body["round"] is None
         and not any(control.approved(body["run_id"], sha) for sha in books.charters)
     }
-    # Where noise was shared under one charter, the figures over all of them hold against no more than that charter's adversary.
-    weakest = min((a.colluding for a in standing.accounts.values() if a.colluding is not None), default=None)
     return {
         "partner": books.partner,
         "unit": "record",
         "adjacency": "add-or-remove-one",
-        "noise": "local" if weakest is None else "shared",
-        "adversary": adversary(weakest),
+        **_against(account.colluding for account in standing.accounts.values()),
         "restored_not_proved": control.restored.exists(),
         "paused": control.paused(),
         "lineages": [_lineage(books, lineage) for lineage in standing.accounts],
@@ -126,6 +123,16 @@ def budget_report(settings: NodeSettings, plan: Path | None = None) -> dict[str,
         "refusals": dict(Counter(body["reason"] for body in refused)),
         "waiting_for_approval": sorted(waiting - {run for _, run in standing.holds}) if settings.site.approval else [],
     }
+
+
+def _against(colluding: Iterable[int | None]) -> dict[str, str]:
+    """Where the noise is, and against whom figures over all of it hold: where some was shared, no more than its adversary.
+
+    Args:
+        colluding: t of shared noise, None of local noise.
+    """
+    weakest = min((t for t in colluding if t is not None), default=None)
+    return {"noise": "local" if weakest is None else "shared", "adversary": adversary(weakest)}
 
 
 def _lineage(books: Books, lineage: str) -> dict[str, Any]:
@@ -281,7 +288,8 @@ def _cost(books: Books, lineage: str, sha: str | None, terms: Terms, events: lis
     if terms.privacy.kind == "none":
         stops = [] if site.allow_unprotected else ["the site: no training without privacy"]
         return {"before": None, "after": None, "stops": stops, "fits": None if not stops else 0}
-    agreed = budget_of(terms)
+    agreed, secure = budget_of(terms), terms.secure_aggregation
+    shared = secure.colluding if secure is not None and terms.privacy.kind == "shared" else None
     own = agreed if account.budget is None else account.budget
     taken = books.taken(lineage)
     caps: dict[str, tuple[Budget, list[PrivacyEvent]]] = {
@@ -304,6 +312,7 @@ def _cost(books: Books, lineage: str, sha: str | None, terms: Terms, events: lis
         "delta": own.delta,
         "before": _figures(own, taken),
         "after": _figures(own, [*taken, *events]),
+        **_against([account.colluding, shared]),
         "stops": stops,
         "fits": 0 if stops else largest(admitted, most),
     }
@@ -318,7 +327,8 @@ def noise_of(item: Mapping[str, Any]) -> str:
     event = item["event"]
     if "sigma" not in event:
         return f"{item['count']} x {item['purpose']}, without protection"
+    shared = f" (in the sum over {event['quorum']} partners or more)" if "quorum" in event else ""
     return (
-        f"{item['count']} x {item['purpose']}: {counted(event['steps'], 'step')}, noise multiplier {real(float(event['sigma']))}, "
+        f"{item['count']} x {item['purpose']}: {counted(event['steps'], 'step')}, noise multiplier {real(float(event['sigma']))}{shared}, "
         f"sampling rate {real(float(event['q']))}"
     )

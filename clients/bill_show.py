@@ -24,13 +24,14 @@ _LAST = 10
 def about(report: dict[str, Any]) -> str:
     """What every ε of a report is of."""
     return (
-        f"epsilon of one record of {report['partner']}, add or remove one, local noise, against {report['adversary']}"
+        f"epsilon of one record of {report['partner']}, add or remove one, {report['noise']} noise, "
+        f"against {report['adversary']}"
     )
 
 
 def print_budget(console: Console, report: dict[str, Any]) -> None:
     """For a terminal."""
-    said = f"{report['partner']}: epsilon of one record of this partner, add or remove one, local noise, against {report['adversary']}"
+    said = f"{report['partner']}: epsilon of one record of this partner, add or remove one, {report['noise']} noise, against {report['adversary']}"
     for line in textwrap.wrap(said, 80):
         console.print(plain(line))
     if report["restored_not_proved"]:
@@ -40,7 +41,7 @@ def print_budget(console: Console, report: dict[str, Any]) -> None:
     for one in report["lineages"]:
         _print_lineage(console, report, one)
     if report["plan"] is not None:
-        _print_plan(console, report["plan"])
+        _print_plan(console, report["plan"], report["adversary"])
     console.print()
     for one in report["runs"]:
         console.print(
@@ -124,7 +125,8 @@ def _fewer(points: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     return [points[round(n * (len(points) - 1) / (most - 1))] for n in range(most)]
 
 
-def _print_plan(console: Console, plan: dict[str, Any]) -> None:
+def _print_plan(console: Console, plan: dict[str, Any], told: str) -> None:
+    """What a run would cost; against whom, where that is not what was told already."""
     console.print()
     console.print(plain(f"one more run of {plan['name']} ({plan['file']}), task {plan['task']}:"))
     for item in plan["plan"]:
@@ -141,6 +143,9 @@ def _print_plan(console: Console, plan: dict[str, Any]) -> None:
                     lines=True,
                 )
             )
+            if one["adversary"] != told:
+                said = f"with that run these hold with {one['noise']} noise against {one['adversary']}"
+                console.print(plain(textwrap.indent(textwrap.fill(said, 76), "    "), lines=True))
         if one["stops"]:
             console.print("  [bold]refused[/]" + plain(f", by {'; '.join(one['stops'])}"))
         elif one["fits"] is not None:

@@ -139,12 +139,17 @@ class Charter(Section):
     @property
     def adversary(self) -> str:
         """Against whom the epsilons under this charter hold, in words."""
-        secure = self.secure_aggregation
-        return adversary(secure.colluding if secure is not None and self.privacy.kind == "shared" else None)
+        return adversary_of(self)
 
     def keys(self) -> dict[str, str]:
         """Name -> public key, of everyone who must sign."""
         return {p.name: p.key for p in self.partners} | {self.coordinator.name: self.coordinator.key}
+
+
+def adversary_of(terms: Charter | Federation) -> str:
+    """Against whom the epsilons under these terms hold, in words."""
+    secure = terms.secure_aggregation
+    return adversary(secure.colluding if secure is not None and terms.privacy.kind == "shared" else None)
 
 
 def adversary(colluding: int | None) -> str:

@@ -109,6 +109,12 @@ CODES: Mapping[str, Code] = {
         "Dwork & Roth (2014), Sec. 2.3 (a deterministic release has no finite epsilon)",
         "Leave noise_multiplier out (it is calibrated with the filter that enforces the cap), or claim no epsilon.",
     ),
+    "shared-noise-unmasked": Code(
+        "Each partner adds only its share of the noise. Whoever sees a partner's own vector, and not only the sum of all, sees it with "
+        "that share alone; the epsilon holds for the sum under secure aggregation and for nothing else.",
+        "Kairouz, Liu & Steinke 2102.06387 (the distributed discrete Gaussian mechanism, with secure aggregation)",
+        "Give secure_aggregation with colluding, how many partners may work with the coordinator; or privacy kind local.",
+    ),
     "unprotected": Code(
         "Updates leave as they are and can reveal records; the datasets' budgets become unbounded for good. Nothing is "
         "claimed, so nothing is wrong; nobody should read it as private.",
@@ -255,15 +261,19 @@ class _File:
         self.places: list[Place] = []
         self._walk(raw, (), [_NODES])
         # Does the format itself say unit, adjacency, noise placement and adversary? A charter of ours must spell out
-        # kind and unit; a configuration of ours has them as the only ones there are.
+        # kind and unit; a configuration of ours has record as the only unit, and local as its kind (also written noise).
         privacy = raw.get("privacy")
         known = privacy if isinstance(privacy, Mapping) else {}
-        kind, unit = known.get("kind", "local"), known.get("unit", "record")
+        self.kind_at: Place = ("privacy", "noise" if "noise" in known and "kind" not in known else "kind")
+        kind, unit = known.get(self.kind_at[1], "local"), known.get("unit", "record")
+        # Of shared noise the adversary is what `colluding` says.
+        secure = raw.get("secure_aggregation")
+        named = kind != "shared" or secure is None or (isinstance(secure, Mapping) and "colluding" in secure)
         if raw.get("format") == "hansa-charter/1":
             form = {"kind", "unit"} <= set(known)
         else:
             form = "format" not in raw and len(_TOP & set(raw)) >= 2
-        self.ours = form and kind in ("local", "none") and unit == "record"
+        self.ours = form and kind in ("local", "shared", "none") and unit == "record" and named
         self.unprotected = kind == "none" or privacy == "none"
 
     def _walk(self, value: Any, place: Place, left: list[int]) -> None:
@@ -346,6 +356,8 @@ _UNIT = _n("unit", "privacy_unit")
 _ADJACENCY = _n("adjacency", "neighbouring", "neighboring", "neighboring_relation")
 _ADVERSARY = _n("adversary", "threat_model", "trust_model")
 _PLACEMENT = _n("noise", "noise_placement", "placement", "kind")
+_SHARED = _n("shared", "distributed")
+_SECURE = _n("secure_aggregation", "secagg", "secure_agg", "secure_sum")
 
 
 # -- rules: each yields findings -----------------------------------------------------------------------------------------
@@ -421,6 +433,20 @@ def _noise(file: _File) -> Iterator[Finding]:
     if file.unprotected:
         place = file.named(_EPSILON)[0][0]
         yield file.find("no-noise", Severity.REFUSE, place, "An epsilon is claimed with privacy kind none.")
+
+
+def _shared(file: _File) -> Iterator[Finding]:
+    off = {place for place, value in file.leaves if value is False or _word(str(value)) in ("none", "false", "off", "")}
+    if not file.claims() or any(_word(place[-1]) in _SECURE and place not in off for place in file.places):
+        return
+    for place, value in file.named(_PLACEMENT):
+        if _word(str(value)) in _SHARED:
+            yield file.find(
+                "shared-noise-unmasked",
+                Severity.REFUSE,
+                place,
+                f"{place[-1]} is {value}, and without secure_aggregation each vector is seen with its share of the noise alone.",
+            )
 
 
 def _metrics(file: _File) -> Iterator[Finding]:
@@ -600,10 +626,10 @@ def _epochs(file: _File) -> Iterator[Finding]:
 def _unprotected(file: _File) -> Iterator[Finding]:
     if file.unprotected:
         privacy = file.raw.get("privacy")
-        place = ("privacy", "kind") if isinstance(privacy, Mapping) else ("privacy",)
+        place = file.kind_at if isinstance(privacy, Mapping) else ("privacy",)
         yield file.find("unprotected", Severity.FLAG, place, "No protection: epsilon is unbounded for every partner.")
 
 
 _RULES: tuple[Callable[[_File], Iterator[Finding]], ...] = (
-    _clipping, _sensitivity, _noise, _metrics, _batches, _sizes, _delta, _bare, _epochs, _unprotected,
+    _clipping, _sensitivity, _noise, _shared, _metrics, _batches, _sizes, _delta, _bare, _epochs, _unprotected,
 )  # fmt: skip

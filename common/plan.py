@@ -71,11 +71,11 @@ def event_from(fields: dict[str, Any]) -> PrivacyEvent | None:
     """
     if fields == UNPROTECTED:
         return None
-    return (
-        SharedGaussian.from_fields(fields).charged
-        if fields.get("mechanism") == SHARED
-        else PrivacyEvent.from_fields(fields)
-    )
+    if (
+        isinstance(fields, dict) and fields.get("mechanism") == SHARED
+    ):  # in a ledger that is not ours it may be anything
+        return SharedGaussian.from_fields(fields).charged
+    return PrivacyEvent.from_fields(fields)
 
 
 def charged(event: Event) -> PrivacyEvent:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 from collections import Counter
 from datetime import UTC, datetime
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .accounting import MAX_STEPS, Budget, PrivacyEvent, odometer
-from .charter import ADVERSARY
+from .charter import adversary_of
 from .claims import Finding, lint_file, refused
 from .cli import Format, FormatOption, out, plain, print_findings, progress, show_json
 from .config import Federation, load_config
 from .errors import ConfigError, LedgerError, Refused, RunFailed, counted
-from .identity import canonical, check_writable, strict_json, write_whole
+from .frontier_cli import EPSILONS, check_options, find_simulator, print_frontier, simulated, spread_of, write_frontier
+from .identity import canonical, strict_json
 from .ledger import UNDISCLOSED, Entry, owner_line, read_ledger
 from .page import down, up
+from .placements import compared, secure_figures
 from .plan import (
     Caps,
+    attempts,
     budget_of,
     calibrated,
     charged_training,
@@ -35,23 +35,8 @@ from .plan import (
     least_noise,
     plan_of,
     stopped_by,
+    training_of,
 )
-
-EPSILONS = "0.25,0.5,1,2,4,8"
-SIMULATORS = "hansa.simulators"
-"""Entry points of what can simulate a plan; this floor imports no higher one, so it looks them up by name."""
-
-
-class Simulator(Protocol):
-    """What the entry point's class makes."""
-
-    def run(
-        self, config: Federation, base: Path, epsilons: list[float], rounds: list[int], seeds: int, told: Any
-    ) -> dict[str, Any]:
-        """The points, from real simulated runs; `told(done, total, what)` is called after each."""
-
-    def draw(self, report: dict[str, Any], to: Path) -> None:
-        """Plot the points to a file."""
 
 
 def commands(app: typer.Typer) -> None:
@@ -81,7 +66,8 @@ def plan(
     """Before any training: epsilon by rounds and noise, what the charter would allow, what would be left.
 
     The noise is what a charter made from the file would fix. Exit 1 when the plan does not fit the budget, or when the file claims what is not differential privacy
-    (docs/claims.md). With --simulate also what each epsilon buys, from real runs in this process.
+    (docs/claims.md). With secure_aggregation also what that comes to, and shared noise beside local noise at the same epsilon.
+    With --simulate also what each epsilon buys, from real runs in this process.
 
     Example: hansa plan federation.yaml --simulate --out frontier.png
     """
@@ -98,19 +84,28 @@ def plan(
         if form is Format.TEXT:
             print_findings(config, findings)  # a file of another tool has flags, too
         raise
-    points = _options(federation, simulate, ledger, epsilons, rounds, to)
-    simulator = _simulator() if simulate else None
+    points = check_options(federation, simulate, ledger, epsilons, rounds, to)
+    if federation.secure_aggregation is not None:
+        from .tasks import sized  # imports torch, which other plans do without
+
+        federation = sized(federation)
+    made = find_simulator() if simulate else None
     with progress("computing what it costs"):
         report = {**planned(federation, ledger), "findings": [f.to_fields() for f in findings]}
     if form is Format.TEXT:
         _print_plan(report, ledger)
+        _print_secure(report)
+        if made is None:
+            _print_placements(report)
         _print_flags(config, findings)
-    if simulator is not None:
-        report["frontier"] = _simulated(simulator, federation, config.parent, *points, seeds, form)
+    if made is not None:
+        report["frontier"] = simulated(made, federation, config.parent, *points, seeds, form)
+        _add_scores(report)
         if form is Format.TEXT:
-            _print_frontier(report["frontier"])
+            print_frontier(report["frontier"])
+            _print_placements(report)
         if to is not None:
-            _write(simulator, report["frontier"], to)
+            write_frontier(made, report["frontier"], to)
             if form is Format.TEXT:
                 out.print(plain(f"written to {to}"))
     if form is Format.JSON:
@@ -128,12 +123,13 @@ def _print_flags(config: Path, findings: tuple[Finding, ...]) -> None:
 
 
 def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any]:
-    """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one, local noise.
+    """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one.
 
     The noise is what a charter made from this configuration fixes, whatever a ledger says: a node is asked for that run, and
     either its budget pays for it or it refuses.
 
     Args:
+        federation: with secure_aggregation, sized (`tasks.sized`).
         ledger: of a partner: its budget and what was taken from it decide too, as in that partner's gate.
 
     Raises:
@@ -168,7 +164,7 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     whole = [*before, *run]
     stops = stopped_by(caps, run)
     listed = sorted({1, max(1, a.rounds // 4), max(1, a.rounds // 2), a.rounds, 2 * a.rounds})
-    most = MAX_STEPS // steps
+    most = MAX_STEPS // steps - (attempts(federation) - a.rounds)
     rounds_left = 0
     if not stops:
         one = charged_training(federation.with_noise(sigma)).noise_multiplier
@@ -186,7 +182,8 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
         fits = needed is not None and (ledger is None or budget.admits([*before, *asked(a.rounds, needed)]))
         others.append({"epsilon": epsilon, "noise_multiplier": needed, "fits": fits})
     return {
-        "privacy": "local", "unit": "record", "adjacency": "add-or-remove-one", "noise": "local",
+        "privacy": p.kind, "unit": "record", "adjacency": "add-or-remove-one", "noise": p.kind,
+        "adversary": adversary_of(federation),
         "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
         "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
         "epsilon_spent_before": budget.spent(spent), "epsilon_held_before": budget.spent(held),
@@ -200,13 +197,23 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
         "noise_that_fits": enough,
         "epsilon_of_noise_that_fits": None if enough is None else agreed.spent(asked(a.rounds, enough)),
         "by_rounds": [after(rounds, sigma) for rounds in listed if rounds <= most],
-        "by_noise": [after(a.rounds, round(sigma * f, 4)) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if sigma * f >= 0.3],
+        "by_noise": [after(a.rounds, n) for f in (0.5, 0.75, 1.0, 1.5, 2.0) if _can_be(federation, n := round(sigma * f, 4))],
         "noise_for_other_caps": others,
+        "secure_aggregation": secure_figures(federation.with_noise(sigma)), "placements": compared(federation),
     }  # fmt: skip
 
 
 OWN, LEDGER = "the charter's own cap", "the ledger's budget"
 OTHER_CAPS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def _can_be(federation: Federation, noise: float) -> bool:
+    """Whether a round can have so little noise."""
+    try:
+        training_of(federation.with_noise(noise))
+    except Refused:
+        return False
+    return True
 
 
 def _noise_that_fits(caps: Caps, federation: Federation) -> float | None:
@@ -220,7 +227,8 @@ def _noise_that_fits(caps: Caps, federation: Federation) -> float | None:
 
 def _unprotected(federation: Federation, ledger: Path | None) -> dict[str, Any]:
     """Training without privacy: no ε. What is protected all the same (private evaluation) a budget that is there must pay."""
-    report: dict[str, Any] = {"privacy": "none", "stops": [], "fits": True}
+    report: dict[str, Any] = {"privacy": "none", "secure_aggregation": secure_figures(federation), "placements": None}
+    report |= {"stops": [], "fits": True}
     if ledger is None:
         return report
     try:
@@ -300,7 +308,7 @@ def _taken(ledger: Path, entries: list[Entry]) -> tuple[Budget | None, list[Priv
     return budget, spent, held
 
 
-_SPENDS_NOTHING = {"genesis", "dataset", "commit", "public", "refuse", "recovered", "restored"}
+_SPENDS_NOTHING = {"genesis", "dataset", "commit", "survivors", "public", "refuse", "recovered", "restored"}
 
 
 def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
@@ -324,7 +332,8 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
         return
     run = report["run"]
     out.print(
-        f"Each partner, record level, add-or-remove-one, local noise, delta {run['delta']:g}, against {ADVERSARY}:\n"
+        f"Each partner, record level, add-or-remove-one, {report['noise']} noise, delta {run['delta']:g},\n"
+        f"  against {report['adversary']}:\n"
         f"  {counted(report['rounds'], 'round')} x {counted(report['steps_per_round'], 'step')}, sampling rate {report['sampling_rate']:g}, "
         f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
         f"  epsilon {up(run['epsilon_filter'])} by the filter that enforces the cap, {up(run['epsilon'])} by the odometer (tight); "
@@ -333,7 +342,10 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
     if ledger is not None:
         _print_before(report, ledger)
     _print_verdict(report, ledger)
-    for title, rows in (("epsilon by rounds", report["by_rounds"]), ("epsilon by noise", report["by_noise"])):
+    for title, rows in (
+        (f"epsilon by rounds{_retried(report)}", report["by_rounds"]),
+        ("epsilon by noise", report["by_noise"]),
+    ):
         table = _table(title + _WITH_LEDGER * (ledger is not None), "rounds", "noise multiplier", "epsilon (filter)",
                        "epsilon (odometer)", "")  # fmt: skip
         for row in rows:
@@ -352,6 +364,79 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
         cells = [f"{row['epsilon']:g}", "no noise is enough" if needed is None else f"{needed:g}"]
         table.add_row(*cells, *[_fits(row["fits"])] * (ledger is not None))
     out.print(table)
+
+
+def _print_secure(report: dict[str, Any]) -> None:
+    s = report["secure_aggregation"]
+    if s is None:
+        return
+    wrap = "no sum can wrap"
+    if s["log2_wrap"] is not None:
+        wrap = f"the probability that a sum of the run wraps is at most 2^{max(-1000, math.ceil(s['log2_wrap']))}"
+    colluding = "no partner works" if s["colluding"] == 0 else f"at most {s['colluding']} work"
+    again = "no round may be asked again (retries: 0)"
+    if s["retries"]:
+        again = f"{counted(s['retries'], 'round')} of the run may be asked again (retries)"
+        if report["privacy"] != "none":
+            again += f"; each is paid for: the noise is calibrated for {s['rounds_paid_for']}"
+    out.print(
+        f"\nSecure aggregation of {s['partners']} partners: of what is trained the coordinator learns sums over {s['quorum']} or more "
+        f"(quorum N_min = {s['quorum']}) and nothing else,\n  while {colluding} with it (t = {s['colluding']}); {s['threshold']} partners' "
+        f"shares open a sum (threshold T = {s['threshold']}, 2T - n > t)\n"
+        f"  a masked vector has {counted(s['dimension'], 'value')} in steps of 2^{math.log2(s['grid']):g} in a ring of {s['ring_bits']} bits: "
+        f"{s['vector_bytes']:,} bytes; {wrap}\n  {again}"
+    )
+
+
+def _print_placements(report: dict[str, Any]) -> None:
+    both = report["placements"]
+    if both is None:
+        return
+    scored = "frontier" in report
+    title = (
+        f"\nboth placements of the noise, calibrated for the cap {report['run']['epsilon_cap']:g} (delta {report['run']['delta']:g}, record level, "
+        f"add-or-remove-one), {counted(report['rounds'], 'round')} x {counted(report['steps_per_round'], 'step')}:"
+    )
+    table = Table(box=None, pad_edge=False)
+    score = [report["frontier"]["metric"].upper()] if scored else []
+    for column in ("noise", "epsilon (filter)", "multiplier", "sd on the sum", "factor", *score):
+        table.add_column(column, justify="left" if column == "noise" else "right", no_wrap=True)
+    for row in both["rows"]:
+        cells = [row["noise"], "no noise is enough", "-", "-", "-"]
+        if row["noise_multiplier"] is not None:
+            figures = (f"{row['noise_multiplier']:g}", f"{row['std_of_sum']:.4g}", f"{row['noise_factor']:.3g}")
+            cells = [row["noise"], up(row["epsilon_filter"]), *figures]
+        shown = [] if not scored else ["not simulated" if row["score"] is None else spread_of(row["score"])]
+        table.add_row(*cells, *shown)
+    out.print(title)
+    out.print(table)
+    for kind, why in both["missing"].items():
+        out.print(plain(f"no {kind} noise: {why}"))
+    partners = report["secure_aggregation"]["partners"]
+    out.print(
+        f"sd on the sum: of the noise in one step of all {partners} partners, in clipping norms. factor: how many times that of all data pooled "
+        "in one place;\n  shared sqrt(n / (N_min - t)), local sqrt(n)."
+    )
+    for row in both["rows"]:
+        out.print(f"{row['noise']} noise: against {row['adversary']}")
+
+
+def _add_scores(report: dict[str, Any]) -> None:
+    """Beside each placement what it came to in the simulated runs of the configuration's own cap and rounds, if there were any."""
+    here = (report["run"]["epsilon_cap"], report["rounds"])
+    points = {p["noise_placement"]: p for p in report["frontier"]["points"] if (p["epsilon_cap"], p["rounds"]) == here}
+    for row in (report["placements"] or {"rows": []})["rows"]:
+        point = points.get(row["noise"])
+        row["score"] = None if point is None else {key: point[key] for key in ("mean", "sd", "n")}
+
+
+def _retried(report: dict[str, Any]) -> str:
+    secure = report["secure_aggregation"]
+    return (
+        f", each with {counted(secure['retries'], 'retry', 'retries')}"
+        if secure is not None and secure["retries"]
+        else ""
+    )
 
 
 _WITH_LEDGER = ", with what the ledger has spent and holds"
@@ -404,136 +489,3 @@ def _print_verdict(report: dict[str, Any], ledger: Path | None) -> None:
             )
     if ledger is not None:
         out.print("  The site's own rules are not in a ledger; at the node, ask: hansa node budget --plan CONFIG")
-
-
-# -- frontier ------------------------------------------------------------------------------------------------------------
-
-
-def _options(
-    federation: Federation, simulate: bool, ledger: Path | None, epsilons: str, rounds: str | None, to: Path | None
-) -> tuple[list[float], list[int]]:
-    """The caps and numbers of rounds to simulate, checked before anything is computed."""
-    if not simulate:
-        if to is not None or rounds is not None or epsilons != EPSILONS:
-            raise ConfigError("--out, --epsilons and --rounds are about the frontier", "Add --simulate.")
-        return [], []
-    if ledger is not None:
-        raise ConfigError(
-            "--simulate starts from an unspent budget; --ledger counts a spent one", "Run them one after the other."
-        )
-    if federation.privacy.kind == "none":
-        raise ConfigError("privacy: none has no frontier: epsilon is unbounded", "Give privacy kind local.")
-    if to is not None and to.suffix.lower() not in (*_PLOTS, ".csv"):
-        raise ConfigError(f"{to}: written are {', '.join(_PLOTS)} and .csv", "Give --out such an ending.")
-    if to is not None and not to.parent.is_dir():
-        raise ConfigError(f"{to.parent}: no such folder", "Make it, or give another --out.")
-    if to is not None:
-        check_writable(to)  # now, and not when minutes of simulation are done
-    caps = sorted({_listed(text, "--epsilons", float) for text in epsilons.split(",")})
-    if any(not 0 < cap <= 100 for cap in caps):
-        raise ConfigError(f"--epsilons {epsilons}: each is above 0 and at most 100", f"The default is {EPSILONS}.")
-    counts = sorted({_listed(text, "--rounds", int) for text in rounds.split(",")}) if rounds else []
-    if any(not 1 <= count <= 1_000_000 for count in counts):
-        raise ConfigError(f"--rounds {rounds}: each is a whole number from 1", "For example: --rounds 5,10,20")
-    return caps, counts or [federation.algorithm.rounds]
-
-
-_PLOTS = (".png", ".svg", ".pdf")
-
-
-def _listed(text: str, option: str, kind: Any) -> Any:
-    try:
-        return kind(text.strip())
-    except ValueError:
-        raise ConfigError(f"{option}: {text.strip()!r} is no number", "Give numbers with commas: 0.5,1,2") from None
-
-
-def _simulator() -> Simulator:
-    for entry in entry_points(group=SIMULATORS):
-        made: Simulator = entry.load()()  # torch is imported here, and only here
-        return made
-    raise ConfigError("no simulator is installed", "Install Hansa whole: pip install 'hansa[train]'")
-
-
-def _simulated(
-    simulator: Simulator,
-    federation: Federation,
-    base: Path,
-    epsilons: list[float],
-    rounds: list[int],
-    seeds: int,
-    form: Format,
-) -> dict[str, Any]:
-    console = Console(stderr=True, highlight=False)
-    if form is Format.TEXT and not console.is_terminal:
-        console.print(f"simulating {len(epsilons) * len(rounds)} points x {seeds} seeds ...")
-    with progress("simulating") as told:
-        return simulator.run(federation, base, epsilons, rounds, seeds, told)
-
-
-def _print_frontier(found: dict[str, Any]) -> None:
-    out.print(
-        f"\nWhat each epsilon buys. Record level, add-or-remove-one, local noise, delta {found['delta']:g}; adversary: {ADVERSARY}.\n"
-        f"  {found['metric'].upper()} of simulated runs: mean ± standard deviation over {counted(found['seeds'], 'seed')}, each with a split, an "
-        f"initial model and noise of its own;\n  {found['measured_on']}. Cap, filter and odometer are epsilons; noise is the noise multiplier, which the filter calibrates for the cap. A "
-        "simulation is on the data of this configuration, and no promise for others."
-    )
-    if found["seeds"] < 5:
-        out.print("[yellow]  fewer than 5 seeds: the standard deviation itself is a rough guess[/]")
-    table = Table(box=None, pad_edge=False)
-    for title in ("", "cap", "filter", "odometer", "rounds", "noise", found["metric"].upper(), "runs"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for point in found["points"]:
-        costs = ["-", "-"]
-        if not point["refused"]:
-            costs = [f"{up(point['epsilon_filter'])}", f"{up(point['epsilon_odometer'])}"]
-        table.add_row(
-            "federated",
-            f"{point['epsilon_cap']:g}",
-            *costs,
-            str(point["rounds"]),
-            "-" if point["refused"] else f"{point['noise_multiplier']:g}",
-            f"[red]{plain(point['refused'])}[/]" if point["refused"] else _pm(point),
-            str(point["n"]),
-        )
-    for name, spread in found["without_privacy"].items():
-        told = (
-            plain(name.split(",")[0].removeprefix("all data ")),
-            "none",
-            "-",
-            "-",
-            str(spread["rounds"]),
-            "0",
-            _pm(spread),
-            str(spread["n"]),
-        )
-        table.add_row(*told)
-    out.print(table)
-
-
-def _pm(spread: dict[str, Any]) -> str:
-    if spread["mean"] is None:
-        return "not measured"
-    return f"{spread['mean']:.4f}" + (f" ± {spread['sd']:.4f}" if spread["sd"] is not None else "")
-
-
-_COLUMNS = (
-    "setting", "epsilon_cap", "epsilon_filter", "epsilon_odometer", "delta", "unit", "adjacency", "noise_placement", "adversary", "rounds",
-    "noise_multiplier", "metric", "mean", "sd", "n", "refused",
-)  # fmt: skip
-
-
-def _write(simulator: Simulator, found: dict[str, Any], to: Path) -> None:
-    if to.suffix.lower() != ".csv":
-        simulator.draw(found, to)
-        return
-    stated = {k: found[k] for k in ("delta", "unit", "adjacency", "noise_placement", "adversary", "metric")}
-    rows = [{"setting": "federated", **stated, **point} for point in found["points"]]
-    for name, spread in found["without_privacy"].items():
-        bare = {"epsilon_cap": "inf", "noise_multiplier": 0, "noise_placement": "none", "metric": found["metric"]}
-        rows.append({"setting": name, **bare, **spread})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(to, text.getvalue().encode())

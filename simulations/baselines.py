@@ -1,7 +1,8 @@
 """What the federation is compared with: all data pooled in the clear, each partner alone, and the federation without privacy.
 
 Baselines exist only in simulation: they read all data in one place and touch no ledger. All are measured on the same rows,
-every partner's held-out ones, and take as many optimiser steps as the federation does.
+every partner's held-out ones, and are trained by the federation's own algorithm without clip and noise: so many rounds of so many steps, the
+server's strategy between them, and the mean of the last models where that is the result.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..clients.app import round_seed
 from ..clients.datasets import Rows
 from ..clients.training import LocalSettings, train_locally
 from ..common.config import Federation, Privacy
+from ..common.model import Arrays
+from ..common.plan import first_averaged
 from ..common.tasks import Task, initial_model
 from ..common.tasks.metrics import evaluate, scores_of
+from ..server.checkpoint import Checkpoint
+from ..server.strategies import ServerOptimizer
 from .federation import Simulation, parts_of
 
 
@@ -33,27 +39,25 @@ def baselines(config: Federation, base: Path, task: Task, alone: bool = True) ->
     held_out = _join([split.held_out for split in splits.values()])
     if not len(held_out):
         return {}
-    settings = _settings(config)
     pooled = _join([split.train for split in splits.values()])
-    found: dict[str, Any] = {"pooled": _train_and_measure(task, config.seed, pooled, settings, held_out)}
+    found: dict[str, Any] = {"pooled": _train_and_measure(config, task, pooled, held_out)}
     if alone and len(splits) <= 20:
-        found["local"] = {
-            name: _train_and_measure(task, config.seed, split.train, settings, held_out)
-            for name, split in splits.items()
-        }
+        found["local"] = {name: _train_and_measure(config, task, one.train, held_out) for name, one in splits.items()}
     found["federated_without_privacy"] = _federated_without_privacy(config, base)
     return found
 
 
 def _federated_without_privacy(config: Federation, base: Path) -> dict[str, float]:
-    """The same federation, the same code, `privacy: none`, in a folder that is thrown away."""
+    """The same federation, the same code, `privacy: none` and no masks, in a folder that is thrown away."""
     if config.privacy.kind == "none":
         return {}
     evaluation = config.evaluation
     if evaluation.kind == "private":
         evaluation = evaluation.model_copy(update={"kind": "public", "noise_multiplier": None})
     evaluation = evaluation.model_copy(update={"every": config.algorithm.rounds})
-    open_config = config.model_copy(update={"privacy": Privacy(kind="none"), "evaluation": evaluation})
+    open_config = config.model_copy(
+        update={"privacy": Privacy(kind="none"), "evaluation": evaluation, "secure_aggregation": None}
+    )
     with tempfile.TemporaryDirectory(prefix="hansa-baseline-") as folder:
         simulation = Simulation(open_config, base, Path(folder) / "run")
         try:
@@ -63,28 +67,37 @@ def _federated_without_privacy(config: Federation, base: Path) -> dict[str, floa
     return dict(outcome.history[-1]["metrics"])
 
 
-def _settings(config: Federation) -> LocalSettings:
-    local = config.algorithm.local
-    return LocalSettings(
-        steps=local.steps * config.algorithm.rounds,
+def _train_and_measure(config: Federation, task: Task, rows: Rows, held_out: Rows) -> dict[str, float]:
+    model = initial_model(task, config.seed)
+    weights = _trained(config, task, model, rows)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.from_numpy(weights[name]))
+        model.eval()
+        scores = np.concatenate([scores_of(model(x)) for x in torch.split(held_out.x, 1024)])
+    return evaluate(task, scores, held_out.y.numpy())
+
+
+def _trained(config: Federation, task: Task, model: torch.nn.Module, rows: Rows) -> Arrays:
+    """What a federation of one partner with these rows would come to."""
+    local, first = config.algorithm.local, first_averaged(config.algorithm)
+    settings = LocalSettings(
+        steps=local.steps,
         sampling_rate=local.sampling_rate,
         optimizer=local.optimizer.name,
         lr=local.optimizer.lr,
         momentum=local.optimizer.momentum,
     )
-
-
-def _train_and_measure(task: Task, seed: int, rows: Rows, settings: LocalSettings, held_out: Rows) -> dict[str, float]:
-    model = initial_model(task, seed)
-    weights = {n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad}
-    update = train_locally(model, task.loss, weights, rows, settings, len(rows), seed=seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.from_numpy(weights[name] + update[name]))
-        model.eval()
-        scores = np.concatenate([scores_of(model(x)) for x in torch.split(held_out.x, 1024)])
-    return evaluate(task, scores, held_out.y.numpy())
+    optimizer = ServerOptimizer(config.algorithm.strategy)
+    state = Checkpoint("", 0, {n: p.detach().numpy().copy() for n, p in model.named_parameters() if p.requires_grad})
+    for number in range(1, config.algorithm.rounds + 1):
+        seed = round_seed(config.seed, number, "")
+        update = train_locally(model, task.loss, state.model, rows, settings, len(rows), seed=seed)
+        state.model = optimizer.step(number, state.model, {n: u.astype(np.float64) for n, u in update.items()})
+        if number >= first:
+            state.average_in(number - first + 1)
+    return state.result
 
 
 def _join(parts: list[Rows]) -> Rows:

@@ -99,12 +99,11 @@ class Display:
         self._console.print(f"round {facts['round']:>4}  {told}{cost}  {facts['seconds']:.2f} s")
 
     def _meaning(self) -> str:
-        """What an epsilon on this screen is about; the charter above it names the adversary."""
+        """What an epsilon on this screen is about."""
         assert self._simulation is not None
-        delta = self._simulation.signed.charter.privacy.delta or 0.0
-        return (
-            f"filter, delta {delta:g}, record level, add-or-remove-one, local noise, against all but the partner itself"
-        )
+        charter = self._simulation.signed.charter
+        delta, noise = charter.privacy.delta or 0.0, charter.privacy.kind
+        return f"filter, delta {delta:g}, record level, add-or-remove-one, {noise} noise, against {charter.adversary}"
 
     def _say(self, text: str, style: str) -> None:
         self._console.print(Text(clean(text), style=style))

@@ -1,7 +1,8 @@
 """The frontier of `hansa plan --simulate`: what each epsilon buys, from real runs under the charter that would enforce it.
 
 A point is a cap and a number of rounds. Its noise is calibrated by the filter exactly as drafting a charter does it; it is
-run in process, with keys, charter, gates and ledgers, and what it spent is read back from the partners' own ledgers.
+run in process, with keys, charter, gates and ledgers, and what it spent is read back from the partners' own ledgers. Under secure
+aggregation noise can be in two places, and each point is one of them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import io
 import statistics
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..common.accounting import odometer
-from ..common.charter import ADVERSARY
+from ..common.charter import adversary_of
 from ..common.config import Federation
 from ..common.errors import ConfigError, OutputError, Refusal, Refused, RunFailed, counted
 from ..common.identity import write_whole
+from ..common.placements import placed
 from ..common.plan import budget_of, calibrated, events_of, plan_of
 from ..common.tasks import load_task
 from .baselines import baselines
@@ -34,7 +37,7 @@ class Frontier:
     def run(
         self, config: Federation, base: Path, epsilons: list[float], rounds: list[int], seeds: int, told: Told
     ) -> dict[str, Any]:
-        """Every cap at every number of rounds, `seeds` runs each, and without privacy.
+        """Every cap at every number of rounds with the noise in every place that it can be in, `seeds` runs each, and without privacy.
 
         Seeds are config.seed, config.seed + 1, ...: other splits, initial models, and fresh noise. The same seeds stand
         behind every point, so points differ by less than their standard deviations suggest.
@@ -47,17 +50,22 @@ class Frontier:
             raise ConfigError(
                 "evaluation: none: a simulation would measure nothing", "Give evaluation kind public or private."
             )
-        plans = [(count, cap) for count in rounds for cap in epsilons]
+        placements, _ = placed(config)
+        plans = [(terms, count, cap) for terms in placements.values() for count in rounds for cap in epsilons]
         total = len(plans) * seeds + len(rounds) * seeds
         done = 0
         metric = ""
         points: list[dict[str, Any]] = []
-        for count, cap in plans:
-            agreed = _agreed(config, cap, count)
+        for terms, count, cap in plans:
+            agreed = _agreed(terms, cap, count)
             point, sigma = _costs(agreed)
             scores: list[dict[str, float]] = []
             for number in range(seeds if sigma is not None else 0):
-                told(done, total, f"epsilon {cap:g}, {count} rounds, seed {config.seed + number}")
+                told(
+                    done,
+                    total,
+                    f"{terms.privacy.kind} noise, epsilon {cap:g}, {count} rounds, seed {config.seed + number}",
+                )
                 scores.append(_one(agreed.model_copy(update={"seed": config.seed + number}), base, sigma))
                 done += 1
             done += 0 if sigma is not None else seeds
@@ -78,7 +86,8 @@ class Frontier:
                 label = name if len(rounds) == 1 else f"{name}, {count} rounds"
                 without[label] = {"rounds": count, **_spread(values)}
         return {
-            "unit": "record", "adjacency": "add-or-remove-one", "noise_placement": "local", "adversary": ADVERSARY,
+            "unit": "record", "adjacency": "add-or-remove-one", "noise_placement": config.privacy.kind,
+            "adversary": adversary_of(config),
             "delta": config.privacy.delta, "metric": metric or "auc", "seeds": seeds, "first_seed": config.seed,
             "measured_on": _MEASURED[config.evaluation.kind], "points": points, "without_privacy": without,
         }  # fmt: skip
@@ -98,14 +107,17 @@ class Frontier:
         figure, axes = pyplot.subplots(figsize=(7.2, 5.2), layout="constrained")
         measured = [p for p in report["points"] if p["mean"] is not None]
         without = {name: s for name, s in report["without_privacy"].items() if s["mean"] is not None}
-        # A number of rounds has one colour and marker, with privacy and without; what is trained has one kind of line.
+        # A number of rounds has one colour and marker for each place of the noise, of which the first is also that without privacy; what
+        # is trained has one kind of line.
         counts = sorted({one["rounds"] for one in (*measured, *without.values())})
+        adversaries = {p["noise_placement"]: p["adversary"] for p in report["points"]}
+        series = [(place, count) for place in adversaries for count in counts]
         legend: list[Any] = []
-        for number, count in enumerate(counts):
+        for number, (place, count) in enumerate(series):
             colour = f"C{number % 10}"
-            mine = [p for p in measured if p["rounds"] == count]
+            mine = [p for p in measured if (p["noise_placement"], p["rounds"]) == (place, count)]
             if mine:
-                beside = 1.025 ** (number - (len(counts) - 1) / 2)  # so that no bar hides another
+                beside = 1.025 ** (number - (len(series) - 1) / 2)  # so that no bar hides another
                 bars = axes.errorbar(
                     [p["epsilon_cap"] * beside for p in mine],
                     [p["mean"] for p in mine],
@@ -113,9 +125,11 @@ class Frontier:
                     marker="osD^vP"[number % 6],
                     capsize=3,
                     color=colour,
-                    label=f"federated, {count} rounds",
+                    label=f"{place} noise, {count} rounds",
                 )
                 legend.append(bars)
+            if number >= len(counts):
+                continue
             for trained, dashes in zip(_NAMES.values(), (":", "--"), strict=True):
                 for name, spread in without.items():
                     if spread["rounds"] == count and name.startswith(trained):
@@ -126,14 +140,17 @@ class Frontier:
         axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
         axes.minorticks_off()
         axes.set_xlabel(
-            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, record level, add-or-remove-one, local noise)",
-            fontsize=9,
+            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, record level, add-or-remove-one, {' or '.join(adversaries)} noise)",
+            fontsize=8,
         )
         axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {counted(report['seeds'], 'simulated run')}")
-        axes.set_title("Adversary: everyone but the partner itself", fontsize=9, loc="left")
+        told = "\n".join(
+            textwrap.fill(f"{place} noise: against {who}", _TITLE_WIDTH) for place, who in adversaries.items()
+        )
+        axes.set_title(told, fontsize=8, loc="left")
         axes.grid(alpha=0.25)
         # Below the axes: inside them there is no place that no point, bar or line may need.
-        figure.legend(handles=legend, loc="outside lower center", ncols=min(3, len(counts)), frameon=False, fontsize=8)
+        figure.legend(handles=legend, loc="outside lower center", ncols=min(3, len(series)), frameon=False, fontsize=8)
         drawn = io.BytesIO()
         kind = to.suffix.lower().removeprefix(".")
         try:
@@ -145,6 +162,7 @@ class Frontier:
         write_whole(to, drawn.getvalue())
 
 
+_TITLE_WIDTH = 105
 _NAMES = {"pooled": "all data pooled, no privacy", "federated_without_privacy": "federated, no privacy"}
 _MEASURED = {
     "public": "measured on all partners' public test rows",
@@ -167,7 +185,8 @@ def _agreed(config: Federation, cap: float | None, rounds: int) -> Federation:
 def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:
     """What the point costs by filter and odometer, and its noise; a refusal when no noise is enough."""
     privacy = agreed.privacy
-    point = {"epsilon_cap": privacy.epsilon, "rounds": agreed.algorithm.rounds, "refused": ""}
+    point = {"noise_placement": privacy.kind, "adversary": adversary_of(agreed), "epsilon_cap": privacy.epsilon}
+    point |= {"rounds": agreed.algorithm.rounds, "refused": ""}
     try:
         sigma = calibrated(agreed)
     except Refused as err:

@@ -120,13 +120,20 @@ def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
     if missing or epsilon is None or delta is None:
         return {"sentence": None, "missing": missing}
     noise = stated["noise placement"]
-    placed = "noise added locally before anything leaves" if noise == "local" else f"noise placement “{noise}”"
+    placed = _PLACED.get(str(noise), f"noise placement “{noise}”")
+    what = "The sums of all partners' updates" if noise == "shared" else "Each partner's updates"
     sentence = (
-        f"Each partner's updates are {stated['unit']}-level (ε = {exact(epsilon)}, δ = {exact(delta)})-"
+        f"{what} are {stated['unit']}-level (ε = {exact(epsilon)}, δ = {exact(delta)})-"
         f"differentially private under {stated['adjacency']} adjacency, with {placed}; "
         f"adversary: {str(stated['adversary']).rstrip('.')}."
     )
     return {"sentence": sentence, "missing": []}
+
+
+_PLACED = {
+    "local": "noise added locally before anything leaves",
+    "shared": "noise of which each partner adds a share before its update is masked",
+}
 
 
 def _partners(

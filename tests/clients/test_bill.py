@@ -20,11 +20,13 @@ from hansa.clients.bill_show import plot_budget, print_budget
 from hansa.clients.registrations import DataFiles
 from hansa.clients.registry import Registry, Relation, Rules
 from hansa.common.accounting import Budget, PrivacyEvent, odometer
+from hansa.common.charter import adversary
 from hansa.common.cli import run
 from hansa.common.config import load_config
 from hansa.common.errors import CharterError, ConfigError, LedgerError, Refusal
 from hansa.common.ledger import Entry, read_ledger
 from hansa.common.plan_cli import planned
+from hansa.common.shared_noise import SharedGaussian
 from node_support import NAMES, ROWS, TASK, Realm
 
 BUDGET = Budget.create(2.0, 1e-3)
@@ -120,6 +122,31 @@ def test_what_one_more_run_costs_and_how_many_fit(realm: Realm) -> None:
     text = shown(budget_report(settings, config(realm)))
     assert f"fits: {count} such runs, one after the other" in text
     assert "2 x train: 1 step, noise multiplier 10.0, sampling rate 1.0" in text
+
+
+def test_a_plan_of_shared_noise_says_what_is_paid_and_against_whom_it_holds(realm: Realm) -> None:
+    realm.run("run-1")
+    settings = realm.settings("ada")
+    three = {n: {"data": "x", "declared_records": ROWS} for n in (*NAMES, "cy")}
+    path = config(
+        realm,
+        partners=three,
+        quorum=3,
+        privacy={"noise": "shared", "epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 10.0},
+        secure_aggregation={"colluding": 1, "retries": 1},
+    )
+    report = budget_report(settings, path)
+    (item,) = report["plan"]["plan"]
+    assert (item["count"], item["event"]["mechanism"], item["event"]["dimension"]) == (3, "shared-gaussian/1", 72)
+    (one,) = report["plan"]["lineages"]
+    cost = PrivacyEvent(1.0, SharedGaussian.from_fields(item["event"]).charged.noise_multiplier, 3)
+    assert one["after"]["filter"] == BUDGET.spent([ROUND] * 2 + [cost])
+    assert (report["noise"], report["adversary"]) == ("local", adversary(None)), "what was spent is what it was"
+    assert (one["noise"], one["adversary"]) == ("shared", adversary(1))
+    text = " ".join(shown(report).split())
+    assert "3 x train: 1 step, noise multiplier 10.0 (in the sum over 3 partners or more), sampling rate 1.0" in text
+    assert f"with that run these hold with shared noise against {adversary(1)}" in text
+    assert "with that run these hold" not in shown(budget_report(settings, config(realm)))
 
 
 def test_the_runs_that_it_says_fit_are_accepted_and_no_more(realm: Realm) -> None:

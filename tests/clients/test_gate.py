@@ -353,7 +353,6 @@ def test_a_debit_carries_every_parameter_an_auditor_needs(site: Site) -> None:
     gate = site.gate(signed)
     opened(gate, signed)
     ask = train(gate, signed, 1)
-    agreed = (signed.charter.algorithm, signed.charter.privacy, signed.charter.evaluation)
     assert site.ledger is not None
     assert site.ledger.entries[-1].charter == signed.sha256
     assert site.ledger.entries[-1].privacy == {"lineage": site.dataset.lineage, "debit": EVENT.to_fields()}
@@ -363,7 +362,7 @@ def test_a_debit_carries_every_parameter_an_auditor_needs(site: Site) -> None:
         "run_id": "run-1",
         "round": 1,
         "purpose": "train",
-        "plan_sha256": plan_sha256(plan_of(*agreed)),
+        "plan_sha256": plan_sha256(plan_of(signed.charter)),
         "dataset": site.dataset.dataset_id,
         "event": {"mechanism": "poisson-gaussian/1", "q": "1.0", "sigma": "4.0", "steps": 1},
         "clip_norm": "1.0",
@@ -750,7 +749,7 @@ class Histories(RuleBasedStateMachine):
         ask = request(signed, purpose, number, run=f"run-{run}", request_id=name)
         sha = digest("forged" if forged else ask)
         known = {(e.charter, e.body["request_id"]): e.body["request_sha256"] for e in self.gate.ledger.of("debit")}
-        plan = plan_of(signed.charter.algorithm, signed.charter.privacy, signed.charter.evaluation)
+        plan = plan_of(signed.charter)
         rounds = signed.charter.algorithm.rounds
         evaluated = evaluated_rounds(rounds, 1 if purpose == "train" else signed.charter.evaluation.every)
         owed = (

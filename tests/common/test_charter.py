@@ -200,6 +200,75 @@ def test_floats_survive_exactly(lr: float, clip: float, sigma: float, q: float, 
     assert SignedCharter(SignedCharter.unsigned(before).payload).charter == before
 
 
+SHARED = {"kind": "shared", "epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 8.0}
+SECURE = {"colluding": 1, "retries": 2, "dimension": 8}
+
+
+def test_a_charter_without_what_came_later_keeps_its_bytes() -> None:
+    said = strict_json(charter().payload)
+    assert "secure_aggregation" not in said
+    assert "average_last" not in said["algorithm"]
+    assert charter(secure_aggregation=None, algorithm__average_last=None).payload == charter().payload
+
+
+def test_secure_aggregation_survives() -> None:
+    signed = charter(privacy=SHARED, secure_aggregation=SECURE, quorum=3, algorithm__average_last=0.5)
+    said = strict_json(signed.payload)
+    assert said["secure_aggregation"] == SECURE
+    assert (said["privacy"]["kind"], said["algorithm"]["average_last"]) == ("shared", "0.5")
+    assert "noise" not in said["privacy"]
+    again = SignedCharter(signed.payload, signed.signatures)
+    assert again.verify(NOW) == signed.charter
+    assert again.payload == signed.payload
+
+
+def test_noise_is_another_word_for_kind_and_in_a_charter_there_is_one_word() -> None:
+    kind = charter(privacy=SHARED, secure_aggregation=SECURE, quorum=3)
+    noise = {"noise" if key == "kind" else key: value for key, value in SHARED.items()}
+    assert charter(privacy=noise, secure_aggregation=SECURE, quorum=3).payload == kind.payload
+    for old, new in (
+        (b'"kind":"shared"', b'"noise":"shared"'),
+        (b'"kind":"shared"', b'"kind":"shared","noise":"shared"'),
+    ):
+        assert kind.payload.count(old) == 1
+        with pytest.raises(CharterError):
+            SignedCharter(kind.payload.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"secure_aggregation": None}, "secure_aggregation is missing"),
+        ({"secure_aggregation": {**SECURE, "dimension": None}}, "dimension is missing"),
+        ({"secure_aggregation": {**SECURE, "colluding": 2}}, "at least 4"),
+        ({"quorum": 2}, "at least 3"),
+        ({"algorithm__weighting": "uniform"}, "weighting must be declared"),
+        ({"algorithm__local__steps": 2}, "steps must be 1"),
+    ],
+)
+def test_what_secure_aggregation_cannot_keep_is_not_agreed(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        charter(**{"privacy": SHARED, "secure_aggregation": SECURE, "quorum": 3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("colluding", "words"), [(0, "the coordinator alone"), (1, "the coordinator and one partner, together")]
+)
+def test_words_for_shared_noise(colluding: int, words: str) -> None:
+    signed = charter(privacy=SHARED, secure_aggregation={**SECURE, "colluding": colluding}, quorum=3)
+    said = in_words(signed)
+    assert signed.charter.adversary.startswith(words)
+    for one in (
+        f"adversary: {words}",
+        f"shared, discrete Gaussian, 8 x the clipping norm 1 in every sum; each partner adds 1/sqrt({3 - colluding})",
+        "sums over 3 partners or more",
+        "ask for 2 rounds again, each of which is paid for",
+    ):
+        assert one in said, one
+    local = charter(secure_aggregation=SECURE, quorum=3).charter
+    assert local.adversary.startswith("everyone but the partner itself")
+
+
 def test_time_zones_survive() -> None:
     made = charter(expires=datetime(2030, 1, 1, 12, tzinfo=timezone(timedelta(hours=5, minutes=30))))
     assert SignedCharter(made.payload).charter.expires == made.charter.expires

@@ -68,7 +68,33 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     assert lint(charter(evaluation={"kind": "private", "noise_multiplier": 20.0}).charter) == ()
 
 
-@pytest.mark.parametrize("name", ["heart", "digits", "fashion"])
+SECURE = "secure_aggregation: {colluding: 0}\n"
+SHARED = OURS.replace("kind: local", "noise: shared") + SECURE
+
+
+def test_shared_noise_is_right_under_secure_aggregation_only(tmp_path: Path) -> None:
+    assert found(SHARED, tmp_path) == ()
+    assert found(SHARED.replace("noise: shared", "kind: shared"), tmp_path) == ()
+    distributed = OTHER.replace("noise_placement: local", "noise_placement: distributed")
+    assert found(distributed + "secagg: true\n", tmp_path) == ()
+    for off in ("secagg: false\n", "secure_aggregation: none\n", "secure_aggregation:\n"):
+        assert codes(found(distributed + off, tmp_path)) == {"shared-noise-unmasked"}
+    privacy = {"kind": "shared", "epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 8.0}
+    secure = {"colluding": 1, "dimension": 8}
+    assert lint(charter(privacy=privacy, secure_aggregation=secure, quorum=3).charter) == ()
+    # Whom shared noise holds against is what `colluding` says: without it an ε has no adversary.
+    (bare,) = found(SHARED.replace("colluding: 0", "retries: 1"), tmp_path)
+    assert (bare.code, bare.severity) == ("bare-epsilon", Severity.REFUSE)
+
+
+def test_no_protection_is_flagged_by_either_word(tmp_path: Path) -> None:
+    for word in ("kind", "noise"):
+        bare = OURS.replace("kind: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0", f"{word}: none")
+        (flag,) = found(bare, tmp_path)
+        assert (flag.code, flag.severity, flag.path) == ("unprotected", Severity.FLAG, f"privacy.{word}")
+
+
+@pytest.mark.parametrize("name", ["heart", "heart-shared", "digits", "fashion"])
 def test_the_shipped_configurations_pass(name: str) -> None:
     with as_file(files("hansa.configs") / f"{name}.yaml") as path:
         findings = lint_file(path)
@@ -77,7 +103,9 @@ def test_the_shipped_configurations_pass(name: str) -> None:
         )  # as parsed and as written
     assert not refused(findings)
     # A population's sizes come from its data, and a simulation says so; nothing else.
-    assert [(f.code, f.path) for f in findings] == ([] if name == "heart" else [("sizes-from-data", "population")])
+    assert [(f.code, f.path) for f in findings] == (
+        [] if name.startswith("heart") else [("sizes-from-data", "population")]
+    )
 
 
 def test_the_template_of_a_new_task_passes() -> None:
@@ -214,6 +242,11 @@ WRONG = [
     ("epochs-not-steps", OTHER.replace("steps: 100", "epochs: 15"), "epochs", 13),
     ("no-noise", OTHER.replace("noise_multiplier: 1.1", "noise_multiplier: 0"), "privacy.noise_multiplier", 10),
     ("no-noise", OURS.replace("kind: local", "kind: none"), "privacy.epsilon", 9),
+    ("no-noise", OURS.replace("kind: local", "noise: none"), "privacy.epsilon", 9),
+    ("shared-noise-unmasked", OURS.replace("kind: local", "noise: shared"), "privacy.noise", 9),
+    ("shared-noise-unmasked", OURS.replace("kind: local", "kind: shared"), "privacy.kind", 9),
+    ("shared-noise-unmasked", OTHER.replace("noise_placement: local", "noise_placement: distributed"),
+     "privacy.noise_placement", 8),
 ]  # fmt: skip
 
 
@@ -313,6 +346,7 @@ def test_a_charter_with_a_wrong_claim_is_refused(tmp_path: Path, capfd: pytest.C
         (edited(report=["train_loss"]), "unaccounted-metrics"),
         (edited(sampling="shuffle"), "shuffled-batches"),
         (edited(weighting="from_data"), "sizes-from-data"),
+        (edited(privacy__kind="shared"), "shared-noise-unmasked"),
         (OTHER.replace("unit: patient", "").encode(), "bare-epsilon"),
     ]:
         path.write_bytes(data)

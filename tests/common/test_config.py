@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hansa.common.config import SIGNED_PARTNERS_MAX, Federation, check_delta, load_config
+from hansa.common.config import SIGNED_PARTNERS_MAX, Federation, check_delta, load_config, threshold_of
 from hansa.common.errors import ConfigError
 
 GOOD = """\
@@ -137,6 +137,86 @@ def test_a_bad_value(tmp_path: Path, old: str, new: str, line: int, key: str, wo
     for word in words:
         assert word in message, message
     assert caught.value.hint
+
+
+SHARED = (
+    GOOD.replace("declared_records: 100}\n", "declared_records: 100}\n  cy: {data: c.csv, declared_records: 60}\n")
+    .replace("steps: 6", "steps: 1")
+    .replace("  epsilon: 1.0", "  noise: shared\n  epsilon: 1.0")
+    .replace("quorum: 2", "quorum: 3\nsecure_aggregation: {colluding: 1, retries: 2}")
+)
+
+
+@pytest.mark.parametrize("kind", ["noise: shared", "kind: shared", "kind: local", "noise: none"])
+def test_secure_aggregation_goes_with_every_kind(tmp_path: Path, kind: str) -> None:
+    text = SHARED.replace("noise: shared", kind)
+    if "none" in kind:
+        text = text.replace("  epsilon: 1.0\n  delta: 1.0e-4\n  clip_norm: 1.0\n", "")
+    config = load(tmp_path, text)
+    assert config.privacy.kind == kind.split()[1]
+    assert config.secure_aggregation is not None
+    assert (config.secure_aggregation.colluding, config.secure_aggregation.retries) == (1, 2)
+
+
+# (what stands in SHARED, what is put there, the key, what else the message says)
+BAD_SHARED: list[tuple[str, str, str, tuple[str, ...]]] = [
+    ("noise: shared", "noise: shared\n  kind: shared", "privacy.noise", ("unknown key",)),
+    ("noise: shared", "noise: central", "privacy", ("'local', 'shared' or 'none'",)),
+    ("  clip_norm: 1.0\n", "", "privacy", ("kind shared needs clip_norm",)),
+    ("secure_aggregation: {colluding: 1, retries: 2}", "", "(whole file)", ("secure_aggregation is missing", "colluding")),
+    ("colluding: 1, ", "", "secure_aggregation.colluding", ("missing",)),
+    ("colluding: 1", "colluding: -1", "secure_aggregation.colluding", ("greater than or equal to 0",)),
+    ("retries: 2", "retries: -1", "secure_aggregation.retries", ("greater than or equal to 0",)),
+    ("retries: 2", "retries: 2, threshold: 2", "secure_aggregation.threshold", ("unknown key",)),
+    ("retries: 2", "retries: 2, dimension: 0", "secure_aggregation.dimension", ("greater than or equal to 1",)),
+    ("  cy: {data: c.csv, declared_records: 60}\n", "", "quorum", ("quorum 3 is more than the 2",)),
+    ("colluding: 1", "colluding: 2", "quorum", ("quorum 3", "colluding 2", "at least 4")),
+    ("quorum: 3", "quorum: 2", "quorum", ("quorum 2", "colluding 1", "of 3 partners at least 3")),
+    ("steps: 1", "steps: 2", "algorithm.local.steps", ("must be 1", "one gradient step")),
+    ("name: sgd", "name: adam", "algorithm.local.optimizer", ("sgd without momentum", "server_momentum")),
+    ("lr: 0.2", "lr: 0.2, momentum: 0.5", "algorithm.local.optimizer", ("sgd without momentum",)),
+    ("name: fedavg", "name: fedprox, proximal_mu: 0.1", "algorithm.strategy", ("fedprox",)),
+    ("rounds: 10", "rounds: 10\n  weighting: uniform", "algorithm.weighting", ("must be declared",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "key", "words"), BAD_SHARED, ids=[b[2] for b in BAD_SHARED])
+def test_what_secure_aggregation_cannot_keep(
+    tmp_path: Path, old: str, new: str, key: str, words: tuple[str, ...]
+) -> None:
+    assert SHARED.count(old) == 1
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, SHARED.replace(old, new))
+    assert f": {key}" in caught.value.message
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_secure_aggregation_needs_three_partners_with_keys(tmp_path: Path) -> None:
+    two = SHARED.replace("  cy: {data: c.csv, declared_records: 60}\n", "").replace("quorum: 3", "quorum: 2")
+    with pytest.raises(ConfigError, match="3 to 100 partners with keys"):
+        load(tmp_path, two)
+    start, rest = SHARED.split("partners:\n")
+    many = start + "population: {dataset: digits, clients: 20}\n" + rest[rest.index("algorithm:") :]
+    with pytest.raises(ConfigError, match="3 to 100 partners with keys"):
+        load(tmp_path, many)
+
+
+@pytest.mark.parametrize(("change", "fine"), [({"steps: 1": "steps: 6"}, True), ({"quorum: 3": "quorum: 2"}, False)])
+def test_of_local_noise_only_the_quorum_matters(tmp_path: Path, change: dict[str, str], fine: bool) -> None:
+    text = SHARED.replace("noise: shared", "noise: local")
+    for old, new in change.items():
+        text = text.replace(old, new)
+    with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match="at least 3"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("partners", "colluding", "threshold"), [(3, 0, 2), (3, 1, 3), (4, 0, 3), (4, 1, 3), (10, 2, 7), (100, 98, 100)]
+)
+def test_the_threshold_is_the_least_that_will_do(partners: int, colluding: int, threshold: int) -> None:
+    assert threshold_of(partners, colluding) == threshold
+    assert 2 * threshold - partners > colluding >= 2 * (threshold - 1) - partners
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:

@@ -11,22 +11,26 @@ from hansa.common.plan import (
     PlanItem,
     budget_of,
     calibrated,
+    charged,
+    charged_training,
     evaluated_rounds,
     event_fields,
     event_from,
     events_of,
+    first_averaged,
     largest,
     plan_of,
     plan_sha256,
     stopped_by,
 )
+from hansa.common.shared_noise import SharedGaussian, grid_for
 from support import NO_PRIVACY, charter
 
 PRIVATE = {"kind": "private", "noise_multiplier": 20.0, "every": 2}
 
 
-def _plan(c: Charter) -> tuple[PlanItem, ...]:
-    return plan_of(c.algorithm, c.privacy, c.evaluation)
+def noisy(c: Charter, noise_multiplier: float | None) -> Charter:
+    return c.model_copy(update={"privacy": c.privacy.model_copy(update={"noise_multiplier": noise_multiplier})})
 
 
 def test_evaluated_rounds_end_with_the_last() -> None:
@@ -38,23 +42,23 @@ def test_evaluated_rounds_end_with_the_last() -> None:
 @pytest.mark.parametrize(("rounds", "every"), [(5, 2), (4, 2), (3, 10), (1, 1), (7, 7)])
 def test_as_many_evaluations_are_planned_as_there_are(rounds: int, every: int) -> None:
     c = charter(algorithm__rounds=rounds, evaluation={**PRIVATE, "every": every}).charter
-    assert _plan(c)[1].count == len(evaluated_rounds(rounds, every))
+    assert plan_of(c)[1].count == len(evaluated_rounds(rounds, every))
 
 
 def test_a_plan_is_rounds_and_evaluations() -> None:
     c = charter(algorithm__rounds=5, algorithm__local__steps=7, evaluation=PRIVATE).charter
-    assert _plan(c) == (
+    assert plan_of(c) == (
         PlanItem("train", 5, PrivacyEvent(1.0, 4.0, 7)),
         PlanItem("evaluate", 3, PrivacyEvent(1.0, 20.0, 1)),
     )
-    assert events_of(_plan(c)) == [PrivacyEvent(1.0, 4.0, 35), PrivacyEvent(1.0, 20.0, 3)]
+    assert events_of(plan_of(c)) == [PrivacyEvent(1.0, 4.0, 35), PrivacyEvent(1.0, 20.0, 3)]
 
 
 def test_public_evaluation_costs_nothing_and_no_privacy_is_said() -> None:
     c = charter(privacy=NO_PRIVACY, evaluation={"kind": "public"}).charter
-    assert _plan(c) == (PlanItem("train", 3, None),)
-    assert events_of(_plan(c)) == []
-    assert _plan(c)[0].to_fields()["event"] == {"mechanism": "none/1"}
+    assert plan_of(c) == (PlanItem("train", 3, None),)
+    assert events_of(plan_of(c)) == []
+    assert plan_of(c)[0].to_fields()["event"] == {"mechanism": "none/1"}
 
 
 def test_events_read_back() -> None:
@@ -67,30 +71,65 @@ def test_events_read_back() -> None:
 
 
 def test_the_hash_of_a_plan_is_of_its_terms() -> None:
-    one, two = _plan(charter().charter), _plan(charter(algorithm__rounds=4).charter)
-    assert plan_sha256(one) == plan_sha256(_plan(charter().charter)) != plan_sha256(two)
+    one, two = plan_of(charter().charter), plan_of(charter(algorithm__rounds=4).charter)
+    assert plan_sha256(one) == plan_sha256(plan_of(charter().charter)) != plan_sha256(two)
 
 
 def test_what_is_calibrated_is_what_the_gate_admits() -> None:
     """The least noise at which the enforcing filter takes the whole plan, private evaluation included."""
     c = charter(algorithm__rounds=10, algorithm__local__steps=6, evaluation=PRIVATE).charter
-    privacy = c.privacy.model_copy(update={"noise_multiplier": None})
-    sigma = calibrated(c.algorithm, privacy, c.evaluation)
+    sigma = calibrated(noisy(c, None))
     assert sigma is not None
 
     def admitted(noise: float) -> bool:
-        p = privacy.model_copy(update={"noise_multiplier": noise})
-        return budget_of(p, c.algorithm).admits(events_of(plan_of(c.algorithm, p, c.evaluation)))
+        return budget_of(c).admits(events_of(plan_of(noisy(c, noise))))
 
     assert admitted(sigma)
     assert not admitted(sigma * 0.999)
 
 
 def test_given_noise_is_kept_and_none_stays_none() -> None:
-    c = charter().charter
-    assert calibrated(c.algorithm, c.privacy, c.evaluation) == 4.0
-    off = charter(privacy=NO_PRIVACY).charter
-    assert calibrated(off.algorithm, off.privacy, off.evaluation) is None
+    assert calibrated(charter().charter) == 4.0
+    assert calibrated(charter(privacy=NO_PRIVACY).charter) is None
+
+
+SHARED = {"kind": "shared", "epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 8.0}
+SECURE = {"colluding": 1, "retries": 2, "dimension": 8}
+
+
+def test_shared_noise_is_planned_with_its_retries_and_charged_as_less_than_it_is() -> None:
+    c = charter(privacy=SHARED, secure_aggregation=SECURE, quorum=3, evaluation=PRIVATE).charter
+    event = SharedGaussian(1.0, 8.0, 1.0, grid_for(1.0, 8), 8, 3, 1, 1)
+    assert plan_of(c)[0] == PlanItem("train", 5, event)
+    assert plan_of(c)[1].count == 2, "a round that is asked again is measured once"
+    assert 7.9 < event.charged.noise_multiplier < 8.0
+    assert events_of(plan_of(c))[0] == PrivacyEvent(1.0, event.charged.noise_multiplier, 5)
+    fields = event_fields(event)
+    assert (fields["mechanism"], fields["quorum"], fields["colluding"]) == ("shared-gaussian/1", 3, 1)
+    assert event_from(fields) == charged(event) == event.charged == charged_training(c)
+    assert charged(PrivacyEvent(1.0, 4.0, 1)) == PrivacyEvent(1.0, 4.0, 1)
+
+
+def test_retries_of_local_noise_under_masks_are_paid_for_too() -> None:
+    c = charter(secure_aggregation=SECURE, quorum=3).charter
+    assert plan_of(c) == (PlanItem("train", 5, PrivacyEvent(1.0, 4.0, 1)),)
+    assert calibrated(noisy(c, None)) == calibrated(noisy(charter(algorithm__rounds=5).charter, None))
+
+
+def test_shared_noise_is_the_least_of_four_digits_that_is_admitted() -> None:
+    c = charter(privacy=SHARED, secure_aggregation=SECURE, quorum=3).charter
+    sigma = calibrated(noisy(c, None))
+    local = calibrated(noisy(charter(algorithm__rounds=5).charter, None))
+    assert sigma is not None
+    assert local is not None
+    assert local < sigma < 1.02 * local
+    assert budget_of(c).admits(events_of(plan_of(noisy(c, sigma))))
+    assert not budget_of(c).admits(events_of(plan_of(noisy(c, float(f"{sigma - 0.0015:.4g}")))))
+
+
+@pytest.mark.parametrize(("share", "first"), [(None, 11), (0.05, 10), (0.1, 10), (0.5, 6), (0.51, 5), (1.0, 1)])
+def test_the_rounds_that_are_averaged(share: float | None, first: int) -> None:
+    assert first_averaged(charter(algorithm__rounds=10, algorithm__average_last=share).charter.algorithm) == first
 
 
 def test_what_stops_a_run_is_every_cap_that_does_not_admit_it() -> None:

@@ -315,7 +315,7 @@ def test_hyper_parameters_in_a_request_are_nobodys_business(town: Town, monkeypa
     assert town.send(town.ask("train", 1, run, fields=fields), town.model)[0].kind == "update"
     assert seen == [local_settings(agreed)]
     debit = town.ledger("ada")[-2].body
-    (item,) = plan_of(agreed.algorithm, agreed.privacy, agreed.evaluation)
+    (item,) = plan_of(agreed)
     assert (debit["event"], float(debit["clip_norm"])) == (event_fields(item.event), agreed.privacy.clip_norm)
 
 

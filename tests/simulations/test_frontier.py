@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from e2e_support import call, federation, write
 from hansa.common import plan_cli
-from hansa.common.config import load_config
+from hansa.common.charter import adversary
+from hansa.common.config import Federation, load_config
 from hansa.common.errors import ConfigError, RunFailed
 from hansa.common.plan import calibrated
-from hansa.simulations import frontier
+from hansa.common.tasks import initial_model, load_task
+from hansa.simulations import baselines, frontier
+from hansa.simulations.federation import parts_of
 from hansa.simulations.frontier import Frontier
 
 pytestmark = pytest.mark.slow
@@ -41,7 +45,10 @@ def test_every_point_is_what_a_charter_would_enforce(report: dict[str, Any], con
     for p in report["points"]:
         privacy = loaded.privacy.model_copy(update={"epsilon": p["epsilon_cap"]})
         algorithm = loaded.algorithm.model_copy(update={"rounds": p["rounds"]})
-        assert p["noise_multiplier"] == calibrated(algorithm, privacy, loaded.evaluation)
+        assert p["noise_multiplier"] == calibrated(
+            loaded.model_copy(update={"privacy": privacy, "algorithm": algorithm})
+        )
+        assert p["noise_placement"] == "local"
         assert p["epsilon_odometer"] <= p["epsilon_filter"] <= p["epsilon_cap"]
         assert 0.4 < p["mean"] < 1
         assert (p["n"], p["refused"]) == (2, "")
@@ -103,7 +110,8 @@ def test_every_line_of_the_plot_is_told_apart_and_nothing_lies_on_another(
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (seen.append(figure), save(figure, *a, **k))[1])
     counts, caps = (5, 10, 20), (0.5, 1.0, 2.0)
-    points = [{"rounds": n, "epsilon_cap": c, "mean": 0.8 + c / 20, "sd": 0.03} for n in counts for c in caps]
+    point = {"noise_placement": "local", "adversary": adversary(None)}
+    points = [{**point, "rounds": n, "epsilon_cap": c, "mean": 0.8 + c / 20, "sd": 0.03} for n in counts for c in caps]
     names = [f"{who}, no privacy, {n} rounds" for who in ("all data pooled", "federated") for n in counts]
     without = {name: {"rounds": int(name.split()[-2]), "mean": 0.9} for name in names}
     stated = {"delta": 1e-4, "metric": "auc", "seeds": 5}
@@ -111,13 +119,13 @@ def test_every_line_of_the_plot_is_told_apart_and_nothing_lies_on_another(
     Frontier().draw({"points": points, "without_privacy": without, **stated}, tmp_path / "f.png")
     (figure,) = seen
     (axes,), (legend,) = figure.axes, figure.legends
-    assert {text.get_text() for text in legend.get_texts()} == {*shown, *(f"federated, {n} rounds" for n in counts)}
+    assert {text.get_text() for text in legend.get_texts()} == {*shown, *(f"local noise, {n} rounds" for n in counts)}
     lines = {line.get_label(): line for line in axes.lines if line.get_label() in shown}
     looks = {name: (to_hex(line.get_color()), line.get_linestyle()) for name, line in lines.items()}
     assert len(set(looks.values())) == len(names) == 6
     bars = {one.get_label(): to_hex(one.lines[0].get_color()) for one in axes.containers}
     for n in counts:  # one colour a number of rounds
-        assert {bars[f"federated, {n} rounds"]} == {look[0] for name, look in looks.items() if f" {n} rounds" in name}
+        assert {bars[f"local noise, {n} rounds"]} == {look[0] for name, look in looks.items() if f" {n} rounds" in name}
     assert len({x for one in axes.containers for x in one.lines[0].get_xdata()}) == len(points), "no bar hides another"
     box = legend.get_window_extent()
     assert not box.overlaps(axes.get_window_extent())
@@ -161,11 +169,147 @@ def test_without_the_training_packages_it_says_what_to_install(config: Path, mon
     def missing(*_: object) -> Any:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(plan_cli, "_simulator", missing)
+    monkeypatch.setattr(plan_cli, "find_simulator", missing)
     call("plan", config, "--simulate").expect(2).says("torch is not installed", "pip install 'hansa[train]'")
-    monkeypatch.setattr(plan_cli, "_simulator", lambda: Frontier())
+    monkeypatch.setattr(plan_cli, "find_simulator", lambda: Frontier())
     monkeypatch.setattr(Frontier, "draw", missing)
     assert json.dumps({})  # nothing else is needed for the table
     call("plan", config, "--simulate", "--epsilons", "1", "--seeds", "1", "--out", "f.png").expect(2).says(
         "hansa[train]"
     )
+
+
+# -- both places of the noise ----------------------------------------------------------------------------------------------
+
+SECURE = "secure_aggregation: {colluding: 0, retries: 1}\n"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = federation(
+        rounds=3,
+        steps=1,
+        strategy="{name: fedavgm, server_momentum: 0.9}",
+        privacy="{noise: shared, epsilon: 4.0, delta: 1.0e-4, clip_norm: 1.0}",
+        more=SECURE,
+    )
+    text = text.replace("quorum: 2", "quorum: 4").replace("rounds: 3", "rounds: 3\n  average_last: 0.5")
+    return write(tmp_path_factory.mktemp("shared") / "c.yaml", text)
+
+
+def test_both_placements_are_simulated_and_compared(shared: Path, tmp_path: Path) -> None:
+    to = tmp_path / "f.csv"
+    done = call(
+        "plan", shared, "--simulate", "--epsilons", "4", "--seeds", "1", "--out", to, "--format", "json"
+    ).expect(0)
+    told = done.json()
+    points = told["frontier"]["points"]
+    assert [(p["noise_placement"], p["epsilon_cap"], p["n"]) for p in points] == [("shared", 4.0, 1), ("local", 4.0, 1)]
+    assert [p["adversary"] for p in points] == [adversary(0), adversary(None)]
+    for point, row in zip(points, told["placements"]["rows"], strict=True):
+        assert row["noise"] == point["noise_placement"]
+        assert row["noise_multiplier"] == point["noise_multiplier"]
+        assert row["epsilon_filter"] == point["epsilon_filter"] <= 4
+        assert row["score"] == {"mean": point["mean"], "sd": None, "n": 1}
+    assert set(told["frontier"]["without_privacy"]) == {"all data pooled, no privacy", "federated, no privacy"}
+    rows = list(csv.DictReader(to.open()))
+    assert [(r["setting"], r["noise_placement"]) for r in rows] == [
+        ("federated", "shared"), ("federated", "local"), ("all data pooled, no privacy", "none"), ("federated, no privacy", "none"),
+    ]  # fmt: skip
+    assert [r["adversary"] for r in rows[:2]] == [adversary(0), adversary(None)]
+
+
+def test_what_is_shown_of_both_placements(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, float]] = []
+
+    def one(config: Federation, *_: object) -> dict[str, float]:
+        assert config.privacy.epsilon is not None
+        ran.append((config.privacy.kind, config.privacy.epsilon))
+        return {"auc": 0.9 if config.privacy.kind == "shared" else 0.8}
+
+    monkeypatch.setattr(frontier, "_one", one)
+    monkeypatch.setattr(frontier, "baselines", lambda *_, **__: {})
+    shown = call("plan", shared, "--simulate", "--seeds", "2").expect(0)
+    shown.says(
+        "simulating 12 points x 2 seeds", "shared and local noise, delta 0.0001; shared noise: the coordinator alone",
+        "federated, shared", "federated, local", "local noise: everyone but the partner itself", "0.9000 ± 0.0000", "0.8000 ± 0.0000",
+    )  # fmt: skip
+    assert {cap for kind, cap in ran if kind == "shared"} == {cap for kind, cap in ran if kind == "local"}
+    # At a cap that is not among those which were asked for, nothing is made up.
+    call("plan", shared, "--simulate", "--seeds", "1", "--epsilons", "1").expect(0).says("not simulated")
+    # The configuration's own cap is always among the default ones.
+    own = write(shared.with_name("own.yaml"), shared.read_text().replace("epsilon: 4.0", "epsilon: 3.5"))
+    call("plan", own, "--simulate", "--seeds", "1").expect(0).says("simulating 14 points")
+
+
+def test_both_placements_in_one_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    seen: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (seen.append(figure), save(figure, *a, **k))[1])
+    against = {"shared": adversary(0), "local": adversary(None)}
+    points = [
+        {"noise_placement": kind, "adversary": who, "rounds": n, "epsilon_cap": c, "mean": 0.8 + c / 20, "sd": 0.03}
+        for kind, who in against.items() for n in (30, 60) for c in (0.5, 1.0, 2.0)
+    ]  # fmt: skip
+    without = {f"federated, no privacy, {n} rounds": {"rounds": n, "mean": 0.9} for n in (30, 60)}
+    stated = {"delta": 1e-4, "metric": "auc", "seeds": 5}
+    Frontier().draw({"points": points, "without_privacy": without, **stated}, tmp_path / "f.png")
+    (figure,) = seen
+    (axes,) = figure.axes
+    bars = {one.get_label(): one.lines[0] for one in axes.containers}
+    assert set(bars) == {f"{kind} noise, {n} rounds" for kind in against for n in (30, 60)}
+    assert len({to_hex(line.get_color()) for line in bars.values()}) == 4
+    assert len({line.get_marker() for line in bars.values()}) == 4
+    assert len({x for line in bars.values() for x in line.get_xdata()}) == len(points), "no bar hides another"
+    lines = {line.get_label(): to_hex(line.get_color()) for line in axes.lines if line.get_label() in without}
+    assert lines == {
+        f"federated, no privacy, {n} rounds": to_hex(bars[f"shared noise, {n} rounds"].get_color()) for n in (30, 60)
+    }
+    FigureCanvasAgg(figure).draw()  # it was saved with more dots an inch
+    title = axes.get_title(loc="left")
+    for kind, who in against.items():
+        assert f"{kind} noise: against {who}" in " ".join(title.split())
+    for part in (axes._left_title, axes.xaxis.label, *figure.legends):
+        box = part.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
+
+
+def test_the_pooled_baseline_is_the_same_algorithm_in_the_clear(shared: Path) -> None:
+    """One gradient step a round, the server's momentum, and the mean of the last half: by hand, in float64."""
+    config = load_config(shared)
+    task = load_task(config.task)
+    (rows, *more) = [part.source().train for part in parts_of(config, Path(), task).values()]
+    assert more
+    model = initial_model(task, 3).double()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    momentum = {n: torch.zeros_like(w) for n, w in weights.items()}
+    iterates = []
+    for _ in range(3):
+        wanted = {n: w.requires_grad_() for n, w in weights.items()}
+        loss = task.loss(torch.func.functional_call(model, wanted, rows.x.double()), rows.y).mean()
+        for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
+            momentum[name] = 0.9 * momentum[name] + 0.2 * gradient  # torch's, and Flower's
+            weights[name] = (wanted[name] - momentum[name]).detach()
+        iterates.append(dict(weights))
+    found = baselines._trained(config, task, initial_model(task, 3), rows)
+    for name, value in found.items():
+        expected = (iterates[1][name] + iterates[2][name]) / 2  # of three rounds the last 1.5 are two
+        assert value == pytest.approx(expected.detach().numpy(), abs=1e-5), name
+
+
+def test_without_privacy_no_mask_is_needed(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Federation] = []
+    real = baselines.Simulation
+    monkeypatch.setattr(baselines, "Simulation", lambda config, *a: (seen.append(config), real(config, *a))[1])
+    config = load_config(shared)
+    found = baselines.baselines(config, shared.parent, load_task(config.task), alone=False)
+    (ran,) = seen
+    assert (ran.privacy.kind, ran.secure_aggregation, ran.algorithm) == ("none", None, config.algorithm)
+    # Every hospital's gradient has its weight, so it is what training on all of them is, up to rounded sizes.
+    assert found["federated_without_privacy"]["auc"] == pytest.approx(found["pooled"]["auc"], abs=0.02)

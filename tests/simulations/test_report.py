@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hansa.common.audit_report import BECAUSE
+from hansa.common.charter import adversary
 from hansa.common.errors import OutputError, Refusal
 from hansa.simulations import report
 
@@ -200,6 +201,17 @@ SENTENCE = (
     "adjacency, with noise added locally before anything leaves; adversary: everyone but the partner itself, "
     "including the coordinator."
 )
+
+
+def test_shared_noise_is_claimed_of_sums(write: Write, result: Any, verdict: Any) -> None:
+    result["privacy"] |= {"kind": "shared", "noise": "shared", "adversary": adversary(1)}
+    text = write(result, verdict).text
+    assert (
+        "The sums of all partners' updates are record-level (ε = 1, δ = 1e-4)-differentially private under add-or-remove-one adjacency, "
+        "with noise of which each partner adds a share before its update is masked; adversary: the coordinator and one partner, together"
+    ) in text
+    assert "the less the adversary who sees every sum can tell" in text
+    assert SENTENCE not in text
 
 
 def test_verified_page_says_what_holds_and_what_does_not(write: Write, result: Any, verdict: Any) -> None:
