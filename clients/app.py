@@ -76,7 +76,7 @@ class Doorkeeper(Protocol):
     ) -> str | None:
         """Spend, or raise Refused; the SHA-256 of its reply when that was committed before."""
 
-    def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
+    def survivors(self, request: Manifest, request_sha256: str, agreement: str) -> list[str] | None:
         """Let an exchange after a masked vector through, or raise Refused; the list that was signed before."""
 
     def list_survivors(self, request: Manifest, request_sha256: str, agreed: Agreement, survivors: list[str]) -> None:
@@ -202,7 +202,7 @@ class Node:
         """Sign who the survivors of an attempt are; one list an attempt, on disk before its signature leaves."""
         charter, agreed = self._told(request)
         identity, _keys = self._masker()
-        before = self._gate.survivors(request, agreed.digest)
+        before = self._gate.survivors(request, digest, agreed.digest)
         words = bytes_by_name(request.fields.get("words"))
         signature = agree(agreed, identity, words, _identities(charter), before)
         if before is None:
@@ -214,7 +214,7 @@ class Node:
         """What opens the sum over the survivors that this node signed, and no other."""
         charter, agreed = self._told(request)
         _identity, keys = self._masker()
-        survivors = self._gate.survivors(request, agreed.digest)
+        survivors = self._gate.survivors(request, digest, agreed.digest)
         if survivors is None:
             raise Refused(Refusal.SECAGG_SURVIVORS, "this node signed no list of survivors for this attempt")
         revealed = reveal(

@@ -203,16 +203,17 @@ class Gate:
         )
         return None
 
-    def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
+    def survivors(self, request: Manifest, request_sha256: str, agreement: str) -> list[str] | None:
         """Let an exchange after a masked vector through. Returns the list of survivors that was signed for it; None: none yet.
 
         Args:
             agreement: its digest.
 
         Raises:
-            Refused: no vector was sent under it, or the run is over, or may not go on now.
+            Refused: no vector was sent under it, or the run is over, or may not go on now, or a request of this id but other content was
+                taken before.
         """
-        self.ledger.check_open()
+        self._known(request, request_sha256)
         charter, dataset = self._charter(request)
         self._ask_site(charter, request)
         self._open_hold(request, dataset)
@@ -223,12 +224,7 @@ class Gate:
         return self._standing.survivors.get((request.charter_sha256, agreement))
 
     def list_survivors(self, request: Manifest, request_sha256: str, agreed: Agreement, survivors: list[str]) -> None:
-        """Record the one list of survivors that is signed for an attempt, before its signature leaves.
-
-        Raises:
-            Refused: a request of this id but other content was taken before.
-        """
-        self._known(request, request_sha256)
+        """Record the one list of survivors that is signed for an attempt, before its signature leaves."""
         body = {
             "request_id": request.request_id,
             "request_sha256": request_sha256,

@@ -442,8 +442,13 @@ class Sum:
             revealed: of `threshold` survivors or more.
 
         Raises:
-            MessageError: too few shares of a mask fit together. It names the mask, and who dealt it is among the `liars`.
+            MessageError: fewer than `threshold` revealed something, or too few shares of a mask fit together. It names the mask, and who
+                dealt it is among the `liars`.
         """
+        if len(revealed) < self.agreement.threshold:
+            raise MessageError(
+                f"only {len(revealed)} revealed what opens the sum, needed are {self.agreement.threshold}"
+            )
         agreement, total = self.agreement, self.total.copy()
         gone = [peer for peer in agreement.roster if peer not in self.arrived]
         for name, sent in self.arrived.items():

@@ -155,7 +155,7 @@ class PopulationGate:
         """Never asked: only secure aggregation does."""
         return []
 
-    def survivors(self, request: Manifest, agreement: str) -> list[str] | None:
+    def survivors(self, request: Manifest, request_sha256: str, agreement: str) -> list[str] | None:
         """No client of a population has keys to mask with.
 
         Raises:

@@ -310,8 +310,8 @@ class Attempt:
         total = Sum(self.agreed)
         for name in self.sent if survivors is None else survivors:
             total.add(name, self.vectors[name], self.sent[name], self.plot.identities[name])
-        opened, liars = total.open(self.revealed)
-        assert liars == []
+        opened = total.open(self.revealed)
+        assert not total.liars
         return [int(v) for v in from_ring(opened)]
 
 

@@ -173,7 +173,7 @@ def test_below_the_threshold_nothing_opens() -> None:
     agreement = who.agreement()
     one = Attempt(who, agreement, vectors(agreement.roster, 32, 5, 2))
     one.play()
-    with pytest.raises(MessageError, match="own mask cannot be opened: no 3 of 2 shares"):
+    with pytest.raises(MessageError, match="only 2 revealed what opens the sum, needed are 3"):
         one.sum.open(dict(list(one.revealed.items())[:2]))
     with pytest.raises(Refused, match="2 signatures under this list of survivors, needed are 3"):
         who.reveal(agreement, "p000", one.sum.arrived, dict(list(one.signatures.items())[:2]), one.sum.shares("p000"))

@@ -29,6 +29,7 @@ from hansa.common.certificates import check_peer, read_certificate
 from hansa.common.errors import IdentityError, MessageError, Refusal, RunFailed
 from hansa.common.flower import Message
 from hansa.common.identity import Envelope, Identity, canonical, read_envelope, write_envelope
+from hansa.common.masking import revealed_from
 from hansa.common.messages import Manifest, to_bytes
 from hansa.common.secagg import KEY_TYPE, LIST_TYPE, Ring, agree, new_key, signed_key
 from hansa.simulations.federation import Simulation
@@ -495,8 +496,11 @@ def test_shares_that_do_not_fit(plot: Plot) -> None:
         b"",
     ):
         with plot.town.nothing_spent():
-            ask = attempt.ask_reveal("ada", NAMES, shares={**good, "ben": bad})
+            ask = attempt.ask_reveal("ada", NAMES, shares={**good, "ben": bad, "dee": bad})
             plot.refused(ask, SHARE, "the share given as ben's is not one, or of another attempt")
+            # One alone makes nobody fall silent: who dealt it may have meant that. Of its mask nothing is revealed.
+            reply, _, _ = plot.send(attempt.ask_reveal("ada", NAMES, shares={**good, "ben": bad}))
+            assert set(revealed_from(reply.fields["revealed"]).own) == {"ada", "cy", "dee"}
     for odd in ({n: s for n, s in good.items() if n != "ben"}, {**good, "eve": ben}):
         plot.refused(attempt.ask_reveal("ada", NAMES, shares=odd), SHARE, "not one share of every survivor")
     plot.refused(before.ask_reveal("ada", NAMES), SURVIVORS, "signed no list of survivors for this attempt")
@@ -924,4 +928,4 @@ def test_who_spoils_a_sum_learns_nothing_and_the_run_fails_in_words(
         ):
             made.run()
         refusals = {n: [e.body["reason"] for e in made.gates[n].ledger.of("refuse")] for n in HONEST}
-        assert refusals == dict.fromkeys(HONEST, [])
+        assert refusals == {name: [] for name in HONEST}

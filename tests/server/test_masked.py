@@ -123,7 +123,7 @@ def test_one_who_drops_out_is_done_without(
 WORDS = {
     "train": "too few masked vectors came",
     "agree": "too few agreed on who is in the sum",
-    "reveal": r"cleveland's own mask cannot be opened: no 3 of 2 shares fit together",
+    "reveal": "only 2 revealed what opens the sum, needed are 3",
 }
 
 
