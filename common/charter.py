@@ -119,7 +119,7 @@ class Charter(Section):
             raise ValueError("the noise multiplier is missing")
         check_secure(
             self.secure_aggregation,
-            len(self.partners) if self.partners else None,
+            len(self.partners),  # none in a population
             self.quorum,
             self.algorithm,
             self.privacy,

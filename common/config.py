@@ -234,7 +234,7 @@ class Federation(Section):
         check_delta(self.privacy.delta, largest)
         check_secure(
             self.secure_aggregation,
-            len(self.partners) if self.partners is not None else None,
+            size,
             self.quorum,
             self.algorithm,
             self.privacy,
@@ -248,12 +248,12 @@ def threshold_of(partners: int, colluding: int) -> int:
 
 
 def check_secure(
-    secure: SecureAggregation | None, partners: int | None, quorum: int, algorithm: Algorithm, privacy: Privacy
+    secure: SecureAggregation | None, partners: int, quorum: int, algorithm: Algorithm, privacy: Privacy
 ) -> None:
     """Refuse secure aggregation, or noise shared under it, whose promise these terms cannot keep.
 
     Args:
-        partners: how many there are; None: a population.
+        partners: how many there are with keys of their own; in a simulated population of up to SIGNED_PARTNERS_MAX clients each has.
 
     Raises:
         ValueError: with what is allowed.
@@ -265,7 +265,7 @@ def check_secure(
                 "State colluding: how many partners may work with the coordinator"
             )
         return
-    if partners is None or not 3 <= partners <= SIGNED_PARTNERS_MAX:
+    if not 3 <= partners <= SIGNED_PARTNERS_MAX:
         raise ValueError(f"secure_aggregation is for 3 to {SIGNED_PARTNERS_MAX} partners with keys of their own")
     t, least = secure.colluding, max(secure.colluding + 2, threshold_of(partners, secure.colluding))
     if not least <= quorum <= partners:

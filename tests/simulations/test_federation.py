@@ -279,3 +279,19 @@ def test_a_checkpoint_that_lags_behind(tmp_path: Path, monkeypatch: pytest.Monke
     run(settings, out, resume=True)
     bill = verified(out)["partners"]["cleveland"]
     assert (bill["debits"], bill["uncommitted_debits"]) == (5, 0)
+
+
+def test_a_population_whose_clients_have_keys_shares_its_noise_and_a_larger_one_may_not(tmp_path: Path) -> None:
+    asked = {
+        "partners": None,
+        "task": "digits",
+        "algorithm": algorithm(rounds=2),
+        "privacy": {"noise": "shared", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 1.0},
+        "secure_aggregation": {"colluding": 1},
+    }
+    outcome, _ = run(config(**asked, population={"dataset": "digits", "clients": 5}, quorum=4), tmp_path / "run")
+    assert outcome.why == "completed"
+    assert [one["partners"] for one in outcome.history] == [5, 5]
+    for clients, quorum in ((2, 2), (101, 101)):
+        with pytest.raises(ValueError, match="3 to 100 partners with keys of their own"):
+            config(**asked, population={"dataset": "digits", "clients": clients}, quorum=quorum)
