@@ -65,6 +65,7 @@ table: $(VENV)/.train
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/bench/link.py
+	$(BIN)/python tests/bench/secagg.py
 	$(BIN)/python -m pytest -q -s -m bench tests
 
 soak: $(VENV)/.dev
