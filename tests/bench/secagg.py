@@ -193,9 +193,9 @@ class Ours:
         if silent:
             revealed = revealed[: self.agreement.threshold]
         cost = Cost()
-        total, liars = cost.run(lambda: self.sums[gone].open(dict(revealed)))
+        total = cost.run(lambda: self.sums[gone].open(dict(revealed)))
         wanted = self.values * np.uint32(len(self.sums[gone].arrived))
-        if liars or not np.array_equal(total, wanted):
+        if self.sums[gone].liars or not np.array_equal(total, wanted):
             raise SystemExit("the sum is wrong: nothing that was measured counts")
         return cost
 
