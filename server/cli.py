@@ -176,6 +176,12 @@ def _log(log: EventLog, run_id: str, event: str, facts: dict[str, Any]) -> None:
             log.log("undelivered", run=run_id, partner=facts["partner"], state=facts["answer"].outcome)
         case "contradiction":
             log.log("ledger contradicts an earlier head", run=run_id, partner=facts["partner"])
+        case "retry":
+            log.log(
+                "round asked again", run=run_id, round=facts["round"], attempt=facts["attempt"], reason=facts["why"]
+            )
+        case "liar":
+            log.log("masks do not fit", run=run_id, round=facts["round"], partner=facts["partner"])
 
 
 CONTRADICTION = (
@@ -194,6 +200,13 @@ def _line(event: str, facts: dict[str, Any], quiet: bool) -> None:
         _say(f"{facts['partner']}: {facts['kind']}: {answer.outcome} {answer.detail}", "yellow")
     elif event == "contradiction":
         _say(CONTRADICTION.format(**facts), "bold red")
+    elif event == "retry":
+        _say(
+            f"round {facts['round']}: {facts['why']}; asked again of {', '.join(facts['partners'])}, who pay once more",
+            "yellow",
+        )
+    elif event == "liar":
+        _say(f"{facts['partner']}: what it dealt or revealed in round {facts['round']} does not fit", "bold red")
     elif event == "waiting" and not quiet:
         _say(f"waiting up to {facts['wait_s']:g} s for {', '.join(facts['partners'])} on port {facts['port']}")
     elif event == "done" and not quiet:

@@ -381,6 +381,12 @@ def _tell(log: EventLog, run_id: str, event: str, facts: Mapping[str, Any]) -> N
             log.log("round done", run=run_id, round=facts["round"], seconds=round(facts["seconds"], 2))
         case "closed":
             log.log("closed", run=run_id, reason=facts["why"])
+        case "retry":
+            log.log(
+                "round asked again", run=run_id, round=facts["round"], attempt=facts["attempt"], reason=facts["why"]
+            )
+        case "liar":
+            log.log("masks do not fit", run=run_id, round=facts["round"], partner=facts["partner"])
         case "undelivered":
             log.log("undelivered", run=run_id, partner=facts["partner"], state=facts["answer"].outcome)
 

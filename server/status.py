@@ -22,7 +22,7 @@ EVERY_S = 2.0
 GONE_S = 10.0
 """A process that is alive has written its status since."""
 WAITING, CLOSING = "waiting for partners", "closing"
-_DOING = {"open": "opening", "train": "training", "evaluate": "evaluating"}
+_DOING = {"open": "opening", "train": "training", "agree": "summing", "reveal": "summing", "evaluate": "evaluating"}
 OVER = ("completed", "refused", "failed", "stopped")
 
 

@@ -67,6 +67,12 @@ class Display:
                 self._say(f"{refusal.partner} refused: {refusal.reason}: {refusal.detail}", "yellow")
             case "contradiction":
                 self._say(f"{facts['partner']}: its ledger does not extend what it signed before", "bold red")
+            case "retry":
+                self._say(
+                    f"round {facts['round']}: {facts['why']}; asked again of {', '.join(facts['partners'])}", "yellow"
+                )
+            case "liar":
+                self._say(f"{facts['partner']}: what it dealt or revealed does not fit", "bold red")
             case "recovered":
                 self._say(
                     f"{facts['ledger']}: cut off a torn last line ({facts['torn_bytes']} bytes) left by a crash",
