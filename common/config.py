@@ -212,6 +212,11 @@ class Federation(Section):
     benefit: Line = "Every partner receives the final model."
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    @property
+    def size(self) -> int:
+        """How many partners, or simulated clients, there are."""
+        return self.population.clients if self.population is not None else len(self.partners or {})
+
     def with_noise(self, noise_multiplier: float | None) -> Federation:
         """The same with this noise."""
         return self.model_copy(
@@ -222,7 +227,7 @@ class Federation(Section):
     def _consistent(self) -> Federation:
         if (self.partners is None) == (self.population is None):
             raise ValueError("give either partners (organisations with a file each) or population (simulated clients)")
-        size = self.population.clients if self.population is not None else len(self.partners or {})
+        size = self.size
         if self.partners is not None and not 2 <= size <= SIGNED_PARTNERS_MAX:
             raise ValueError(f"partners: {size} given, 2 to {SIGNED_PARTNERS_MAX} allowed")
         if self.partners is not None and "coordinator" in self.partners:

@@ -29,23 +29,24 @@ def secure_figures(federation: Federation) -> dict[str, Any] | None:
     Raises:
         ConfigError: no ring is large enough.
     """
-    secure, partners = federation.secure_aggregation, federation.partners
+    secure = federation.secure_aggregation
     if secure is None:
         return None
-    assert partners is not None
     assert secure.dimension is not None
-    declared = [entry.declared_records for entry in partners.values()]
+    # Simulated clients declare their sizes when their rows are dealt; until then there is no ring for their sums.
+    declared = [entry.declared_records for entry in (federation.partners or {}).values()]
     fixed = fixed_point_of(federation, declared, federation.declared_tolerance)
+    known = bool(declared)
     return {
-        "partners": len(partners),
+        "partners": federation.size,
         "quorum": federation.quorum,
         "colluding": secure.colluding,
-        "threshold": threshold_of(len(partners), secure.colluding),
+        "threshold": threshold_of(federation.size, secure.colluding),
         "dimension": secure.dimension,
         "grid": fixed.grid,
-        "ring_bits": fixed.bits,
-        "log2_wrap": fixed.log2_wrap if math.isfinite(fixed.log2_wrap) else None,
-        "vector_bytes": secure.dimension * fixed.bits // 8,
+        "ring_bits": fixed.bits if known else None,
+        "log2_wrap": fixed.log2_wrap if known and math.isfinite(fixed.log2_wrap) else None,
+        "vector_bytes": secure.dimension * fixed.bits // 8 if known else None,
         "rounds": federation.algorithm.rounds,
         "retries": secure.retries,
         "rounds_paid_for": attempts(federation),
@@ -62,9 +63,10 @@ def placed(federation: Federation) -> tuple[dict[Placement, Federation], dict[Pl
     for kind in PLACEMENTS if federation.secure_aggregation is not None else (federation.privacy.kind,):
         assert kind != "none"
         privacy = federation.privacy.model_copy(update={"kind": kind, "noise_multiplier": None})
-        partners = len(federation.partners) if federation.partners is not None else None
         try:
-            check_secure(federation.secure_aggregation, partners, federation.quorum, federation.algorithm, privacy)
+            check_secure(
+                federation.secure_aggregation, federation.size, federation.quorum, federation.algorithm, privacy
+            )
         except ValueError as err:
             missing[kind] = str(err)
         else:
@@ -90,11 +92,10 @@ def _row(terms: Federation) -> dict[str, Any]:
             raise
         return {**row, **dict.fromkeys(figures)}
     assert sigma is not None
-    assert terms.partners is not None
     assert terms.privacy.delta is not None
     made = terms.with_noise(sigma)
     events, event = events_of(plan_of(made)), training_of(made)
-    everybody = len(terms.partners)
+    everybody = terms.size
     factor = event.factor(everybody) if isinstance(event, SharedGaussian) else math.sqrt(everybody)
     values = (sigma, budget_of(terms).spent(events), odometer(events, terms.privacy.delta), sigma * factor, factor)
     return {**row, **dict(zip(figures, values, strict=True))}

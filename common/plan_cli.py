@@ -379,12 +379,14 @@ def _print_secure(report: dict[str, Any]) -> None:
         again = f"{counted(s['retries'], 'round')} of the run may be asked again (retries)"
         if report["privacy"] != "none":
             again += f"; each is paid for: the noise is calibrated for {s['rounds_paid_for']}"
+    ring = "; the clients' sizes decide on the ring"
+    if s["ring_bits"] is not None:
+        ring = f" in a ring of {s['ring_bits']} bits: {s['vector_bytes']:,} bytes; {wrap}"
     out.print(
         f"\nSecure aggregation of {s['partners']} partners: of what is trained the coordinator learns sums over {s['quorum']} or more "
         f"(quorum N_min = {s['quorum']}) and nothing else,\n  while {colluding} with it (t = {s['colluding']}); {s['threshold']} partners' "
         f"shares open a sum (threshold T = {s['threshold']}, 2T - n > t)\n"
-        f"  a masked vector has {counted(s['dimension'], 'value')} in steps of 2^{math.log2(s['grid']):g} in a ring of {s['ring_bits']} bits: "
-        f"{s['vector_bytes']:,} bytes; {wrap}\n  {again}"
+        f"  a masked vector has {counted(s['dimension'], 'value')} in steps of 2^{math.log2(s['grid']):g}{ring}\n  {again}"
     )
 
 
