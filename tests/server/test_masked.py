@@ -206,6 +206,33 @@ def test_a_retry_is_of_those_who_are_left(
     assert len(set(lists)) == len(lists) == 4 + 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_retry_that_was_interrupted_goes_on_with_its_own_roster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums, kind: str
+) -> None:
+    """He who was away is back by then, and is not asked: the retry is not his."""
+    terms = {"secure_aggregation": ONE}
+    with pytest.raises(Killed):
+        run(tmp_path / "out", monkeypatch, dying("reveal"), **terms)
+    away, dies = by(GONE, kind="train", how="asked"), dying(kind)
+    with pytest.raises(Killed):
+        run(
+            tmp_path / "out",
+            monkeypatch,
+            lambda asked: away(asked) or (dies(asked) if asked.attempt else None),
+            resume=True,
+            **terms,
+        )
+    with contextlib.closing(simulation(tmp_path / "out", True, **terms)) as made:
+        grid = losing(made, monkeypatch, nothing)
+        assert made.run().why == "completed"
+    assert {(one.to, one.attempt) for one in grid.asked if one.kind in KINDS} == {(name, 1) for name in REST}
+    opened(plain, sums, 0, REST, attempt=1)
+    debits, lists = spent(tmp_path / "out", **terms)
+    assert sum(debits.values()) == len(debits) == 4 + 3
+    assert len(set(lists)) == len(lists) == 4 + 3
+
+
 def test_when_retries_are_used_up_the_run_fails_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums
 ) -> None:
