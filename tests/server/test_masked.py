@@ -93,6 +93,7 @@ def opened(plain: Plain, sums: Sums, at: int, names: tuple[str, ...], number: in
     assert [int(v) for v in summed.total] == plain.sum(names, number, attempt)
 
 
+ONE = {"colluding": 1, "retries": 1}
 TWO = {"rounds": 2, "local": {"steps": 1, "optimizer": {"lr": 0.2}}}
 GONE, REST = HOSPITALS[1], (HOSPITALS[0], *HOSPITALS[2:])
 
@@ -131,17 +132,18 @@ WORDS = {
 def test_below_the_quorum_the_run_fails_and_goes_on_when_they_are_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums, kind: str, how: str
 ) -> None:
+    terms = {"secure_aggregation": ONE}  # of two nobody asks again
     with pytest.raises(RunFailed) as caught:
-        run(tmp_path / "out", monkeypatch, by(GONE, HOSPITALS[3], kind=kind, how=how))
+        run(tmp_path / "out", monkeypatch, by(GONE, HOSPITALS[3], kind=kind, how=how), **terms)
     assert caught.match(
-        f"(?s)round 1: {WORDS[kind]}; 2 went along, the quorum is 3, and 0 of the run's 0 retries are used"
+        f"(?s)round 1: {WORDS[kind]}; 2 went along, the quorum is 3, and 0 of the run's 1 retries are used"
         r".*Nothing was learned but sums over the quorum.*--resume.*--resume --give-up"
     )
     assert sums.seen == []
-    outcome, made = run(tmp_path / "out", monkeypatch, resume=True)
+    outcome, made = run(tmp_path / "out", monkeypatch, resume=True, **terms)
     assert outcome.why == "completed"
     opened(plain, sums, 0, HOSPITALS)
-    debits, lists = spent(tmp_path / "out")
+    debits, lists = spent(tmp_path / "out", **terms)
     assert debits == dict.fromkeys(((name, 1, 0) for name in HOSPITALS), 1), "nobody paid twice"
     assert len(plain.seen) == 4, "nor masked twice"
     assert len(set(lists)) == len(lists) == 4
@@ -177,9 +179,6 @@ def dying(kind: str, number: int = 1) -> Lost:
         return None
 
     return lost
-
-
-ONE = {"colluding": 1, "retries": 1}
 
 
 def test_a_retry_is_of_those_who_are_left(
