@@ -351,10 +351,8 @@ def test_masks_change_no_bit_of_the_model(tmp_path: Path, monkeypatch: pytest.Mo
         unmasked, _ = run(tmp_path / "unmasked", monkeypatch, lost, **terms)
     same_arrays(model_of(masked), model_of(unmasked))
     assert [h["partners"] for h in masked.history] == [h["partners"] for h in unmasked.history] == [4, 3, 4]
-    masks = sum(n + n * (4 - 1) + n * (4 - n) for n in (4, 3, 4)) + sum((4, 3, 4))
-    assert (
-        len(calls) >= masks - 11
-    )  # an own one and one with each peer to mask; of survivors an own one, and each with who is gone
+    # masked: one's own, and one with each of three peers; opened: survivors' own, and theirs with him who dropped out
+    assert len(calls) == (4 + 3 + 4) * 4 + (4 + 3 + 4) + 3
     assert any(v.any() for v in model_of(masked).values())
 
 
