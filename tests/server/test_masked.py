@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from hansa.server.rounds import Outcome
 from hansa.server.strategies import ServerOptimizer
 from hansa.simulations.federation import Simulation
 from masked_support import HOSPITALS, Asked, Between, Plain, Sums, simulation
-from support import NO_PRIVACY, Killed, same_arrays
+from support import HEART, NO_PRIVACY, Killed, same_arrays
 
 KINDS = ("train", "agree", "reveal")
 Lost = Callable[[Asked], str | None]
@@ -210,7 +211,8 @@ def test_a_retry_that_was_interrupted_goes_on_with_its_own_roster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums, kind: str
 ) -> None:
     """He who was away is back by then, and is not asked: the retry is not his."""
-    terms = {"secure_aggregation": ONE}
+    rest = REST[::-1]
+    terms = {"secure_aggregation": ONE, "partners": {name: HEART[name] for name in HOSPITALS[::-1]}}
     with pytest.raises(Killed):
         run(tmp_path / "out", monkeypatch, dying("reveal"), **terms)
     away, dies = by(GONE, kind="train", how="asked"), dying(kind)
@@ -225,8 +227,8 @@ def test_a_retry_that_was_interrupted_goes_on_with_its_own_roster(
     with contextlib.closing(simulation(tmp_path / "out", True, **terms)) as made:
         grid = losing(made, monkeypatch, nothing)
         assert made.run().why == "completed"
-    assert {(one.to, one.attempt) for one in grid.asked if one.kind in KINDS} == {(name, 1) for name in REST}
-    opened(plain, sums, 0, REST, attempt=1)
+    assert {(one.to, one.attempt) for one in grid.asked if one.kind in KINDS} == {(name, 1) for name in rest}
+    opened(plain, sums, 0, rest, attempt=1)
     debits, lists = spent(tmp_path / "out", **terms)
     assert sum(debits.values()) == len(debits) == 4 + 3
     assert len(set(lists)) == len(lists) == 4 + 3
@@ -290,8 +292,13 @@ def test_who_comes_after_the_list_was_signed_is_not_in_the_sum(
 def test_a_coordinator_killed_between_any_two_steps_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums
 ) -> None:
-    """Killed after every entry of its ledger, and with every answer in its hand, one after the other, each time further on."""
+    """Killed after every entry of its ledger, and with every answer in its hand, one after the other, each time further on.
+
+    Answers come in any order, and the charter's order of partners is not that of their names, which is all that a ledger keeps.
+    """
     real, seen, out = Ledger.append, set[tuple[str, ...]](), tmp_path / "out"
+    order, names = random.Random(0), HOSPITALS[::-1]
+    terms = {"partners": {name: HEART[name] for name in names}}
 
     def step(*what: str) -> None:
         if what not in seen:
@@ -313,16 +320,16 @@ def test_a_coordinator_killed_between_any_two_steps_goes_on(
     monkeypatch.setattr(Ledger, "append", append)
     outcome = None
     while outcome is None:
-        with contextlib.closing(simulation(out, bool(seen))) as made, contextlib.suppress(Killed):
-            Between(made, hook, monkeypatch)
+        with contextlib.closing(simulation(out, bool(seen), **terms)) as made, contextlib.suppress(Killed):
+            Between(made, hook, monkeypatch).shuffled = order
             outcome = made.run()
     assert len(seen) == 2 + 3 * (2 + 4) + 1, "when it was opened; each exchange and each answer; the round"
     assert (outcome.why, [h["partners"] for h in outcome.history]) == ("completed", [4])
     assert all(number == 1 for number, _ in sums.seen)
     for at in range(len(sums.seen)):
-        opened(plain, sums, at, HOSPITALS)
+        opened(plain, sums, at, names)
     assert Counter(name for name, *_ in plain.seen) == dict.fromkeys(HOSPITALS, 1)
-    debits, lists = spent(out)
+    debits, lists = spent(out, **terms)
     assert debits == dict.fromkeys(((name, 1, 0) for name in HOSPITALS), 1)
     assert len(set(lists)) == len(lists) == 4
     said = {ask["purpose"]: set[str]() for ask in (e.body for e in made.run_ledger.of("ask"))}
