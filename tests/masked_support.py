@@ -9,6 +9,7 @@ import base64
 import contextlib
 import itertools
 import json
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -407,6 +408,7 @@ class Between(InProcessGrid):
         self.hook, self.asked = hook, list[Asked]()
         self._names = list(simulation.nodes)
         self._ahead = 0.0
+        self.shuffled: random.Random | None = None  # answers come in any order
         clock = SimpleNamespace(
             monotonic=lambda: time.monotonic() + self._ahead, perf_counter=time.perf_counter, sleep=time.sleep
         )
@@ -414,7 +416,10 @@ class Between(InProcessGrid):
         simulation.grid = self
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        for identifier in [i for i in self._queue if i in set(message_ids)]:
+        waiting = [i for i in self._queue if i in set(message_ids)]
+        if self.shuffled is not None:
+            self.shuffled.shuffle(waiting)
+        for identifier in waiting:
             message = self._queue.pop(identifier)
             body = json.loads(payload_of(message.content))
             attempt = body["fields"].get("masked", {}).get("attempt", 0)

@@ -22,8 +22,10 @@ import pytest
 import torch
 
 from hansa.clients.datasets import RegisteredDataset
+from hansa.clients.gate import Gate
 from hansa.clients.law import Control
 from hansa.clients.noise import SecureNoise
+from hansa.clients.outbox import Outbox
 from hansa.common import secagg
 from hansa.common.certificates import check_peer, read_certificate
 from hansa.common.errors import IdentityError, MessageError, Refusal, RunFailed
@@ -48,6 +50,7 @@ from masked_support import (
     retold,
     simulation,
 )
+from support import Killed
 
 KEY, ROSTER, TERMS = Refusal.SECAGG_KEY, Refusal.SECAGG_ROSTER, Refusal.SECAGG_TERMS
 SURVIVORS, SHARE = Refusal.SECAGG_SURVIVORS, Refusal.SECAGG_SHARE
@@ -525,6 +528,28 @@ def test_a_replayed_round(plot: Plot, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (plot.kinds("ada"), reads, plain.seen) == (["hold", "debit", "commit"], [], [])
 
 
+@pytest.mark.parametrize("at", ["before it is kept", "before it is committed"])
+def test_a_crash_before_the_vector_left(plot: Plot, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """What was masked then is gone: nothing can be agreed on, and the same request brings the one vector that was paid for."""
+    attempt, plain = plot.attempt(), Plain.watch(monkeypatch)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Outbox, "put", die) if at == "before it is kept" else (Gate, "commit", die)))
+        with pytest.raises(Killed):
+            plot.send(attempt.ask("train", "ada"), plot.model)
+    plot.town.start("ada")
+    attempt.train("ben", "cy", "dee")
+    none = attempt.ask_agree("ada", ("ben", "cy", "dee"), request_id="early")
+    plot.refused(none, SURVIVORS, "this node sent no vector in this attempt")
+    attempt.train("ada").agree().reveal()
+    assert attempt.open() == plain.sum(NAMES, 1)
+    assert [name for name, *_ in plain.seen].count("ada") == 2
+    assert plot.kinds("ada") == ["hold", "debit", "commit", "survivors"]
+
+
 def test_the_same_request_with_another_content(plot: Plot) -> None:
     """One attempt masks one vector, and has one list, whatever the requests are called."""
     attempt = plot.attempt().train()
@@ -699,10 +724,12 @@ def test_while_the_site_is_paused(plot: Plot) -> None:
     attempt = plot.attempt().train().agree()
     control = Control(plot.town.keys.home("ada").path / "state" / "control")
     control.pause()
-    with plot.town.nothing_spent():
-        for ask, tensors in asked_again(attempt, "paused"):
-            plot.refused(ask, Refusal.PAUSED, "this node is paused", tensors)
-    control.resume()
+    try:
+        with plot.town.nothing_spent():
+            for ask, tensors in asked_again(attempt, "paused"):
+                plot.refused(ask, Refusal.PAUSED, "this node is paused", tensors)
+    finally:
+        control.resume()
     attempt.reveal()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from hansa.server.rounds import Outcome
 from hansa.server.strategies import ServerOptimizer
 from hansa.simulations.federation import Simulation
 from masked_support import HOSPITALS, Asked, Between, Plain, Sums, simulation
-from support import NO_PRIVACY, Killed, same_arrays
+from support import HEART, NO_PRIVACY, Killed, same_arrays
 
 KINDS = ("train", "agree", "reveal")
 Lost = Callable[[Asked], str | None]
@@ -93,6 +94,7 @@ def opened(plain: Plain, sums: Sums, at: int, names: tuple[str, ...], number: in
     assert [int(v) for v in summed.total] == plain.sum(names, number, attempt)
 
 
+ONE = {"colluding": 1, "retries": 1}
 TWO = {"rounds": 2, "local": {"steps": 1, "optimizer": {"lr": 0.2}}}
 GONE, REST = HOSPITALS[1], (HOSPITALS[0], *HOSPITALS[2:])
 
@@ -131,17 +133,18 @@ WORDS = {
 def test_below_the_quorum_the_run_fails_and_goes_on_when_they_are_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums, kind: str, how: str
 ) -> None:
+    terms = {"secure_aggregation": ONE}  # of two nobody asks again
     with pytest.raises(RunFailed) as caught:
-        run(tmp_path / "out", monkeypatch, by(GONE, HOSPITALS[3], kind=kind, how=how))
+        run(tmp_path / "out", monkeypatch, by(GONE, HOSPITALS[3], kind=kind, how=how), **terms)
     assert caught.match(
-        f"(?s)round 1: {WORDS[kind]}; 2 went along, the quorum is 3, and 0 of the run's 0 retries are used"
+        f"(?s)round 1: {WORDS[kind]}; 2 went along, the quorum is 3, and 0 of the run's 1 retries are used"
         r".*Nothing was learned but sums over the quorum.*--resume.*--resume --give-up"
     )
     assert sums.seen == []
-    outcome, made = run(tmp_path / "out", monkeypatch, resume=True)
+    outcome, made = run(tmp_path / "out", monkeypatch, resume=True, **terms)
     assert outcome.why == "completed"
     opened(plain, sums, 0, HOSPITALS)
-    debits, lists = spent(tmp_path / "out")
+    debits, lists = spent(tmp_path / "out", **terms)
     assert debits == dict.fromkeys(((name, 1, 0) for name in HOSPITALS), 1), "nobody paid twice"
     assert len(plain.seen) == 4, "nor masked twice"
     assert len(set(lists)) == len(lists) == 4
@@ -179,9 +182,6 @@ def dying(kind: str, number: int = 1) -> Lost:
     return lost
 
 
-ONE = {"colluding": 1, "retries": 1}
-
-
 def test_a_retry_is_of_those_who_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums
 ) -> None:
@@ -203,6 +203,34 @@ def test_a_retry_is_of_those_who_are_left(
     )
     debits, lists = spent(tmp_path / "out", **terms)
     assert debits == {**dict.fromkeys(((n, 1, 0) for n in HOSPITALS), 1), **dict.fromkeys(((n, 1, 1) for n in REST), 1)}
+    assert len(set(lists)) == len(lists) == 4 + 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_retry_that_was_interrupted_goes_on_with_its_own_roster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums, kind: str
+) -> None:
+    """He who was away is back by then, and is not asked: the retry is not his."""
+    rest = REST[::-1]
+    terms = {"secure_aggregation": ONE, "partners": {name: HEART[name] for name in HOSPITALS[::-1]}}
+    with pytest.raises(Killed):
+        run(tmp_path / "out", monkeypatch, dying("reveal"), **terms)
+    away, dies = by(GONE, kind="train", how="asked"), dying(kind)
+    with pytest.raises(Killed):
+        run(
+            tmp_path / "out",
+            monkeypatch,
+            lambda asked: away(asked) or (dies(asked) if asked.attempt else None),
+            resume=True,
+            **terms,
+        )
+    with contextlib.closing(simulation(tmp_path / "out", True, **terms)) as made:
+        grid = losing(made, monkeypatch, nothing)
+        assert made.run().why == "completed"
+    assert {(one.to, one.attempt) for one in grid.asked if one.kind in KINDS} == {(name, 1) for name in rest}
+    opened(plain, sums, 0, rest, attempt=1)
+    debits, lists = spent(tmp_path / "out", **terms)
+    assert sum(debits.values()) == len(debits) == 4 + 3
     assert len(set(lists)) == len(lists) == 4 + 3
 
 
@@ -264,8 +292,13 @@ def test_who_comes_after_the_list_was_signed_is_not_in_the_sum(
 def test_a_coordinator_killed_between_any_two_steps_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Plain, sums: Sums
 ) -> None:
-    """Killed after every entry of its ledger, and with every answer in its hand, one after the other, each time further on."""
+    """Killed after every entry of its ledger, and with every answer in its hand, one after the other, each time further on.
+
+    Answers come in any order, and the charter's order of partners is not that of their names, which is all that a ledger keeps.
+    """
     real, seen, out = Ledger.append, set[tuple[str, ...]](), tmp_path / "out"
+    order, names = random.Random(0), HOSPITALS[::-1]
+    terms = {"partners": {name: HEART[name] for name in names}}
 
     def step(*what: str) -> None:
         if what not in seen:
@@ -287,16 +320,16 @@ def test_a_coordinator_killed_between_any_two_steps_goes_on(
     monkeypatch.setattr(Ledger, "append", append)
     outcome = None
     while outcome is None:
-        with contextlib.closing(simulation(out, bool(seen))) as made, contextlib.suppress(Killed):
-            Between(made, hook, monkeypatch)
+        with contextlib.closing(simulation(out, bool(seen), **terms)) as made, contextlib.suppress(Killed):
+            Between(made, hook, monkeypatch).shuffled = order
             outcome = made.run()
     assert len(seen) == 2 + 3 * (2 + 4) + 1, "when it was opened; each exchange and each answer; the round"
     assert (outcome.why, [h["partners"] for h in outcome.history]) == ("completed", [4])
     assert all(number == 1 for number, _ in sums.seen)
     for at in range(len(sums.seen)):
-        opened(plain, sums, at, HOSPITALS)
+        opened(plain, sums, at, names)
     assert Counter(name for name, *_ in plain.seen) == dict.fromkeys(HOSPITALS, 1)
-    debits, lists = spent(out)
+    debits, lists = spent(out, **terms)
     assert debits == dict.fromkeys(((name, 1, 0) for name in HOSPITALS), 1)
     assert len(set(lists)) == len(lists) == 4
     said = {ask["purpose"]: set[str]() for ask in (e.body for e in made.run_ledger.of("ask"))}
@@ -325,10 +358,8 @@ def test_masks_change_no_bit_of_the_model(tmp_path: Path, monkeypatch: pytest.Mo
         unmasked, _ = run(tmp_path / "unmasked", monkeypatch, lost, **terms)
     same_arrays(model_of(masked), model_of(unmasked))
     assert [h["partners"] for h in masked.history] == [h["partners"] for h in unmasked.history] == [4, 3, 4]
-    masks = sum(n + n * (4 - 1) + n * (4 - n) for n in (4, 3, 4)) + sum((4, 3, 4))
-    assert (
-        len(calls) >= masks - 11
-    )  # an own one and one with each peer to mask; of survivors an own one, and each with who is gone
+    # masked: one's own, and one with each of three peers; opened: survivors' own, and theirs with him who dropped out
+    assert len(calls) == (4 + 3 + 4) * 4 + (4 + 3 + 4) + 3
     assert any(v.any() for v in model_of(masked).values())
 
 
