@@ -60,7 +60,8 @@ class Summed:
     Attributes:
         total: sum of the survivors' vectors, int64 [dimension], in steps of the grid.
         survivors: in the order of the roster.
-        said: partner -> fields of the reply with its vector.
+        said: partner -> fields of the reply with its vector, the newest of all attempts: what it signed of ledgers counts though
+            the sum of that attempt could not be opened.
     """
 
     total: npt.NDArray[np.int64]
@@ -75,7 +76,6 @@ class _Attempt:
     agreed: Agreement
     fields: dict[str, Any]
     total: Sum
-    said: Said = field(default_factory=dict)
     signatures: dict[str, bytes] = field(default_factory=dict)
     revealed: dict[str, Revealed] = field(default_factory=dict)
 
@@ -122,8 +122,9 @@ class MaskedRounds:
         roster = self._ordered(asked.get((number, "train", attempt), cohort))
         listed = asked.get((number, "agree", attempt))
         used = sum(max(a for (n, _, a) in asked if n == one) for one in {n for n, _, _ in asked} - {number})
+        said: Said = {}
         while True:
-            found = self._attempt(number, attempt, roster, listed, model, witness, exchange)
+            found = self._attempt(number, attempt, roster, listed, model, witness, exchange, said)
             if isinstance(found, Summed):
                 return found
             went, why = found
@@ -150,10 +151,11 @@ class MaskedRounds:
         model: Arrays,
         witness: Mapping[str, Any],
         exchange: Exchange,
+        said: Said,
     ) -> Summed | tuple[list[str], str]:
         """The sum, or who went along to the exchange that too few answered, and which it was."""
         state = self._begin(number, attempt, roster, model_sha256(model))
-        self._collect(state, listed, model, witness, exchange)
+        self._collect(state, listed, model, witness, exchange, said)
         here = [name for name in roster if name in state.total.arrived]
         if len(here) < max(self._charter.quorum, len(listed or [])):
             return here, "too few masked vectors came"
@@ -168,7 +170,7 @@ class MaskedRounds:
         finally:
             for name in sorted(state.total.liars):
                 self._notify("liar", partner=name, round=number)
-        return Summed(from_ring(total), here, state.said)
+        return Summed(from_ring(total), here, said)
 
     def _begin(self, number: int, attempt: int, roster: list[str], model: str) -> _Attempt:
         keys = {name: self._keys[name] for name in roster}
@@ -194,6 +196,7 @@ class MaskedRounds:
         model: Arrays,
         witness: Mapping[str, Any],
         exchange: Exchange,
+        said: Said,
     ) -> None:
         agreed = state.agreed
 
@@ -206,7 +209,7 @@ class MaskedRounds:
                 )
             except Refused as refused:
                 raise MessageError(refused.detail) from refused
-            state.said[partner] = reply.fields
+            said[partner] = reply.fields
 
         fields = {name: {"witness": witness[name]} if name in witness else {} for name in agreed.roster}
         told = {"masked": state.fields["masked"]}
