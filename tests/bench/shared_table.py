@@ -1,6 +1,6 @@
 """What shared noise buys, through the real path: charter, keys, gates, ledgers and masks, every run in a folder that is thrown away.
 
-    python tests/bench/shared_table.py [--heart] [--fashion] [--seeds 10] [--draws 3] [--workers 2] [--keep FILE]
+    python tests/bench/shared_table.py [--heart] [--fashion] [--seeds 10] [--draws 3] [--pairs 20] [--workers 2] [--keep FILE]
 
 `--heart`: AUC of configs/heart-shared.yaml for (N_min, t) = (4, 0), (3, 0), (3, 1) and ε = 1 and 0.5, over seeds (each its own split) and draws
 of noise (which has no seed: a draw is one more run), beside local noise and all data pooled in the clear. Bars at (4, 0): a mean AUC of at least
@@ -380,6 +380,7 @@ def main() -> None:
     parser.add_argument("--fashion", action="store_true")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=20, help="seeds of --fashion")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep", type=Path)
     given = parser.parse_args()
@@ -392,7 +393,7 @@ def main() -> None:
         missed += heart(given.seeds, given.draws, run)
     if given.fashion or not given.heart:
         with fashion_task():
-            missed += fashion(given.seeds, run)
+            missed += fashion(given.pairs, run)
     for words in missed:
         print(f"MISSED: {words}")
     sys.exit(1 if missed else 0)
