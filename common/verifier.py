@@ -1678,7 +1678,7 @@ class Partner(Book):
                 else "of no attempt at secure aggregation"
             )
             self.wrong("terms", entry.line, f"debit: {what}")
-        if masked is None or secure is None:
+        if masked is None or secure is None or b["purpose"] != "train":
             return
         at = (b["run_id"], b["round"], masked["attempt"])
         if masked["attempt"] > secure.retries:

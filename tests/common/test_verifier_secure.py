@@ -603,6 +603,7 @@ def local(**fields: Any) -> Callable[[dict[str, Any]], Any]:
         (SECURE, lambda c: c.update(quorum=1), "cannot keep"),
         (SECURE, lambda c: c.update(quorum=4), "cannot keep"),
         (BARE, lambda c: c.update(quorum=1), "cannot keep"),
+        (BARE, secure(colluding=2), "cannot keep"),  # a sum over all three, of which one alone would be protected by nobody
         (BARE, lambda c: c.update(partners=c["partners"][:2], quorum=2), "cannot keep"),
         (Shape(partners=5, rounds=1, steps=1, kind="shared", quorum=3, secure=0), secure(colluding=1), "cannot keep"),  # 2 * 3 - 5 = 1
         (SECURE, local(steps=2), "not one plain step"),
