@@ -12,8 +12,18 @@ import typer
 from rich.table import Table
 
 from . import verifier
-from .audit_report import budgets, by_code, histories, partly, place, state, unbounded, write_audit_report
-from .charter import SignedCharter, in_words
+from .audit_report import (
+    budgets,
+    by_code,
+    histories,
+    partly,
+    place,
+    placements,
+    state,
+    unbounded,
+    write_audit_report,
+)
+from .charter import ADVERSARY, SignedCharter, in_words
 from .cli import Format, FormatOption, out, plain, show_json
 from .errors import ConfigError, HansaError, OutputError, counted
 from .page import exact, number, up
@@ -97,9 +107,12 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         out.print(plain(verdict["claim"]))
     partners = verdict["partners"]
     # An epsilon alone says nothing; whether it holds is the verdict's line above.
-    if any(not unbounded(p) for p in partners.values()):
+    bounded = {name: p for name, p in partners.items() if not unbounded(p)}
+    for (noise, adversary), names in placements(bounded).items():
+        against = "all but the partner" if adversary == ADVERSARY else plain(adversary)
+        whose = "" if len(names) == len(bounded) else f"{_some(names)}: "
         out.print(
-            "recomputed from the ledgers: record level, add-or-remove-one, local noise, against all but the partner; "
+            f"{whose}recomputed from the ledgers: record level, add-or-remove-one, {plain(noise)} noise, against {against}; "
             "epsilon rounded up"
         )
     _print_partners(partners)

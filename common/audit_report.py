@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import page
+from .charter import ADVERSARY
 from .errors import Refusal
 from .identity import write_whole
 
@@ -36,9 +37,12 @@ SLACK = 1e-9  # relative, as the verifier's
 
 UNIT = "one record of one partner"
 ADJACENCY = "add-or-remove-one"
-NOISE = "local (the partner adds it before anything leaves)"
+NOISE = {
+    "local": "local (the partner adds it before anything leaves)",
+    "shared": "shared (each partner adds a share before anything leaves; only the masked sum of all has enough)",
+    "local and shared": "local or shared (the partner adds it, or a share of it, before anything leaves)",
+}
 UNPROTECTED = "none for what left unprotected"
-ADVERSARY = "everyone but the partner itself: the coordinator, the other partners, whoever receives the model"
 
 BECAUSE = {
     Refusal.BUDGET: "its remaining privacy budget cannot pay for it",
@@ -77,7 +81,11 @@ _CHECKED = {
     "heads": "signed heads",
     "proofs": "comparisons of a ledger with what its owner had signed",
 }
-_MECHANISMS = {"poisson-gaussian/1": "Gaussian noise", "none/1": "NO PROTECTION"}
+_MECHANISMS = {
+    "poisson-gaussian/1": "Gaussian noise",
+    "shared-gaussian/1": "shared Gaussian noise",
+    "none/1": "NO PROTECTION",
+}
 
 
 def write_audit_report(
@@ -179,6 +187,18 @@ def partly(figures: Fields) -> bool:
     return figures.get("whole") is False or bool(page.number(figures.get("missing")))
 
 
+def placements(partners: Mapping[str, Fields]) -> dict[tuple[str, str], list[str]]:
+    """Where the noise is, and against whom it protects, of all that each partner's ε is about -> the partners of whom that is so."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, figures in partners.items():
+        found.setdefault(_placement(figures), []).append(name)
+    return found
+
+
+def _placement(figures: Fields) -> tuple[str, str]:
+    return str(figures.get("noise") or "local"), str(figures.get("adversary") or ADVERSARY)
+
+
 def budgets(names: Sequence[str], figures: Fields) -> list[tuple[list[str], Fields]]:
     """A partner's figures once for each of its lineages, where it has several: no epsilon holds for all of its records.
 
@@ -240,8 +260,7 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "terms": {
             "unit": UNIT,
             "adjacency": ADJACENCY,
-            "noise": UNPROTECTED if open_ended and len(open_ended) == len(partners) else NOISE,
-            "adversary": ADVERSARY,
+            **_terms({name: one for name, one in partners.items() if not unbounded(one)}, bool(open_ended)),
         },
         "unprotected": UNPROTECTED,
         "many": many,
@@ -260,6 +279,21 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "commands": _commands(bundle, against),
         "reasons": sorted({reason for f in partners.values() for reason in f.get("refusals_by_reason") or {}}),
     }
+
+
+def _terms(bounded: Mapping[str, Fields], open_ended: bool) -> dict[str, str]:
+    """What every ε of the page is about; where partners differ, whose is which."""
+    found = placements(bounded)
+    if len(found) < 2:
+        noise, adversary = next(iter(found), ("local", ADVERSARY))
+        return {"noise": UNPROTECTED if open_ended and not found else NOISE.get(noise, noise), "adversary": adversary}
+    told: dict[str, str] = {}
+    for which, key in enumerate(("noise", "adversary")):
+        parts = [
+            (one[which], ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")) for one, names in found.items()
+        ]
+        told[key] = "; ".join(f"of {names}: {NOISE.get(words, words)}" for words, names in parts)
+    return told
 
 
 def _headline(verified: bool, open_ended: int, total: int) -> str:
@@ -312,6 +346,8 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
         "state": words,
         "unbounded": unbounded(figures),
         "partly": partly(figures),
+        "noise": NOISE.get(_placement(figures)[0], _placement(figures)[0]),
+        "adversary": _placement(figures)[1],
         "epsilon": page.number(figures.get("epsilon")),
         "epsilon_filter": spent,
         "cap": cap,
@@ -402,8 +438,11 @@ def _declared(dataset: Fields) -> tuple[str, str]:
 def _event(event: Fields) -> dict[str, Any]:
     steps, count = page.number(event.get("steps")), page.number(event.get("count"))
     mechanism = str(event.get("mechanism"))
+    shared = event.get("shared") or {}
+    certain = [page.number(shared.get(key)) for key in ("quorum", "colluding")]
+    of = f" (quorum {certain[0]:g}, colluding {certain[1]:g})" if None not in certain else ""
     return {
-        "mechanism": _MECHANISMS.get(mechanism, mechanism),
+        "mechanism": _MECHANISMS.get(mechanism, mechanism) + of,
         "q": _real(event.get("q")),
         "sigma": _real(event.get("sigma")),
         "steps": steps,

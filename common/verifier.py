@@ -19,9 +19,11 @@ What is checked, in this order; whatever fails is a violation that names file an
     request; a commit or public answer follows its request; nothing is debited after the release. All debits under the charter
     cost at most its epsilon at its delta. What is hidden could be another charter's, as far as headers tell.
  8. Coordinator: asks, answers and rounds that stand twice (a crash) agree; a round counts the quorum's ok answers; a
-    run closes with its last round's model.
- 9. Both: every ok or failed answer has the partner's commit, public answer or hold, and every refused one its refusal, of the
-    same request; every hold, debit, commit and public answer was asked for, and answered unless none was seen.
+    run closes with its last round's model. Under secure aggregation a round counts exactly those who were asked, in its last
+    attempt, to sign who is summed, and enough of whom then opened the sum.
+ 9. Both: every ok or failed answer has the partner's commit, public answer, list of survivors or hold, and every refused one its
+    refusal, of the same request; every hold, debit, commit, public answer and list was asked for, and answered unless none was seen.
+    Secure aggregation: a partner signs one list for an attempt, of the quorum or more; all sign the same, for the same attempt.
 10. `closing/`: every run that the coordinator's ledger closes has a checkpoint of every ledger, signed by all.
 11. `heads/`: signed heads, by their owners first and then by others of the charter.
 12. Every head, every checkpoint and every copy that is given beside the bundle (`against`) states each ledger as it is here: none
@@ -55,7 +57,7 @@ from fractions import Fraction
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -107,6 +109,8 @@ MEANS = {
     "repeated": "The same request or run stands there twice: it may have been answered or charged twice.",
     "record": "The coordinator's record of a run contradicts itself or the charter.",
     "not_asked": "A partner did or refused what the coordinator's ledger did not ask for: one of the two is untrue or not whole.",
+    "two_lists": "A partner signed two lists of whose vectors are summed in one attempt: with both, single vectors can be opened.",
+    "lists_differ": "Not all were shown the same attempt, or signed the same list of who is summed: other sums than agreed may be open.",
     "not_done": "An answer that the coordinator recorded is not in the partner's ledger: one of the two is untrue or not whole.",
     "closing": "A closing checkpoint is not good, so it vouches for nothing.",
     "closing_missing": "A run was closed, but nobody's signatures under its end are here: what came last may have been cut off.",
@@ -363,7 +367,23 @@ class Tree:
 # -- kinds of values -----------------------------------------------------------------------------------------
 
 Check = Callable[[Any], Any]  # falsy, or raising Bad, for a value of the wrong kind
-Event = tuple[float, float, int] | None  # (q, sigma, steps); None is no protection
+
+
+class Shared(NamedTuple):
+    """Steps of noise that partners share: q, sigma and steps that they are charged as, and then what they are."""
+
+    q: float
+    sigma: float
+    steps: int
+    noise: float  # of quorum - colluding shares together, over the clipping norm
+    clip: float
+    grid: float
+    dimension: int
+    quorum: int
+    colluding: int
+
+
+Event = tuple[float, float, int] | Shared | None  # (q, sigma, steps); None is no protection
 
 
 def _text(value: Any) -> bool:
@@ -432,17 +452,59 @@ def _is_real(value: Any) -> bool:
     return math.isfinite(_real(value))
 
 
+LOCAL, SHARED = "poisson-gaussian/1", "shared-gaussian/1"
+OF_SHARED: dict[str, Check] = {
+    "clip": _is_real,
+    "grid": _is_real,
+    "dimension": lambda v: _whole(v, 1),
+    "quorum": _whole,
+    "colluding": _whole,
+}
+
+
 def _event(value: Any) -> Event:
     if value == {"mechanism": "none/1"}:
         return None
-    if not isinstance(value, dict) or value.get("mechanism") != "poisson-gaussian/1":
+    if not isinstance(value, dict) or value.get("mechanism") not in (LOCAL, SHARED):
         raise Bad("unknown", f"an event of an unknown mechanism: {_show(value)}")
     checks: dict[str, Check] = {"q": _is_real, "sigma": _is_real, "steps": lambda v: _whole(v, 1)}
-    _fields(value, "event", {"mechanism": _text} | checks)
+    shared = value["mechanism"] == SHARED
+    _fields(value, "event", {"mechanism": _text} | checks | (OF_SHARED if shared else {}))
     q, sigma = _real(value["q"]), _real(value["sigma"])
     if not (0 < q <= 1 and sigma >= 0.3):
         raise Bad("layout", f"an event with q = {q:g}, sigma = {sigma:g}; allowed are 0 < q <= 1 and sigma from 0.3")
+    if shared:
+        sizes = value["dimension"], value["quorum"], value["colluding"]
+        return _shared(q, sigma, _real(value["clip"]), _real(value["grid"]), *sizes, value["steps"])
     return max(q, 1e-30), min(sigma, 1e9), value["steps"]
+
+
+def _shared(
+    q: float, noise: float, clip: float, grid: float, dimension: int, quorum: int, colluding: int, steps: int
+) -> Shared:
+    """Each of `quorum` partners or more adds discrete Gaussian noise to its sum of clipped records, rounded to a grid.
+
+    At most `colluding` of them tell the coordinator theirs, so the rest, of variance (noise clip)^2 together, is certain. It costs
+    what a Gaussian step of standard deviation sqrt((noise clip)^2 - (4 grid)^2) costs on a sum of sensitivity clip + grid sqrt(dimension):
+    rounding moves each coordinate by half a step at most, with a record and without it; a discrete Gaussian of at least 8 steps, and
+    a sum of such, is what is made of a continuous one of 4 steps less (in squares), but for probabilities that 1e-12 of sigma outweighs.
+    """
+    if not (clip > 0 and grid > 0 and quorum - colluding >= 2):
+        raise Bad(
+            "layout", "shared noise of fewer than two shares that are certain, or without a clipping norm or grid"
+        )
+    if not noise * clip / (grid * math.sqrt(quorum - colluding)) >= 8:
+        raise Bad("layout", f"shared noise on a grid of {grid:g}: a share is less than 8 steps of it")
+    step = grid / clip
+    sigma = math.sqrt(noise - 4 * step) * math.sqrt(noise + 4 * step) / (1 + step * math.sqrt(dimension)) * (1 - 1e-12)
+    if not sigma >= 0.3:
+        raise Bad("layout", f"shared noise that is charged as sigma = {sigma:g}; allowed is sigma from 0.3")
+    return Shared(max(q, 1e-30), min(sigma, 1e9), steps, noise, clip, grid, dimension, quorum, colluding)
+
+
+def _grid(clip: float, dimension: int) -> float:
+    """The grid of a charter's shared noise: the largest power of two of which sqrt(dimension) are at most clip / 256."""
+    return math.ldexp(1.0, math.frexp(clip / (256 * math.sqrt(dimension)))[1] - 1)
 
 
 def _plan(value: Any) -> dict[str, tuple[int, Event]]:
@@ -591,7 +653,7 @@ class Total:
     def add(self, event: Event, times: int = 1) -> None:
         """Events that come, or (times below 0) that are given back."""
         if event is not None and times:
-            q, sigma, steps = event
+            q, sigma, steps = event[:3]
             prices = _prices(q, sigma, self._orders)
             self._sums = [total + times * steps * price for total, price in zip(self._sums, prices, strict=True)]
 
@@ -821,6 +883,32 @@ HEAD_TYPE = "application/vnd.hansa.head+json"
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
 
 
+@dataclass(frozen=True)
+class Secure:
+    """Secure aggregation, as a charter has it."""
+
+    colluding: int  # how many partners may work with the coordinator
+    retries: int  # attempts in a whole run beyond one for each round
+    dimension: int
+    threshold: (
+        int  # of so many partners' shares a sum is opened; the quorum is no less, so no two sums of one attempt can be
+    )
+
+    @classmethod
+    def parse(cls, value: Any, partners: int, quorum: int) -> Secure:
+        """From a charter's fields, if the promise can be kept on these terms."""
+        checks: dict[str, Check] = {
+            "colluding": lambda v: _whole(v, 0, 98),
+            "retries": lambda v: _whole(v, 0, 10**6),
+            "dimension": lambda v: _whole(v, 1),
+        }
+        _fields(value, "secure_aggregation", checks)
+        threshold = (partners + value["colluding"]) // 2 + 1
+        if not 3 <= partners <= 100 or not max(value["colluding"] + 2, threshold) <= quorum <= partners:
+            raise Bad("layout", f"secure aggregation that a quorum of {quorum} of {partners} partners cannot keep")
+        return cls(threshold=threshold, **value)
+
+
 @dataclass
 class Terms:
     """What an auditor needs of a charter."""
@@ -842,6 +930,21 @@ class Terms:
     plan: dict[str, Event] = field(default_factory=dict)  # purpose -> event
     expires: str = ""
     simulated: bool = False
+    secure: Secure | None = None
+
+    @property
+    def attempts(self) -> int:
+        """How often a partner trains in one run, at most."""
+        return self.rounds + (self.secure.retries if self.secure else 0)
+
+    @property
+    def colluding(self) -> int | None:
+        """How many partners may work with the coordinator before shared noise protects less; None: noise is not shared."""
+        return self.secure.colluding if self.secure and self.kind == "shared" else None
+
+    def undone_by(self, colluding: int | None) -> bool:
+        """Whether noise that is shared so, under any charter, holds against fewer than this charter's."""
+        return colluding is not None and (self.colluding is None or colluding < self.colluding)
 
     @classmethod
     def parse(cls, payload: bytes) -> Terms:
@@ -869,7 +972,7 @@ class Terms:
                 and bool(members) == (population is None)
                 and all(_whole(size, 1) for size in sizes)
                 and (population is None or (_whole(population["clients"], 1, 10**6) and c["simulated"] is True))
-                and _is("local", "none")(privacy["kind"])
+                and _is("local", "shared", "none")(privacy["kind"])
                 and _is("none", "public", "private")(evaluation["kind"])
                 and _is("record")(privacy["unit"])
                 and all(_whole(n, 1) for n in (c["algorithm"]["rounds"], local["steps"], c["quorum"]))
@@ -882,10 +985,17 @@ class Terms:
             )
             if not good:
                 raise Bad("layout", "a charter whose fields are malformed or do not fit together")
+            if not 0 < _real(c["algorithm"].get("average_last", "1")) <= 1:
+                raise Bad("layout", "average_last is no share of the rounds")
+            secure = None
+            if "secure_aggregation" in c:
+                secure = Secure.parse(c["secure_aggregation"], len(members), c["quorum"])
             plan: dict[str, Event] = {"train": None}
             if privacy["kind"] == "local":
                 made = {"mechanism": "poisson-gaussian/1", "q": local["sampling_rate"], "steps": local["steps"]}
                 plan["train"] = _event(made | {"sigma": privacy["noise_multiplier"]})
+            if privacy["kind"] == "shared":
+                plan["train"] = _shared_training(c, secure)
             if evaluation["kind"] == "private":
                 made = {"mechanism": "poisson-gaussian/1", "q": "1", "steps": 1}
                 plan["evaluate"] = _event(made | {"sigma": evaluation["noise_multiplier"]})
@@ -903,6 +1013,7 @@ class Terms:
                 plan=plan,
                 expires=c["expires"],
                 simulated=c["simulated"],
+                secure=secure,
                 **real,
             )
         except (LookupError, TypeError, ValueError, AttributeError) as err:
@@ -912,14 +1023,33 @@ class Terms:
         """Return when this is the plan that was agreed."""
         if {purpose: event for purpose, (_, event) in plan.items()} != self.plan:
             raise Bad("terms", "the plan's events are not the charter's")
-        if plan["train"][0] != self.rounds or any(count > self.rounds for count, _ in plan.values()):
-            raise Bad("terms", f"the plan's counts do not fit the charter's number of rounds, {self.rounds}")
+        if plan["train"][0] != self.attempts or plan.get("evaluate", (0, None))[0] > self.rounds:
+            retries = f" and retries, {self.secure.retries}" if self.secure else ""
+            raise Bad("terms", f"the plan's counts do not fit the charter's number of rounds, {self.rounds}{retries}")
 
     def check_clip(self, purpose: str, clip_norm: str | None) -> None:
         """Return when a debit names the charter's clipping norm (evaluation has sensitivity 1, hence none)."""
         wanted = self.clip_norm if purpose == "train" else None
         if (None if clip_norm is None else _real(clip_norm)) != wanted:
             raise Bad("terms", f"clip_norm {_show(clip_norm)}, the charter has {wanted}")
+
+
+def _shared_training(c: dict[str, Any], secure: Secure | None) -> Event:
+    """The one event that training under shared noise is: one gradient step a round, in which every record weighs the same."""
+    privacy, algorithm, local = c["privacy"], c["algorithm"], c["algorithm"]["local"]
+    good = (
+        local["steps"] == 1
+        and (local["optimizer"]["name"], _real(local["optimizer"]["momentum"])) == ("sgd", 0)
+        and algorithm["strategy"]["name"] != "fedprox"
+        and algorithm["weighting"] == "declared"
+    )
+    if secure is None or not good:
+        what = "shared noise without secure aggregation, or in training that is not one plain step a round"
+        raise Bad("layout", what)
+    grid = repr(_grid(_real(privacy["clip_norm"]), secure.dimension))
+    made = {"mechanism": SHARED, "q": local["sampling_rate"], "sigma": privacy["noise_multiplier"], "steps": 1}
+    made |= {"clip": privacy["clip_norm"], "grid": grid, "dimension": secure.dimension}
+    return _event(made | {"quorum": c["quorum"], "colluding": secure.colluding})
 
 
 def _load_charter(root: Path, report: Report) -> Terms:
@@ -1071,6 +1201,7 @@ class Book:
         "charter": {"name": _text, "expires": _text},
         "recovered": {"torn_bytes": lambda v: _whole(v, 1, 2**63), "torn_sha256": _hex},
     }
+    optional: ClassVar[dict[str, dict[str, Check]]] = {}  # fields that only secure aggregation has
     of_no_charter: ClassVar[set[str]] = {"genesis", "recovered"}
 
     def __init__(self, report: Report, terms: Terms, owner: str, file: str) -> None:
@@ -1129,7 +1260,8 @@ class Book:
         known = self.common | self.events
         if entry.type not in known:
             raise Bad("unknown", "an event of an unknown type")
-        data = _fields(entry.data, "data", known[entry.type])
+        also = {name: check for name, check in self.optional.get(entry.type, {}).items() if name in entry.data}
+        data = _fields(entry.data, "data", known[entry.type] | also)
         if (entry.charter is None) != (entry.type in self.of_no_charter):
             raise Bad("layout", f"charter is {_show(entry.charter)}")
         if entry.charter not in (None, self.terms.sha256):
@@ -1190,6 +1322,15 @@ DEBIT: dict[str, Check] = {
     "clip_norm": _or_null(_is_real),
     "declared_records": lambda v: _whole(v, 1),
 }
+
+
+def _masked(value: Any) -> bool:
+    return bool(_fields(value, "masked", {"attempt": _whole, "agreement": _hex}))
+
+
+def _names(value: Any) -> bool:
+    """Different names, sorted."""
+    return isinstance(value, list) and all(map(_text, value)) and value == sorted(set(value))
 
 
 def _held_out(value: Any) -> bool:
@@ -1275,6 +1416,8 @@ class Act:
     body: dict[str, Any]
 
 
+Attempt = tuple[str, int, int]  # run, round, attempt
+
 CHARGING = ("dataset", "budget", "hold", "debit", "release")
 
 
@@ -1310,10 +1453,13 @@ class Partner(Book):
         "debit": REQUEST | COHORT | DEBIT | {"dataset": _short_hex, "plan_sha256": _hex},
         "commit": REQUEST | {"round": _whole, "reply_sha256": _hex},
         "public": REQUEST | {"round": _whole, "reply_sha256": _hex},
+        "survivors": REQUEST
+        | {"round": lambda v: _whole(v, 1), "attempt": _whole, "agreement": _hex, "survivors": _names},
         "refuse": REQUEST | {"round": _or_null(lambda v: type(v) is int), "reason": _text, "detail": _text},
         "release": {"run_id": _id, "why": _is("closed", "expired", "cancelled")},
         "restored": {"length": lambda v: _whole(v, 1)},
     }
+    optional: ClassVar[dict[str, dict[str, Check]]] = {"debit": {"masked": _masked}}
     of_no_charter: ClassVar[set[str]] = Book.of_no_charter | {"dataset", "restored"}
 
     def __init__(self, report: Report, terms: Terms, owner: str) -> None:
@@ -1323,7 +1469,11 @@ class Partner(Book):
         self.others = 0  # entries that may be another charter's acceptance
         self.known: set[Kind] = set()  # different events, held or debited
         self.holds: dict[str, Hold] = {}
-        self.acts: dict[str, dict[str, Act]] = {t: {} for t in ("hold", "debit", "commit", "public")}  # by request
+        kinds = ("hold", "debit", "commit", "public", "survivors")
+        self.acts: dict[str, dict[str, Act]] = {kind: {} for kind in kinds}  # by request
+        self.attempts: dict[Attempt, Act] = {}  # debits under secure aggregation
+        self.agreements: dict[str, Attempt] = {}  # what attempt each is of
+        self.lists: dict[str, list[str]] = {}  # of survivors, by agreement
         self.refusals: list[Act] = []
         self.refused: set[tuple[str, str, str, str]] = set()
         self.rounds: set[tuple[str, int]] = set()
@@ -1504,6 +1654,7 @@ class Partner(Book):
         if within:
             hold.left[b["purpose"]] = (count - 1, planned)
         self._act(entry)
+        self._attempt(entry, b)
         if not hold.open:
             raise Bad("run_order", "after its run was released")
         if (b["plan_sha256"], dataset["lineage"]) != (hold.plan_sha256, hold.lineage):
@@ -1516,6 +1667,53 @@ class Partner(Book):
             raise Bad("terms", f"round {b['round']}, the charter has {self.terms.rounds}")
         if b["declared_records"] != self.terms.declared[self.owner]:
             raise Bad("terms", "declared_records is not the charter's")
+
+    def _attempt(self, entry: Entry, b: dict[str, Any]) -> None:
+        """Which attempt at secure aggregation a debit is for: each is debited once, and has an agreement of its own."""
+        secure, masked = self.terms.secure, b.get("masked")
+        if (masked is None) == (secure is not None and b["purpose"] == "train"):
+            what = (
+                "names an attempt at secure aggregation that is none"
+                if masked
+                else "of no attempt at secure aggregation"
+            )
+            self.wrong("terms", entry.line, f"debit: {what}")
+        if masked is None or secure is None or b["purpose"] != "train":
+            return
+        at = (b["run_id"], b["round"], masked["attempt"])
+        if masked["attempt"] > secure.retries:
+            self.wrong(
+                "terms", entry.line, f"debit: attempt {masked['attempt']}, the charter has {secure.retries} retries"
+            )
+        if at in self.attempts or self.agreements.setdefault(masked["agreement"], at) != at:
+            what = f"attempt {masked['attempt']} of round {b['round']} was debited before, or its agreement for another"
+            self.wrong("repeated", entry.line, f"debit: {what}")
+        self.attempts.setdefault(at, Act(entry.line, b))
+
+    def _survivors(self, entry: Entry, b: dict[str, Any]) -> None:
+        names, hold = b["survivors"], self.holds.get(b["run_id"])
+        # The second list is what opens single vectors, so it is said whatever else is wrong with it.
+        if self.lists.setdefault(b["agreement"], names) != names:
+            self.wrong("two_lists", entry.line, "survivors: another list was signed before under the same agreement")
+        self._act(entry)
+        if self.terms.secure is None:
+            raise Bad("terms", "the charter agrees to no secure aggregation")
+        debit = self.attempts.get((b["run_id"], b["round"], b["attempt"]))
+        sent = debit is not None and debit.body["masked"]["agreement"] == b["agreement"]
+        if debit is None or not sent or debit.body["request_id"] not in self.acts["commit"]:
+            raise Bad("run_order", "no vector of the same run, round, attempt and agreement was committed")
+        if hold is None or not hold.open:
+            raise Bad("run_order", "no open hold for its run")
+        if self.owner not in names or not set(names) <= set(self.terms.declared):
+            raise Bad("terms", f"a list without {self.owner}, or with somebody who is no partner")
+        if len(names) < self.terms.quorum:
+            raise Bad("terms", f"{len(names)} survivors, agreed are {self.terms.quorum} or more")
+
+    def attempt_of(self, act: Act) -> int | None:
+        """The attempt at secure aggregation that an act is of."""
+        debit = self.acts["debit"].get(act.body["request_id"], act)
+        found: int | None = act.body.get("attempt", debit.body.get("masked", {}).get("attempt"))
+        return found
 
     def _commit(self, entry: Entry, b: dict[str, Any]) -> None:
         debit = self.acts["debit"].get(b["request_id"])
@@ -1590,6 +1788,14 @@ class Partner(Book):
         if others := [point["entry"] for point, _, own in account.debits if not own]:
             what = f"debits under other charters on the same lineage ({len(others)}): charged, their terms were not checked"
             self.report.warn("other_charter", self.file, others[0], what)
+        weaker = [
+            (event.colluding, point["entry"])
+            for point, event, own in account.debits
+            if not own and isinstance(event, Shared) and self.terms.undone_by(event.colluding)
+        ]
+        if weaker:
+            what = f"noise that partners share under another charter: epsilon over all holds against {_adversary(min(weaker)[0])}"
+            self.report.warn("other_charter", self.file, min(weaker)[1], what)
         own = [(point["entry"], event) for point, event, own in account.debits if own]
         few = len(account.spent(own=True)) <= 16
 
@@ -1610,18 +1816,28 @@ class Partner(Book):
         self.wrong("over_charter", own[exceeds - 1][0], f"{what}{self.terms.delta:g}; all its debits cost {total:.6g}")
 
 
+At = tuple[int, str, int | None]  # round, purpose, attempt at secure aggregation
+
+
 @dataclass
 class Run:
     """A run as the coordinator recorded it."""
 
     line: int
-    asks: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
-    outcomes: dict[tuple[int, str], dict[str, dict[str, str | None]]] = field(
-        default_factory=dict
-    )  # partner -> outcome
+    asks: dict[At, dict[str, Any]] = field(default_factory=dict)
+    outcomes: dict[At, dict[str, dict[str, str | None]]] = field(default_factory=dict)  # partner -> outcome
+    reveals: dict[str, set[str]] = field(default_factory=dict)  # request -> its hashes
     rounds: list[dict[str, Any]] = field(default_factory=list)
     close: dict[str, Any] | None = None
     closed_at: int = 0
+
+    def ok(self, at: At) -> set[str]:
+        """Whose answer was good."""
+        return {name for name, outcomes in self.outcomes.get(at, {}).items() if "ok" in outcomes}
+
+    def last(self, number: int) -> int | None:
+        """The newest attempt at a round."""
+        return max((a for n, p, a in self.asks if (n, p) == (number, "train") and a is not None), default=None)
 
 
 class Runs(Book):
@@ -1686,6 +1902,8 @@ class Runs(Book):
 
 
 DONE = ("ok", "failed")  # outcomes of work that the partner did and committed a reply to
+PURPOSES = ("open", "train", "agree", "reveal", "evaluate")
+MASKED = ("train", "agree", "reveal")  # the exchanges of an attempt at secure aggregation
 
 
 class Coordinator(Runs):
@@ -1693,18 +1911,23 @@ class Coordinator(Runs):
 
     role = "coordinator"
     events: ClassVar[dict[str, dict[str, Check]]] = Runs.running | {
-        "ask": COHORT
-        | {
-            "round": _whole,
-            "purpose": _is("open", "train", "evaluate"),
-            "requests": lambda v: isinstance(v, dict) and v,
-        },
-        "answers": COHORT
-        | {"round": _whole, "purpose": _is("open", "train", "evaluate"), "replies": lambda v: isinstance(v, dict)},
+        "ask": COHORT | {"round": _whole, "purpose": _is(*PURPOSES), "requests": lambda v: isinstance(v, dict) and v},
+        "answers": COHORT | {"round": _whole, "purpose": _is(*PURPOSES), "replies": lambda v: isinstance(v, dict)},
     }
+    optional: ClassVar[dict[str, dict[str, Check]]] = {"ask": {"attempt": _whole}, "answers": {"attempt": _whole}}
+
+    def _at(self, b: dict[str, Any]) -> At:
+        secure, attempt = self.terms.secure, b.get("attempt")
+        if secure is None and b["purpose"] in ("agree", "reveal"):
+            raise Bad("terms", "the charter agrees to no secure aggregation")
+        if (attempt is None) == (secure is not None and b["purpose"] in MASKED):
+            raise Bad("record", f"to {b['purpose']} {'without' if attempt is None else 'with'} an attempt")
+        if secure and attempt is not None and attempt > secure.retries:
+            raise Bad("terms", f"attempt {attempt}, the charter has {secure.retries} retries")
+        return b["round"], b["purpose"], attempt
 
     def _ask(self, _: Entry, b: dict[str, Any]) -> None:
-        run, at = self._open(b), (b["round"], b["purpose"])
+        run, at = self._open(b), self._at(b)
         if (b["round"] == 0) != (b["purpose"] == "open"):
             raise Bad("record", "round 0, and only round 0, opens the run")
         if b["purpose"] == "evaluate" and self.terms.evaluation == "none":
@@ -1713,11 +1936,42 @@ class Coordinator(Runs):
             raise Bad("record", f"asked of {_show(min(unknown))}, who is no partner")
         for request in b["requests"].values():
             _fields(request, "request", {"request_id": _id, "request_sha256": _hex})
-        if run.asks.setdefault(at, b["requests"]) != b["requests"]:
+        before = run.asks.setdefault(at, b["requests"])
+        if at[1] == "reveal":  # says who signed the list: asked again after a crash, these may be others
+            for request in b["requests"].values():
+                run.reveals.setdefault(request["request_id"], set()).add(request["request_sha256"])
+            before, again = ({n: r["request_id"] for n, r in one.items()} for one in (before, b["requests"]))
+        else:
+            again = b["requests"]
+        if before != again:
             raise Bad("record", "asked again with other requests")
+        if self.terms.secure and at[2] is not None:
+            self._attempted(run, at, set(b["requests"]), self.terms.secure)
+
+    def _attempted(self, run: Run, at: At, names: set[str], secure: Secure) -> None:
+        """What may be asked in an attempt, and of whom, after what was answered in it before."""
+        number, purpose, attempt = at
+        if purpose == "train":
+            again = sum(run.last(n) or 0 for n in {n for n, p, _ in run.asks if p == "train"})
+            if again > secure.retries:
+                raise Bad(
+                    "terms", f"{again} attempts beyond the first in this run, the charter has {secure.retries} retries"
+                )
+        elif purpose == "agree":
+            if strangers := names - run.ok((number, "train", attempt)):
+                raise Bad(
+                    "record", f"a list of survivors with {_show(min(strangers))}, who sent no vector in this attempt"
+                )
+            if len(names) < self.terms.quorum:
+                raise Bad("record", f"{len(names)} survivors, agreed are {self.terms.quorum} or more")
+        else:
+            if names != set(run.asks.get((number, "agree", attempt), {})):
+                raise Bad("record", "to open a sum asked of others than were asked to sign who is in it")
+            if len(signed := run.ok((number, "agree", attempt))) < secure.threshold:
+                raise Bad("record", f"to open a sum whose list {len(signed)} signed, needed are {secure.threshold}")
 
     def _answers(self, _: Entry, b: dict[str, Any]) -> None:
-        run, at = self._open(b), (b["round"], b["purpose"])
+        run, at = self._open(b), self._at(b)
         asked = run.asks.get(at)
         if asked is None:
             raise Bad("record", "answers to what was not asked")
@@ -1728,53 +1982,65 @@ class Coordinator(Runs):
                 raise Bad("record", f"an answer of {_show(name)} to another request than was asked")
             if outcome not in ("ok", "failed", "timeout", "invalid") and not outcome.startswith("refused: "):
                 raise Bad("layout", f"outcome {_show(outcome)}")
-            if (outcome, b["purpose"]) == ("failed", "open"):
-                raise Bad("record", "a run that is opened is held or refused: no work can fail")
+            if outcome == "failed" and b["purpose"] not in ("train", "evaluate"):
+                raise Bad("record", f"to {b['purpose']} is done or refused: no work can fail")
             if (reply["reply_sha256"] is None) != (outcome in ("timeout", "invalid")):
                 raise Bad("record", f"outcome {_show(outcome)} with reply {_show(reply['reply_sha256'])}")
             seen = run.outcomes.setdefault(at, {}).setdefault(name, {})
-            if seen.setdefault(outcome, reply["reply_sha256"]) != reply["reply_sha256"] and outcome in DONE:
+            same = seen.setdefault(outcome, reply["reply_sha256"]) == reply["reply_sha256"]
+            if not same and outcome in DONE and b["purpose"] != "reveal":  # asked another way, answered another way
                 raise Bad("record", f"{name} answered the same request twice, differently")
 
     def _folded(self, run: Run, b: dict[str, Any]) -> None:
-        partners = b["partners"]
+        partners, attempt = b["partners"], run.last(b["round"])
         if partners is None or len(set(partners)) != len(partners) or len(partners) < self.terms.quorum:
             raise Bad("record", f"a round counts with {self.terms.quorum} different partners or more")
-        outcomes = run.outcomes.get((b["round"], "train"), {})
+        outcomes = run.outcomes.get((b["round"], "train", attempt), {})
         if strangers := [name for name in partners if "ok" not in outcomes.get(name, {})]:
             raise Bad("record", f"folds an update of {_show(strangers[0])}, who gave no ok answer")
         if failed := [name for name in partners if "failed" in outcomes[name]]:
             raise Bad("record", f"folds an update of {_show(failed[0])}, whose answer was that it failed")
+        if self.terms.secure:
+            if set(partners) != set(run.asks.get((b["round"], "agree", attempt), {})):
+                raise Bad("record", "folds a sum over others than its last attempt asked to sign who is in it")
+            if len(opened := run.ok((b["round"], "reveal", attempt))) < self.terms.secure.threshold:
+                needed = self.terms.secure.threshold
+                raise Bad("record", f"folds a sum that {len(opened)} helped to open, needed are {needed}")
 
 
 def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, Partner]) -> None:
     """The coordinator's and each partner's ledger name the same requests and replies, both ways."""
     private = coordinator.terms.evaluation == "private"
-    kinds = {"open": "hold", "train": "commit", "evaluate": "commit" if private else "public"}
-    asked: dict[tuple[str, str], tuple[str, int, str, str]] = {}  # (partner, request) -> run, round, purpose, hash
+    # What an answer leaves in the partner's ledger. To open a sum leaves nothing: whose it may be was signed before.
+    kinds = {"open": "hold", "train": "commit", "evaluate": "commit" if private else "public", "agree": "survivors"}
+    # (partner, request) -> run, round, purpose, attempt, hash
+    asked: dict[tuple[str, str], tuple[str, int, str, int | None, str]] = {}
     for run_id, run in coordinator.runs.items():
-        for (number, purpose), requests in run.asks.items():
-            where, kind = f"{purpose} of round {number}, run {run_id}", kinds[purpose]
+        for (number, purpose, attempt), requests in run.asks.items():
+            kind = kinds.get(purpose)
+            where = f"{purpose} of round {number}{f', attempt {attempt}' if attempt else ''}, run {run_id}"
             for name, request in requests.items():
                 partner, request_id, digest = partners[name], request["request_id"], request["request_sha256"]
-                if asked.setdefault((name, request_id), mine := (run_id, number, purpose, digest)) != mine:
+                mine = (run_id, number, purpose, attempt, digest)
+                if asked.setdefault((name, request_id), mine) != mine:
                     report.wrong(
                         "record", coordinator.file, run.line, f"one request id of {name} for two requests: {where}"
                     )
-                for outcome, reply in run.outcomes.get((number, purpose), {}).get(name, {}).items():
+                for outcome, reply in run.outcomes.get((number, purpose, attempt), {}).get(name, {}).items():
                     if not partner.whole or outcome in ("timeout", "invalid"):
                         continue
                     if outcome not in DONE:
-                        if (request_id, digest, run_id, outcome.removeprefix("refused: ")) not in partner.refused:
-                            report.wrong(
-                                "not_done",
-                                partner.file,
-                                None,
-                                f"no refusal for {_show(outcome.removeprefix('refused: '))} to {where}",
-                            )
+                        reason = outcome.removeprefix("refused: ")
+                        digests = run.reveals[request_id] if purpose == "reveal" else {digest}
+                        if not any((request_id, one, run_id, reason) in partner.refused for one in digests):
+                            what = f"no refusal for {_show(reason)} to {where}"
+                            report.wrong("not_done", partner.file, None, what)
+                    elif kind is None:
+                        continue
                     elif (act := partner.acts[kind].get(request_id)) is None:
-                        report.wrong("not_done", partner.file, None, f"no {kind} for the {outcome} answer to {where}")
-                    elif kind != "hold" and act.body["reply_sha256"] != reply:
+                        what = f"no {CALLED.get(kind, kind)} for the {outcome} answer to {where}"
+                        report.wrong("not_done", partner.file, None, what)
+                    elif "reply_sha256" in act.body and act.body["reply_sha256"] != reply:
                         report.wrong(
                             "not_done", partner.file, act.line, f"another reply than the {outcome} answer to {where}"
                         )
@@ -1782,28 +2048,61 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
         return  # what it asked is not known to the end
     for name, partner in partners.items():
         for kind, act in ((kind, act) for kind, acts in partner.acts.items() for act in acts.values()):
-            ask = asked.get((name, act.body["request_id"]))
+            ask, called = asked.get((name, act.body["request_id"])), CALLED.get(kind, kind)
             purposes = [p for p in kinds if kinds[p] == kind or (kind == "debit" and p == act.body["purpose"])]
-            said = [(act.body["run_id"], act.body.get("round", 0), p, act.body["request_sha256"]) for p in purposes]
-            if ask is None or ask not in said:
+            of, attempt = (act.body["run_id"], act.body.get("round", 0)), partner.attempt_of(act)
+            if ask is None or ask not in [(*of, p, attempt, act.body["request_sha256"]) for p in purposes]:
                 report.wrong(
-                    "not_asked", partner.file, act.line, f"a {kind} that the coordinator's ledger did not ask for"
+                    "not_asked", partner.file, act.line, f"a {called} that the coordinator's ledger did not ask for"
                 )
             elif kind != "debit":
-                seen = coordinator.runs[ask[0]].outcomes.get((ask[1], ask[2]), {}).get(name, {})
-                if set(seen) <= {"timeout", "invalid"}:
+                seen = coordinator.runs[ask[0]].outcomes.get(ask[1:4], {}).get(name, {})
+                # A list that was signed can be asked for again, and refused then (a site that paused): nothing is answered twice.
+                if set(seen) <= {"timeout", "invalid"} or (kind == "survivors" and not set(seen) & set(DONE)):
                     report.warn(
-                        "unanswered", partner.file, act.line, f"a {kind} whose answer the coordinator did not record"
+                        "unanswered", partner.file, act.line, f"a {called} whose answer the coordinator did not record"
                     )
                 elif not set(seen) & set(DONE):
                     report.wrong(
-                        "not_asked", partner.file, act.line, f"a {kind}, but the coordinator recorded a refusal"
+                        "not_asked", partner.file, act.line, f"a {called}, but the coordinator recorded a refusal"
                     )
         for act in partner.refusals:
             if act.body["run_id"] in coordinator.runs and (name, act.body["request_id"]) not in asked:
                 report.wrong(
                     "not_asked", partner.file, act.line, "refuses what the coordinator's ledger did not ask for"
                 )
+
+
+CALLED = {"survivors": "list of survivors"}
+
+
+def _check_attempts(report: Report, coordinator: Coordinator, partners: dict[str, Partner]) -> None:
+    """Secure aggregation: whoever took part in an attempt was shown the same one, and signed the same list of whom it sums.
+
+    The agreement is a hash over charter, run, round, attempt, model, and the roster with its keys. Only what is there is compared: a
+    ledger that lacks its end contradicts nobody.
+    """
+    shown: dict[Attempt, tuple[str, str]] = {}  # agreement, and whose ledger has it
+    signed: dict[Attempt, tuple[list[str], str]] = {}
+    for name, partner in partners.items():
+        for at, debit in partner.attempts.items():
+            agreement, other = shown.setdefault(at, (debit.body["masked"]["agreement"], name))
+            if debit.body["masked"]["agreement"] != agreement:
+                what = f"debit: another agreement for attempt {at[2]} of round {at[1]}, run {at[0]}, than {other} was shown"
+                report.wrong("lists_differ", partner.file, debit.line, what)
+        for act in partner.acts["survivors"].values():
+            at = (act.body["run_id"], act.body["round"], act.body["attempt"])
+            mine, of = act.body["survivors"], f"for attempt {at[2]} of round {at[1]}, run {at[0]}"
+            theirs, other = signed.setdefault(at, (mine, name))
+            if mine != theirs:
+                report.wrong(
+                    "lists_differ", partner.file, act.line, f"survivors: another list {of}, than {other} signed"
+                )
+            run = coordinator.runs.get(at[0])
+            asked = run.asks.get((at[1], "agree", at[2])) if run else None
+            if asked is not None and mine != sorted(asked):
+                what = f"survivors: another list {of}, than those who were asked to sign it"
+                report.wrong("lists_differ", partner.file, act.line, what)
 
 
 # -- a population: one ledger for every client ---------------------------------------------------------------
@@ -2389,6 +2688,9 @@ def _check_result(
         privacy = result.get("privacy")
         if not isinstance(privacy, dict) or privacy.get("kind") != terms.kind:
             raise Bad("result", f"privacy is not the charter's, {terms.kind}")
+        for key, wanted in (("noise", terms.kind), ("adversary", _adversary(terms.colluding))):
+            if (key in privacy or terms.kind == "shared") and privacy.get(key) != wanted:
+                raise Bad("result", f"privacy: {key} is {_show(privacy.get(key))}, by the charter it is {wanted}")
         for key in ("epsilon", "delta", "noise_multiplier", "clip_norm"):
             _compare(report, f"privacy: {key}", privacy.get(key, ""), getattr(terms, key))
         said = result.get("partners")
@@ -2457,19 +2759,67 @@ def _other_metrics(said: Any, metrics: dict[str, str]) -> str:
 # -- the verdict ---------------------------------------------------------------------------------------------
 
 
-def _claim(terms: Terms) -> str:
+def _adversary(colluding: int | None) -> str:
+    """Against whom an epsilon holds; None: no noise was shared."""
+    if colluding is None:
+        return "everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
+    if colluding == 0:
+        return (
+            "the coordinator alone, and whoever receives the model but is no partner: a partner knows its own share of the noise, "
+            "and without that share less is left than what was charged"
+        )
+    some = "one partner" if colluding == 1 else f"at most {colluding} partners"
+    return f"the coordinator and {some}, together, and whoever receives the model"
+
+
+def _against(terms: Terms, events: Iterable[Event]) -> dict[str, Any]:
+    """Where the noise of all that was debited is, and against whom an epsilon over it holds: the weakest of its events says.
+
+    Where nothing was, it is as the charter has it.
+    """
+    found = set(events) - {None} or {event for event in terms.plan.values() if event}
+    shared = [event.colluding for event in found if isinstance(event, Shared)]
+    local = any(not isinstance(event, Shared) for event in found)
+    noise = " and ".join(["local"] * local + ["shared"] * bool(shared)) or "none"
+    colluding = min(shared, default=None)
+    return {"noise": noise, "colluding": colluding, "adversary": _adversary(colluding)}
+
+
+def _claim(terms: Terms, partners: Mapping[str, Any]) -> str:
     if terms.kind == "none":
         return (
-            "There is no differential privacy guarantee: the charter says privacy none, updates left the nodes "
-            "unprotected and epsilon is unbounded."
+            "There is no differential privacy guarantee: the charter says privacy none, "
+            + ("sums of updates" if terms.secure else "updates")
+            + " left the nodes unprotected and epsilon is unbounded."
         )
-    return (
-        "Everything that left a partner's node is (epsilon, delta)-differentially private for one record of that "
-        "partner under add-or-remove-one adjacency, with the partner's epsilon and delta below (the charter's delta "
-        f"is {terms.delta!r}), by Gaussian noise that the partner itself adds before anything leaves (local noise), "
-        "against everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
-        + ("; scores and labels of rows declared public are outside it." if terms.evaluation == "public" else ".")
+    guarantee = (
+        "(epsilon, delta)-differentially private for one record of that partner under add-or-remove-one adjacency, with the partner's "
+        f"epsilon and delta below (the charter's delta is {terms.delta!r}), "
     )
+    public = "scores and labels of rows declared public are outside it" if terms.evaluation == "public" else ""
+    if terms.colluding is None:
+        claim = (
+            f"Everything that left a partner's node is {guarantee}by Gaussian noise that the partner itself adds before anything leaves "
+            f"(local noise), against {_adversary(None)}" + (f"; {public}." if public else ".")
+        )
+    else:
+        claim = (
+            f"Every sum that a partner's vectors were declared to be part of, of {terms.quorum} partners or more, is {guarantee}"
+            "by discrete Gaussian noise of which each partner adds a share (shared noise), against "
+            f"{_adversary(terms.colluding)}. That is about the sum: a partner's single vector has too little noise by itself, and what "
+            "protects it is its mask (secure aggregation), against whoever cannot break the cryptography. That masks were used as "
+            "declared a ledger cannot show beyond what is compared here: one attempt and one list of who is summed, for all of them"
+            + (f". Of all else that left, {public}." if public else ".")
+        )
+    # Under another charter fewer partners may be enough to undo the noise, or one.
+    weaker = {name: one["colluding"] for name, one in partners.items() if terms.undone_by(one["colluding"])}
+    if weaker:
+        names = ", ".join(list(weaker)[:4]) + (f" and {len(weaker) - 4} more" if len(weaker) > 4 else "")
+        claim += (
+            f" Of {names} noise was shared under other charters too: epsilon over all charters holds there no further than against "
+            f"{_adversary(min(weaker.values()))}; what holds as said above is charter_epsilon."
+        )
+    return claim
 
 
 @dataclass
@@ -2528,16 +2878,23 @@ def _most(values: Iterable[float | None], none: float | None = None) -> float | 
 def _merged(debits: Iterable[tuple[Event, bool]]) -> list[dict[str, Any]]:
     """Equal events together, with how many there were."""
     counts = Counter(debits)
-    order = sorted(counts.items(), key=lambda item: (item[0][0] or (0.0, 0.0, 0), item[0][1]))
+    order = sorted(counts.items(), key=lambda item: ((item[0][0] or (0.0, 0.0, 0))[:3], item[0][0] or (), item[0][1]))
     return [
         {
-            "mechanism": "none/1" if event is None else "poisson-gaussian/1",
-            **dict(zip(("q", "sigma", "steps"), event or (None, None, None), strict=True)),
+            "mechanism": "none/1" if event is None else SHARED if isinstance(event, Shared) else LOCAL,
+            **dict(zip(("q", "sigma", "steps"), event or (None, None, None), strict=False)),
+            **({"shared": _told(event)} if isinstance(event, Shared) else {}),
             "count": count,
             "charter": "this" if own else "other",
         }
         for (event, own), count in order
     ]
+
+
+def _told(event: Shared) -> dict[str, Any]:
+    """What shared noise is, beside what it is charged as."""
+    names = ("clip", "grid", "dimension", "quorum", "colluding")
+    return {"sigma": event.noise, **{name: getattr(event, name) for name in names}}
 
 
 def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
@@ -2549,6 +2906,7 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
         charter.append(bill.of_charter(partner.file, names, account.budget, unprotected, account.spent(own=True)))
         lineages[lineage] = bill.of(partner.file, names, account.budget, unbounded, account.spent())
         lineages[lineage] |= {"charter_epsilon": charter[-1], "whole": partner.whole}
+        lineages[lineage] |= _against(bill.terms, (event for _, event, _ in account.debits))
         lineages[lineage]["datasets"] = [
             {"dataset": dataset, "declared": b["declared"]}
             for dataset, b in partner.datasets.items()
@@ -2573,6 +2931,7 @@ def _partner_summary(partner: Partner, bill: _Bill) -> dict[str, Any]:
         "whole": partner.whole,  # or else all of this is of the entries before the first bad or missing one
         "unread": partner.unread,
         "lineages": lineages,
+        **_against(bill.terms, (event for _, event, _ in debits)),
         "events": _merged((event, own) for _, event, own in debits),
         "trajectory": _trajectory(used, bill),
         "budget": first.agreed,
@@ -2628,6 +2987,7 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
             "undisclosed": 0,
             "whole": book.whole,
             "unread": book.unread,
+            **_against(bill.terms, events),
             "events": _merged((event, True) for event in events.elements()),
             "trajectory": [],
             "budget": book.agreed,
@@ -2640,6 +3000,31 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
     return {f"client-{number:04d}": found[number] for number in sorted(found)}
 
 
+def _secure_told(terms: Terms) -> dict[str, Any] | None:
+    """The terms of secure aggregation, for a reader of the verdict."""
+    secure = terms.secure
+    if secure is None:
+        return None
+    names = ("colluding", "retries", "threshold", "dimension")
+    return {"quorum": terms.quorum, **{name: getattr(secure, name) for name in names}}
+
+
+def _secure_limits(terms: Terms) -> Iterator[str]:
+    if terms.secure is None:
+        return
+    t = terms.secure.colluding
+    yield (
+        "That vectors were masked as declared, with keys of which nobody else had a copy, no ledger shows. A mask hides a single vector only "
+        f"from whoever cannot break the cryptography, and while {f'no more than {t}' if t else 'none'} of the other partners work with "
+        "the coordinator."
+    )
+    if terms.kind == "shared":
+        yield (
+            f"Shared noise protects a partner's record only with others' shares: {terms.quorum - t} of a sum, of partners that do not work "
+            "with the coordinator, must really have been drawn."
+        )
+
+
 def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
     """The verdict on a bundle; `violations` is empty exactly when `verified`. JSON throughout.
 
@@ -2649,15 +3034,21 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
             what their owners did not sign is a warning, and counts for nothing.
 
     Returns:
-        `verified`, `bundle`, `charter_sha256`, `simulated`, `claim` (None unless verified),
+        `verified`, `bundle`, `charter_sha256`, `simulated`, `claim` (None unless verified), of the charter `noise` ("local",
+        "shared" or "none"), `colluding` (of shared noise: with how many partners working with the coordinator it still is enough;
+        else None), `adversary` (the same in words) and `secure_aggregation` {quorum, colluding, retries, threshold, dimension} or None,
         `checked` {ledgers, entries, signatures, heads, proofs: signed statements and copies that ledgers were compared with},
         `partners` {name: {
             epsilon (odometer), epsilon_filter, epsilon_cap, delta: the most of any lineage used under this charter, over all that
             was debited on it under any charter (None: no bound),
             charter_epsilon {epsilon, epsilon_filter, cap}: of the debits under this charter alone, at its delta,
             unbounded, debits, uncommitted_debits, rounds, refusals, refusals_by_reason {reason: count}, entries, undisclosed,
-            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, charter_epsilon, whole, datasets [{dataset, declared}]}},
-            events [{mechanism, q, sigma, steps, count, charter "this" or "other"}]: what was debited on these lineages,
+            lineages {id: {epsilon, epsilon_filter, epsilon_cap, delta, unbounded, charter_epsilon, whole, noise, colluding, adversary,
+            datasets [{dataset, declared}]}},
+            noise ("local and shared" where both were debited), colluding, adversary: of all that was debited on these lineages under
+            any charter: an epsilon over it holds against no more than this,
+            events [{mechanism, q, sigma, steps, count, charter "this" or "other"}]: what was debited on these lineages; of shared noise
+            sigma is what it is charged as, and `shared` {sigma, clip, grid, dimension, quorum, colluding} what was declared,
             trajectory [{entry, time, run, round, charter, epsilon_filter, epsilon}] after each debit (time, run and round are None
             where they are not shown; epsilon at some; with `lineage` where there is more than one),
             budget {epsilon, delta, orders, gaussian_delta} of the first lineage (None: none was fixed),
@@ -2716,6 +3107,7 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
             ledger.finish()
     if isinstance(book, Coordinator):
         _cross_check(report, book, partners)
+        _check_attempts(report, book, partners)
     others.check_closings(book.runs)
     _check_model(root, report, book, others.closings)
     if isinstance(book, Population):
@@ -2748,7 +3140,11 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
         "bundle": str(folder),
         "charter_sha256": terms.sha256,
         "simulated": terms.simulated,
-        "claim": None if report.violations else _claim(terms),
+        "noise": terms.kind,
+        "colluding": terms.colluding,
+        "adversary": _adversary(terms.colluding),
+        "secure_aggregation": _secure_told(terms),
+        "claim": None if report.violations else _claim(terms, bills),
         "checked": dict(report.checked),
         "partners": bills,
         "coordinator": {
@@ -2763,7 +3159,13 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
         "open_runs": [run_id for run_id, run in book.runs.items() if run.close is None and book.whole],
         "violations": report.violations,
         "warnings": report.warnings,
-        "limits": [*LIMITS, complete, *([partly] if cut else []), *(simulated if terms.simulated else [])],
+        "limits": [
+            *LIMITS,
+            *_secure_limits(terms),
+            complete,
+            *([partly] if cut else []),
+            *(simulated if terms.simulated else []),
+        ],
     }
 
 

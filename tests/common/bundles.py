@@ -28,6 +28,8 @@ from hansa.common.heads import HEAD_TYPE, Head, KeptHeads, sign_head
 from hansa.common.identity import Envelope, Identity, canonical, public_pem, real, sha256, write_envelope
 from hansa.common.ledger import ENTRY_TYPE, Ledger, redacted
 from hansa.common.merkle import EMPTY, Tree, leaf_hash
+from hansa.common.plan import event_from
+from hansa.common.shared_noise import SharedGaussian, grid_for
 
 CLOSING_TYPE = "application/vnd.hansa.closing+json"
 EPOCH = datetime(2026, 11, 22, 1, 50, tzinfo=UTC)
@@ -347,13 +349,19 @@ class Shape:
     careless: bool = False  # no gate refuses what is too dear
     golden: bool = False  # budgets of fixed shares: the bytes do not change when the choice of shares gets better
     seed: int = 0
+    quorum: int = 1
+    secure: int | None = None  # secure aggregation, with so many who may collude
+    retries: int = 1
+    silent: tuple[tuple[int, int, str, str], ...] = ()  # round, attempt, purpose, partner: who never hears of it
+    again: tuple[int, ...] = ()  # rounds of which the first attempt is lost
 
 
 def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
     """A charter that everyone signed, and everyone's keys (partners in order, then the coordinator)."""
     names = [] if shape.clients else [f"hospital-{i}" for i in range(shape.partners)]
     people = {name: identity(name, shape.seed) for name in [*names, COORDINATOR]}
-    privacy = {"kind": "none"} if shape.kind == "none" else {"epsilon": 1.0, "delta": 1e-4, "clip_norm": 0.5}
+    numbers = {"epsilon": 1.0, "delta": 1e-4, "clip_norm": 0.5}
+    privacy = {"kind": "none"} if shape.kind == "none" else {"kind": shape.kind, **numbers}
     config: dict[str, Any] = {
         "name": "test",
         "task": "heart-disease",
@@ -364,18 +372,21 @@ def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
         "privacy": privacy,
         "evaluation": {"kind": shape.evaluation}
         | ({"noise_multiplier": 50.0, "every": 2} if shape.evaluation == "private" else {}),
-        "quorum": 1,
+        "quorum": shape.quorum,
     }
+    if shape.secure is not None:
+        config["secure_aggregation"] = {"colluding": shape.secure, "retries": shape.retries, "dimension": 72}
     if shape.clients:
         config["population"] = {"dataset": "digits", "clients": shape.clients}
     else:
         config["partners"] = {n: {"data": f"{n}.csv", "declared_records": 200 + 10 * i} for i, n in enumerate(names)}
     sigma = shape.sigma
-    if sigma is None and shape.kind == "local":
-        steps = shape.steps * shape.rounds
+    if sigma is None and shape.kind != "none":
+        steps = shape.steps * (shape.rounds + (shape.retries if shape.secure is not None else 0))
         if shape.evaluation == "private":
             steps += 1
-        sigma = Budget.create(1.0, 1e-4).calibrate(shape.q, steps) * (1.1 if shape.evaluation == "private" else 1)
+        more = 1.1 if shape.evaluation == "private" or shape.kind == "shared" else 1
+        sigma = Budget.create(1.0, 1e-4).calibrate(shape.q, steps) * more
     charter = draft(
         Federation.model_validate(config),
         task_sha256=digest("task"),
@@ -466,7 +477,8 @@ class _Site:
 
     @staticmethod
     def events(item: dict[str, Any], count: int) -> list[PrivacyEvent]:
-        return [] if item["event"] == NONE else [PrivacyEvent.from_fields(item["event"])] * count
+        event = event_from(item["event"])
+        return [] if event is None else [event] * count
 
 
 def _all(taken: Counter[tuple[str, PrivacyEvent]]) -> list[PrivacyEvent]:
@@ -480,6 +492,7 @@ class _Honest:
         self.crash = random.Random(shape.crashes) if shape.crashes is not None else None
         self.rng = random.Random(shape.seed)
         self.chance = random.Random(f"others {shape.seed}")
+        self.opened = 0  # how often a sum was asked to be opened
         self.sites = {name: _Site(made.entry(name, "dataset")) for name in self.names}
 
     def happens(self) -> bool:
@@ -517,6 +530,8 @@ class _Honest:
         run, of = f"other-{site.runs}", self.chance.choice(site.datasets)
         protected = self.chance.random() < 0.9
         event = PrivacyEvent(self.chance.choice([1.0, 0.1]), self.chance.choice([15.0, 40.0, 90.0]), 2).to_fields()
+        if self.shape.secure is not None and self.chance.random() < 0.5:
+            event = SharedGaussian(1.0, 40.0, 1.0, 2.0**-12, 100, 5, self.chance.choice([0, 1, 2]), 2).to_fields()
         plan = [{"purpose": "train", "count": self.chance.randint(1, 3), "event": event if protected else NONE}]
         agreed = filter_of(self.shape, self.chance.choice([0.5, 2.0]), 1e-5)
         request = {"request_id": f"{run}-open", "request_sha256": digest(run), "run_id": run}
@@ -579,20 +594,28 @@ class _Honest:
 
     # this charter
 
-    def exchange(self, run: str, number: int, purpose: str, names: list[str], act: Any) -> list[str]:
+    def exchange(
+        self, run: str, number: int, purpose: str, names: list[str], act: Any, attempt: int | None = None
+    ) -> list[str]:
         """Ask, let each partner act, record answers; a crash asks again. Returns who answered ok."""
+        what = (run, number, purpose) if attempt is None else (run, number, purpose, attempt)
+        if purpose == "reveal":  # tells who signed, and so differs from one time to the next
+            self.opened += 1
+        of = (self.opened,) if purpose == "reveal" else ()
         requests = {
-            n: {"request_id": f"{run}-{number}-{purpose}-{n}", "request_sha256": digest(run, number, purpose, n)}
-            for n in names
+            n: {"request_id": "-".join(map(str, (*what, n))), "request_sha256": digest(*what, *of, n)} for n in names
         }
-        body = {"run_id": run, "round": number, "purpose": purpose}
+        body: dict[str, Any] = {"run_id": run, "round": number, "purpose": purpose}
+        body |= {} if attempt is None else {"attempt": attempt}
         answered: dict[str, dict[str, Any]] = {}
         while True:
             self.add(COORDINATOR, "ask", **body, requests=requests)
             for name in names:
                 request = {**requests[name], "run_id": run}
                 self.elsewhere(name)
-                if self.happens() and len(answered) > 1:  # its answer is lost; what it did before still stands
+                deaf = (number, attempt, purpose, name) in self.shape.silent and len(names) > self.shape.quorum
+                # Or its answer is lost; what it did before still stands.
+                if deaf or (self.happens() and len(answered) > 1):
                     outcome, reply = "timeout", None
                 else:
                     outcome, reply = act(name, request)
@@ -617,7 +640,7 @@ class _Honest:
         if self.known(name, "hold", request):
             return "ok", reply
         plan, lineage = plan_fields(self.shape, signed), site.using["lineage"]
-        if charter.privacy.kind == "local":
+        if charter.privacy.kind != "none":
             agreed = filter_of(self.shape, charter.privacy.epsilon, charter.privacy.delta)
             if not (self.shape.careless or site.admits(lineage, signed.sha256, plan, agreed)):
                 if not self.known(name, "refuse", request):
@@ -637,7 +660,56 @@ class _Honest:
             site.take(lineage, signed.sha256, item, item["count"])
         return "ok", reply
 
-    def work(self, name: str, request: dict[str, Any], number: int, purpose: str) -> tuple[str, str | None]:
+    def masked(self, run: str, number: int, cohort: list[str]) -> list[str]:
+        """A round under secure aggregation: masked vectors, signatures under the list of who is summed, what opens the sum.
+
+        A crash goes on with the same attempt; where somebody on the list does not come back, with another.
+        """
+        charter = self.made.signed.charter
+        secure = charter.secure_aggregation
+        assert secure is not None
+        threshold = (len(charter.partners) + secure.colluding) // 2 + 1
+        attempt, roster = 0, cohort
+        while True:
+            said = {"attempt": attempt, "agreement": digest("agreement", run, number, attempt, roster)}
+            here: set[str] = set()
+            while len(here) < charter.quorum:
+                train = self.asking(run, number, "train", roster, said)
+                here |= set(train())
+            survivors = sorted(here)
+            sign = self.asking(run, number, "agree", survivors, said, survivors=list(survivors))
+            signed = set(sign())
+            while len(signed) < threshold:
+                signed |= set(sign())
+            if number in self.shape.again and attempt == 0 and len(survivors) > charter.quorum:
+                roster, attempt = survivors[:-1], 1
+                continue
+            opens = self.asking(run, number, "reveal", survivors, said)
+            opened = set(opens())
+            while len(opened) < threshold:
+                opened |= set(opens())
+            if self.happens():  # before the sum was saved
+                train()
+                sign()
+                opens()
+            return survivors
+
+    def asking(self, run: str, number: int, purpose: str, names: list[str], said: dict[str, Any], **also: Any) -> Any:
+        """An exchange of an attempt, as often as it is called."""
+
+        def act(name: str, request: dict[str, Any]) -> tuple[str, str | None]:
+            if purpose == "train":
+                return self.work(name, request, number, purpose, said)
+            reply = digest("reply", request)
+            if purpose == "agree" and not self.known(name, "survivors", request):
+                self.add(name, "survivors", **request, round=number, **copy.deepcopy(said | also))
+            return ("crashed", None) if self.happens() else ("ok", reply)
+
+        return lambda: self.exchange(run, number, purpose, names, act, said["attempt"])
+
+    def work(
+        self, name: str, request: dict[str, Any], number: int, purpose: str, masked: dict[str, Any] | None = None
+    ) -> tuple[str, str | None]:
         charter, site = self.made.signed.charter, self.sites[name]
         reply = digest("reply", request)
         if purpose == "evaluate" and self.shape.evaluation == "public":
@@ -662,6 +734,7 @@ class _Honest:
                 event=event,
                 clip_norm=None if clip is None else real(clip),
                 declared_records=member.declared_records,
+                **({} if masked is None else {"masked": dict(masked)}),
             )
             if self.happens():
                 return "crashed", None
@@ -715,12 +788,15 @@ class _Honest:
                 site.using = self.chance.choice(site.datasets)
         self.add(COORDINATOR, "run", run_id=run)
         held = self.exchange(run, 0, "open", self.names, self.open)
-        if not held:
+        if len(held) < self.shape.quorum:
             self.close(run, 0, "refused")
             return True
         for number in range(1, self.shape.rounds + 1):
             cohort = sorted(self.rng.sample(held, max(1, round(self.shape.participation * len(held)))))
-            ok = self.exchange(run, number, "train", cohort, lambda n, r, i=number: self.work(n, r, i, "train"))
+            if self.shape.secure is not None:
+                ok = self.masked(run, number, cohort)
+            else:
+                ok = self.exchange(run, number, "train", cohort, lambda n, r, i=number: self.work(n, r, i, "train"))
             if unfinished and self.chance.random() < 0.6:
                 return False
             if self.shape.evaluation == "public" or (
@@ -751,7 +827,12 @@ def plan_fields(shape: Shape, signed: SignedCharter) -> list[dict[str, Any]]:
     event: dict[str, Any] = dict(NONE)
     if sigma is not None:
         event = {"mechanism": "poisson-gaussian/1", "q": real(shape.q), "sigma": real(sigma), "steps": shape.steps}
-    plan = [{"purpose": "train", "count": shape.rounds, "event": event}]
+    if shape.kind == "shared":
+        assert sigma is not None
+        assert shape.secure is not None
+        event = SharedGaussian(shape.q, sigma, 0.5, grid_for(0.5, 72), 72, shape.quorum, shape.secure, 1).to_fields()
+    attempts = shape.rounds + (shape.retries if shape.secure is not None else 0)
+    plan = [{"purpose": "train", "count": attempts, "event": event}]
     if shape.evaluation == "private":
         noise = {"mechanism": "poisson-gaussian/1", "q": "1.0", "sigma": "50.0", "steps": 1}
         plan.append({"purpose": "evaluate", "count": 1, "event": noise})
@@ -827,7 +908,8 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
         "charter_sha256": made.signed.sha256,
         "privacy": {
             key: getattr(charter.privacy, key) for key in ("kind", "epsilon", "delta", "noise_multiplier", "clip_norm")
-        },
+        }
+        | {"noise": charter.privacy.kind, "adversary": charter.adversary},
         "partners": {
             name: {"declared_records": declared.get(name, 100), **{key: p[key] for key in keys}}
             for name, p in verdict["partners"].items()
@@ -868,6 +950,36 @@ def with_many_debits(events: list[dict[str, Any]], honest_budget: bool = True) -
     made.books[owner][place : place + 1] = [accepted, budget, *new]
     made.closings[0][2][owner] += len(new) + 1
     return made
+
+
+def any_secure_shape(seed: int) -> Shape:
+    """Some honest history under secure aggregation: crashes, retries, dropouts, and other charters, some of shared noise."""
+    rng = random.Random(f"secure {seed}")
+    partners, kind = rng.randint(3, 5), rng.choice(["shared", "shared", "shared", "local", "none"])
+    colluding = rng.randint(0, partners - 2)
+    least = max(colluding + 2, (partners + colluding) // 2 + 1)
+    quorum, rounds, retries = rng.randint(least, partners), rng.randint(1, 3), rng.randint(0, 2)
+    roomy = quorum < partners
+    late = (rng.randint(1, rounds), 0, rng.choice(["train", "agree", "reveal"]), f"hospital-{rng.randrange(partners)}")
+    return Shape(
+        partners=partners,
+        rounds=rounds,
+        q=rng.choice([1.0, 1.0, 0.2]) if kind != "none" else 1.0,
+        steps=1,
+        evaluation=rng.choice(["none", "public", "private"]),
+        kind=kind,
+        sigma=rng.choice([None, 60.0]) if kind != "none" else None,
+        crashes=seed if rng.random() < 0.7 else None,
+        others=rng.choice([0.0, 0.4]),
+        runs=rng.randint(1, 2),
+        unfinished=rng.random() < 0.3,
+        seed=seed,
+        quorum=quorum,
+        secure=colluding,
+        retries=retries,
+        silent=(late,) if roomy and partners - 1 >= least else (),
+        again=(rng.randint(1, rounds),) if roomy and retries and rng.random() < 0.6 and partners - 2 >= quorum else (),
+    )
 
 
 def any_shape(seed: int) -> Shape:

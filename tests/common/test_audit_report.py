@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from hansa.common import audit_report, page, verifier
+from hansa.common.charter import adversary
 from hansa.common.cli import run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -118,6 +119,54 @@ def test_every_figure_stands_beside_its_unit_adjacency_delta_noise_and_adversary
         ):
             assert words in text, (name, words)
     assert "δ = 1e-4" in good.section("partner-1")
+
+
+def shared(names: list[str]) -> dict[str, Any]:
+    """A verdict in which these partners shared their noise."""
+    made = verdicts.verdict()
+    for name in names:
+        noise = {"clip": 1.0, "grid": 2.0**-12, "dimension": 72, "quorum": 4, "colluding": 0, "sigma": 30.2}
+        event = made["partners"][name]["events"][0] | {"mechanism": "shared-gaussian/1", "shared": noise}
+        made["partners"][name] |= {"noise": "shared", "colluding": 0, "adversary": adversary(0), "events": [event]}
+    return made
+
+
+def test_shared_noise_is_never_called_local(audited: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    made = shared(list(verdicts.HOSPITALS))
+    page = Page(audit_report.render(made, made=MADE))
+    for name in ("overview", "partner-1", "partner-2", "charges"):
+        text = page.section(name)
+        assert "noise: shared (each partner adds a share" in text, name
+        assert adversary(0) in text, name
+        assert "everyone but" not in text, name
+    assert "shared Gaussian noise (quorum 4, colluding 0) 1 (all records) 30.125" in page.section("partner-1")
+    assert audited(made) == 0
+    shown = _flat(capsys.readouterr().out)
+    assert f"add-or-remove-one, shared noise, against {adversary(0)}; epsilon rounded up" in shown
+    assert "local noise" not in shown
+
+
+def test_where_partners_differ_it_is_said_of_each(
+    audited: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = shared(["hungary"])
+    page = Page(audit_report.render(made, made=MADE))
+    text = page.section("overview")
+    assert "of hungary: shared" in text
+    assert f"of hungary: {adversary(0)}" in text
+    assert "of cleveland, switzerland, va-long-beach: everyone but" in text
+    assert "noise: local" in page.section("partner-1")
+    assert "noise: shared" in page.section("partner-2")
+    assert audited(made) == 0
+    shown = _flat(capsys.readouterr().out)
+    assert (
+        "hungary: recomputed from the ledgers: record level, add-or-remove-one, shared noise, against the coordinator alone"
+        in shown
+    )
+    assert (
+        "va-long-beach: recomputed from the ledgers: record level, add-or-remove-one, local noise, against all but"
+        in shown
+    )
 
 
 def test_a_partner_is_told_in_full(good: Page) -> None:

@@ -46,6 +46,7 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "tests/common/test_verifier.py",
             "tests/common/test_verifier_witnesses.py",
+            "tests/common/test_verifier_secure.py",
             "tests/common/test_tampering.py",
             "tests/common/test_verifier_mutants.py",
             "tests/common/test_verifier_mutants_import.py",
