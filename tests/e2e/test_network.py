@@ -22,6 +22,7 @@ from hansa.common.tasks import load_task
 from hansa.common.tasks.schema import read_table
 from hansa.common.verifier import verify_bundle
 from hansa.simulations.network import COORDINATOR, LocalNetwork, write_parts
+from network_support import Network, Zygote
 
 BAR_S = 60.0
 """From the moment when all are connected to the closed run, on two cores."""
@@ -58,10 +59,10 @@ def test_four_hospitals_end_with_a_verified_audit_and_the_model_at_each(tmp_path
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
+def net(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
     """Four hospitals without noise, set up once: their budgets are unbounded, so each test has runs of its own."""
     root = tmp_path_factory.mktemp("network")
-    made = LocalNetwork(write(root / "c.yaml", federation(rounds=20, privacy=None, rate=0.5)), root / "net")
+    made = Network(zygote, write(root / "c.yaml", federation(rounds=20, privacy=None, rate=0.5)), root / "net")
     with made:
         made.set_up()
         yield made
