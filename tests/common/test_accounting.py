@@ -24,7 +24,9 @@ EVENTS = st.builds(
     st.integers(1, 10**9),
 )
 HISTORIES = st.lists(EVENTS, max_size=6)
-BUDGETS = st.sampled_from([Budget.create(e, d) for e in (0.01, 0.5, 1.0, 8.0) for d in (1e-4, 1e-8)])
+BUDGETS = st.deferred(
+    lambda: st.sampled_from([Budget.create(e, d) for e in (0.01, 0.5, 1.0, 8.0) for d in (1e-4, 1e-8)])
+)
 
 # ------------------------------------------------------------------------------------------------------------- events
 

@@ -23,8 +23,15 @@ from statistical.oracle_pld import optimistic_epsilon
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Example]:
-    return evidence.examples()
+def told() -> list[tuple[int, int, str]]:
+    """What was said while the examples were computed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(told: list[tuple[int, int, str]]) -> list[Example]:
+    """All of them, recomputed once."""
+    return evidence.examples(lambda *said: told.append(said))
 
 
 def of(found: list[Example], mistake: str) -> list[Example]:
@@ -144,8 +151,9 @@ def test_the_bound_is_below_that_of_no_shuffling(found: list[Example]) -> None:
 
 
 def test_the_command_tells_everything_beside_each_epsilon(
-    found: list[Example], capfd: pytest.CaptureFixture[str]
+    found: list[Example], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evidence_cli, "examples", lambda *_: found)
     assert run(["evidence", "accounting"]) == 0
     text = capfd.readouterr().out
     for mistake in evidence.MISTAKES.values():
@@ -183,9 +191,7 @@ def test_it_shows_how_far_it_is_on_a_terminal_only(
     assert "Rounds passed as epochs" in capfd.readouterr().err
 
 
-def test_each_kind_is_told_of_before_it_is_recomputed() -> None:
-    told: list[tuple[int, int, str]] = []
-    evidence.examples(lambda *said: told.append(said))
+def test_each_kind_is_told_of_before_it_is_recomputed(found: list[Example], told: list[tuple[int, int, str]]) -> None:
     assert told == [(n, 4, mistake.title) for n, mistake in enumerate(evidence.MISTAKES.values())]
 
 

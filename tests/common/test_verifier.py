@@ -182,11 +182,11 @@ def test_trajectory(tmp_path: Path) -> None:
 
 def test_population_of_100_000_is_cheap(tmp_path: Path) -> None:
     made = honest(Shape(clients=100_000, rounds=10, participation=0.1, evaluation="none", sigma=20.0))
-    began = time.monotonic()
+    began = time.process_time()
     verdict = verdict_of(made.write(tmp_path / "b"))
     assert verdict["violations"] == []
     assert len(verdict["partners"]) == 100_000
-    assert time.monotonic() - began < 15
+    assert time.process_time() - began < 15
     debits = sum(p["debits"] for p in verdict["partners"].values())
     assert debits == 10 * 10_000
     assert sum(p["uncommitted_debits"] for p in verdict["partners"].values()) == 10  # one a round was not folded
@@ -887,9 +887,9 @@ def test_two_thousand_holds_and_debits_are_cheap(tmp_path: Path) -> None:
     made = fresh(SMALL)
     _many(made, 1999)  # and the bundle's own event
     folder = made.write(tmp_path / "b")
-    began = time.monotonic()
+    began = time.process_time()
     verdict = verdict_of(folder)
-    assert time.monotonic() - began < 15
+    assert time.process_time() - began < 15
     assert verdict["violations"] == []
     partner = verdict["partners"][P0]
     assert math.isclose(partner["trajectory"][-1]["epsilon_filter"], partner["epsilon_filter"], rel_tol=1e-12)
@@ -905,9 +905,9 @@ def test_many_kinds_and_hostile_ones(tmp_path: Path) -> None:
     hostile = [gaussian(rng.choice(sigmas), rng.choice(rates), rng.choice(counts)) for _ in range(100)]
     for events in (4 * kinds, hostile):
         folder = with_many_debits(events).write(tmp_path / "b")
-        began = time.monotonic()
+        began = time.process_time()
         verdict = verdict_of(folder)
-        assert time.monotonic() - began < 15
+        assert time.process_time() - began < 15
         assert verdict["violations"] == []
         partner = verdict["partners"][P0]
         assert partner["debits"] == len(events) + 1
@@ -1593,9 +1593,9 @@ def test_hostile_payloads_are_cheap(copied: Path, payload: bytes) -> None:
 def test_very_long_line(copied: Path) -> None:
     with open(copied / L0, "wb") as file:
         file.truncate(300 * 2**20)  # sparse: zeros without a newline
-    began = time.monotonic()
+    began = time.process_time()
     verdict = verdict_of(copied)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert any(v["file"] == L0 and v["line"] == 1 and "longer" in v["what"] for v in verdict["violations"])
 
 
@@ -1661,9 +1661,9 @@ def test_odometer_always_ends_with_a_bound() -> None:
         [(1 - 1e-16, 0.3, 10**6)],
     ]
     for history in nasty:
-        began = time.monotonic()
+        began = time.process_time()
         found = Odometer().read(merged(history), 1e-5)
-        assert time.monotonic() - began < 12, history
+        assert time.process_time() - began < 12, history
         assert math.isfinite(found.epsilon)
         assert found.epsilon <= verifier._gaussian_epsilon(verifier._mu(merged(history)), 1e-5)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from e2e_support import Forked, Result, process
+from network_support import Zygote
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,14 @@ def bundle(demo_run: tuple[Path, Result], tmp_path: Path) -> Path:
 def forked() -> Iterator[Forked]:
     """The fork server."""
     server = Forked()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """The fork server of networks."""
+    server = Zygote()
     yield server
     server.close()
 

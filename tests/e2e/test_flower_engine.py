@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ from hansa.common.messages import Manifest, SignedWire
 from hansa.common.verifier import verify_bundle
 from hansa.server.engine import HELLO_TYPE, StockGrid
 from hansa.simulations.grid import InProcessGrid
-from hansa.simulations.network import COORDINATOR, LocalNetwork
+from hansa.simulations.network import COORDINATOR
 from link_support import Keys, plain_app
+from network_support import Network, Zygote
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flower_engine import REPO, EngineError, FlowerEngine, flwr_command, forge
@@ -72,55 +74,90 @@ def test_the_bundle_carries_no_code(tmp_path):
         assert sorted(archive.namelist()) == [".info/CONTENT", "README.md", "pyproject.toml"]
 
 
-@pytest.mark.slow
-def test_a_forged_reply_is_refused_and_the_run_then_ends_with_a_verified_audit(tmp_path):
-    config = write(tmp_path / "c.yaml", federation(rounds=1, data=TWO, evaluation="{kind: none}"))
-    with LocalNetwork(config, tmp_path / "net") as net:
+@dataclass
+class Forgery:
+    """A run of two partners in which hungary answers in cleveland's name."""
+
+    net: Network
+    engine: FlowerEngine
+
+    def first(self) -> Run:
+        """At its own SuperNode's credentials and with its own identity key."""
+        sha = sha256_of_charter(self.net.folder(COORDINATOR) / "charter.json")
+        request = Manifest("train", "coordinator", "cleveland", sha, "first", 1, "first.1.train.cleveland", "", {})
+        liar = Identity.load("hungary", self.net.folder("hungary") / "identity.key")
+        lie, _ = SignedWire(liar, {}, sha).encode(request.reply("update", sha), SignedWire(liar, {}, sha).pack({}))
+        with forging(self.engine, "train", victim="cleveland", by="hungary", content=solid(lie)) as forged:
+            run = self.engine.run(BUNDLE, {"hansa-run": "first"}, PATIENCE_S)
+        assert forged == ["taken by the SuperLink"]
+        (train,) = [a for a in of_type(self.own, "answers") if a["purpose"] == "train"]
+        assert train["replies"]["cleveland"]["outcome"] == "invalid"
+        assert train["replies"]["hungary"]["outcome"] == "ok"
+        return run
+
+    @property
+    def own(self) -> Path:
+        """The coordinator's ledger."""
+        return self.net.folder(COORDINATOR) / "state" / "coordinator" / "ledger.jsonl"
+
+    def ends_well(self, warnings: list[tuple[str, str]]) -> None:
+        """When all processes are gone: a verified audit, one debit each, one model, and no code but the package's."""
+        bundle = self.net.bundle()
+        models = self.net.models()
+        assert (self.net.status() or {})["phase"] == "completed"
+        verdict = verify_bundle(bundle)
+        assert verdict["violations"] == []
+        assert [(w["code"], w["file"]) for w in verdict["warnings"]] == warnings
+        for name in self.net.partners:
+            assert len(of_type(bundle / "partners" / name / "ledger.jsonl", "debit")) == 1, name
+        assert len({model["sha256"] for model in models.values()}) == 1
+        assert all(model["verified"] is True for model in models.values())
+        # Hansa came from the package: the nodes keep of the bundle what has no code in it.
+        kept = [p for p in (self.engine.folder / "homes").rglob("apps/*/*") if p.is_file()]
+        assert kept
+        assert {p.name for p in kept} == {"README.md", "pyproject.toml"}
+        logs = {name: self.engine.log(name) for name in [*self.net.partners, "superlink", "superexec"]}
+        assert not any("Traceback" in log for name, log in logs.items() if name in self.net.partners), logs
+
+
+@contextlib.contextmanager
+def forgery(zygote: Zygote, folder: Path, quorum: int) -> Iterator[Forgery]:
+    text = federation(rounds=1, data=TWO, evaluation="{kind: none}").replace("quorum: 2", f"quorum: {quorum}")
+    with Network(zygote, write(folder / "c.yaml", text), folder / "net") as net:
         net.set_up()
         server = {"HANSA_SERVER": str(net.folder(COORDINATOR) / "server.yaml"), "OMP_NUM_THREADS": "1"}
-        with FlowerEngine(tmp_path / "engine", env=server, superexec_secret=True) as engine:
+        with FlowerEngine(folder / "engine", env=server, superexec_secret=True) as engine:
             for name in net.partners:
                 engine.register(name)
                 engine.start_node(name, {"hansa-node": str(net.folder(name) / "node.yaml")})
-            # Who is not registered does not get in, whatever CA file they have.
-            engine.make_key("stranger")
-            with pytest.raises(EngineError, match="Failed to activate SuperNode"):
-                engine.start_node("stranger")
+            made = Forgery(net, engine)
+            yield made
+        # What cleveland itself committed is in no round where the forged reply took its place.
+        made.ends_well([("unanswered", "partners/cleveland/ledger.jsonl")] if quorum == 1 else [])
 
-            # Hungary answers in cleveland's name, at its own SuperNode's credentials and with its own identity key.
-            sha = sha256_of_charter(net.folder(COORDINATOR) / "charter.json")
-            request = Manifest("train", "coordinator", "cleveland", sha, "first", 1, "first.1.train.cleveland", "", {})
-            liar = Identity.load("hungary", net.folder("hungary") / "identity.key")
-            lie, _ = SignedWire(liar, {}, sha).encode(request.reply("update", sha), SignedWire(liar, {}, sha).pack({}))
-            with forging(engine, "train", victim="cleveland", by="hungary", content=solid(lie)) as forged:
-                run = engine.run(BUNDLE, {"hansa-run": "first"}, PATIENCE_S)
-            assert forged == ["taken by the SuperLink"]
-            assert run.status == "finished:failed", run.log
-            assert "1 of 2 partners answered, the quorum is 2" in run.details, run.details
-            own = net.folder(COORDINATOR) / "state" / "coordinator" / "ledger.jsonl"
-            (train,) = [a for a in of_type(own, "answers") if a["purpose"] == "train"]
-            assert train["replies"]["cleveland"]["outcome"] == "invalid"
-            assert train["replies"]["hungary"]["outcome"] == "ok"
-            assert of_type(own, "round") == []
 
-            # Its own answer was committed at its node before, and comes from its outbox now.
-            run = engine.run(BUNDLE, {"hansa-run": "first", "hansa-resume": True}, PATIENCE_S)
-            assert run.status == "finished:completed", run.log
-            logs = {name: engine.log(name) for name in [*net.partners, "superlink", "superexec"]}
-        bundle = net.bundle()
-        models = net.models()
-        assert (net.status() or {})["phase"] == "completed"
-    verdict = verify_bundle(bundle)
-    assert (verdict["violations"], verdict["warnings"]) == ([], [])
-    for name in net.partners:
-        assert len(of_type(bundle / "partners" / name / "ledger.jsonl", "debit")) == 1, name
-    assert len({model["sha256"] for model in models.values()}) == 1
-    assert all(model["verified"] is True for model in models.values())
-    # Hansa came from the package: the nodes keep of the bundle what has no code in it.
-    kept = [p for p in (tmp_path / "engine" / "homes").rglob("apps/*/*") if p.is_file()]
-    assert kept
-    assert {p.name for p in kept} == {"README.md", "pyproject.toml"}
-    assert not any("Traceback" in log for name, log in logs.items() if name in net.partners), logs
+@pytest.mark.slow
+def test_a_forged_reply_is_refused_and_the_run_ends_with_a_verified_audit(tmp_path, zygote: Zygote):
+    with forgery(zygote, tmp_path, quorum=1) as made:
+        # Who is not registered does not get in, whatever CA file they have.
+        made.engine.make_key("stranger")
+        with pytest.raises(EngineError, match="Failed to activate SuperNode"):
+            made.engine.start_node("stranger")
+        run = made.first()
+        assert run.status == "finished:completed", run.log
+        assert [sorted(r["partners"]) for r in of_type(made.own, "round")] == [["hungary"]]
+
+
+@pytest.mark.soak
+def test_a_run_that_a_forged_reply_stopped_is_resumed(tmp_path, zygote: Zygote):
+    with forgery(zygote, tmp_path, quorum=2) as made:
+        run = made.first()
+        assert run.status == "finished:failed", run.log
+        assert "1 of 2 partners answered, the quorum is 2" in run.details, run.details
+        assert of_type(made.own, "round") == []
+        # Its own answer was committed at its node before, and comes from its outbox now.
+        run = made.engine.run(BUNDLE, {"hansa-run": "first", "hansa-resume": True}, PATIENCE_S)
+        assert run.status == "finished:completed", run.log
 
 
 @pytest.mark.soak

@@ -22,14 +22,19 @@ from hansa.common.tasks import load_task
 from hansa.common.tasks.schema import read_table
 from hansa.common.verifier import verify_bundle
 from hansa.simulations.network import COORDINATOR, LocalNetwork, write_parts
+from network_support import Network, Zygote
 
 BAR_S = 60.0
 """From the moment when all are connected to the closed run, on two cores."""
 
 
 @pytest.mark.slow
-def test_four_hospitals_end_with_a_verified_audit_and_the_model_at_each(tmp_path):
-    config = write(tmp_path / "c.yaml", federation(rounds=3))
+@pytest.mark.parametrize("names", [HOSPITALS[:2], pytest.param(HOSPITALS, marks=pytest.mark.soak)], ids=["two", "four"])
+def test_hospitals_end_with_a_verified_audit_and_the_model_at_each(names, tmp_path):
+    """Every command in a process of its own, as people type it; the other tests here fork them, four hospitals at a time."""
+    declared = dict(zip(HOSPITALS, (240, 235, 100, 160), strict=True))
+    data = {name: (f"package:heart-disease/{name}.csv", declared[name]) for name in names}
+    config = write(tmp_path / "c.yaml", federation(rounds=3, data=data))
     result = process("network", config, "--out", tmp_path / "net", "--format", "json").expect(0)
     told = json.loads(result.out)
     print({what: round(value, 1) for what, value in told["seconds"].items()})
@@ -39,18 +44,18 @@ def test_four_hospitals_end_with_a_verified_audit_and_the_model_at_each(tmp_path
     assert told["verdict"]["simulated"] is True
     assert {p["rounds"] for p in told["verdict"]["partners"].values()} == {3}
     assert all(0.5 < p["epsilon"] <= p["epsilon_filter"] <= 1.0 for p in told["verdict"]["partners"].values())
-    assert sorted(told["models"]) == sorted(HOSPITALS)
+    assert sorted(told["models"]) == sorted(names)
     assert all(model["verified"] is True for model in told["models"].values())
     files = [
         *tmp_path.glob("net/*/state/models/*/model.safetensors"),
         tmp_path / "net" / "bundle" / "model.safetensors",
     ]
-    assert len(files) == 6
+    assert len(files) == len(names) + 2
     assert len({path.read_bytes() for path in files}) == 1
     call("audit", tmp_path / "net" / "bundle").expect(0)
     # Private keys are where they were made, and nowhere else.
     keys = [path.relative_to(tmp_path / "net") for path in tmp_path.rglob("*.key")]
-    assert sorted({path.parts[0] for path in keys}) == sorted([*HOSPITALS, COORDINATOR])
+    assert sorted({path.parts[0] for path in keys}) == sorted([*names, COORDINATOR])
     assert not any(b"PRIVATE KEY" in p.read_bytes() for p in (tmp_path / "net" / "bundle").rglob("*") if p.is_file())
     # It can be done again in the same folder, and not beside something of the user's.
     (tmp_path / "net" / "notes.txt").write_text("mine")
@@ -58,10 +63,10 @@ def test_four_hospitals_end_with_a_verified_audit_and_the_model_at_each(tmp_path
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
+def net(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
     """Four hospitals without noise, set up once: their budgets are unbounded, so each test has runs of its own."""
     root = tmp_path_factory.mktemp("network")
-    made = LocalNetwork(write(root / "c.yaml", federation(rounds=20, privacy=None, rate=0.5)), root / "net")
+    made = Network(zygote, write(root / "c.yaml", federation(rounds=20, privacy=None, rate=0.5)), root / "net")
     with made:
         made.set_up()
         yield made

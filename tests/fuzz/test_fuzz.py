@@ -12,7 +12,9 @@ from fuzz.engine import Session, bounded, pool
 from fuzz.targets import TARGETS
 
 REGRESSIONS = sorted(Path(__file__).parent.joinpath("regressions").glob("*/*"))
-INPUTS = 300
+INPUTS = 150
+MORE = 300
+"""In `make soak`."""
 SECONDS = 10.0
 LEAST = 20
 
@@ -30,14 +32,15 @@ REFUSED = {"records-built"}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("inputs", [INPUTS, pytest.param(MORE, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", list(TARGETS))
-def test_nothing_but_a_refusal(name: str) -> None:
-    """A few hundred hostile inputs: taken or refused in our own words, within bounds of time and memory."""
+def test_nothing_but_a_refusal(name: str, inputs: int) -> None:
+    """Some hundred hostile inputs: taken or refused in our own words, within bounds of time and memory."""
     session = Session(TARGETS[name])
     until = time.monotonic() + SECONDS
     with bounded():
         pool(
-            session, random.Random(name), lambda count: count >= INPUTS or (count >= LEAST and time.monotonic() > until)
+            session, random.Random(name), lambda count: count >= inputs or (count >= LEAST and time.monotonic() > until)
         )
     assert not session.findings, "\n\n".join(f"{place}\n{words}" for place, (words, _) in session.findings.items())
     assert sum(session.outcomes.values()) >= LEAST

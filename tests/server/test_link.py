@@ -369,14 +369,16 @@ def test_another_protocol_version_is_refused_naming_both(pair: Net, monkeypatch:
 
 
 @contextlib.contextmanager
-def raw(made: Net, name: str, hello: bool = True) -> Iterator[tuple[Any, Callable[..., None]]]:
+def raw(
+    made: Net, name: str, hello: bool = True, more: tuple[tuple[str, int], ...] = ()
+) -> Iterator[tuple[Any, Callable[..., None]]]:
     """A stream of ada's that says what a test wants; (call, send). Bytes are sent as they are."""
     import queue
 
     home = made.keys.home(name)
     out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     credentials = grpc.ssl_channel_credentials(home.ca_certificate(), home.tls_key_pem(), home.tls_certificate())
-    options = [("grpc.ssl_target_name_override", "coordinator"), ("grpc.max_send_message_length", -1)]
+    options = [("grpc.ssl_target_name_override", "coordinator"), ("grpc.max_send_message_length", -1), *more]
     with grpc.secure_channel(f"127.0.0.1:{made.port}", credentials, options) as channel:
         call = channel.stream_stream(METHOD, lambda b: b, pb.FromServer.FromString)(iter(out.get, None))
 
@@ -765,13 +767,22 @@ def test_a_full_disk_costs_the_coordinator_no_slot_and_no_partner(
 
 
 def test_a_partner_that_does_not_read_is_hung_up_on(pair: Net) -> None:
+    def told() -> bool:
+        return "does not read what it is told" in pair.log.getvalue()
+
     pair.node("ben", plain_app())
-    with raw(pair, "ada") as (_, send):
+    # A window that does not grow: what is on the way to somebody who does not read is little.
+    with raw(pair, "ada", more=(("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))) as (_, send):
         name = ask(pair)
         send(offer=pb.Head(id=name, failure=pb.Failure(code=1, reason="no")))
-        for _i in range(200_000):  # each would be answered by `done`; nobody reads `call`
-            send(offer=pb.Head(id=name, failure=pb.Failure(code=1, reason="no")))
-        until(lambda: "does not read what it is told" in pair.log.getvalue(), 60)
+        again = pb.FromNode(offer=pb.Head(id=name, failure=pb.Failure(code=1, reason="no"))).SerializeToString()
+        for _i in range(400):  # each would be answered by `done`; nobody reads `call`
+            for _j in range(500):
+                send(again)
+            time.sleep(0.05)
+            if told():
+                break
+        until(told, 60)
     assert first(answer(pair, ask(pair, node=2))) == 1.0
 
 
