@@ -66,22 +66,33 @@ def charter() -> Any:
 
 @functools.cache
 def people() -> dict[str, Identity]:
-    return {name: identity(name) for name in ("cleveland", "hungary", "coordinator")}
+    return {name: identity(name) for name in ("cleveland", "hungary", "switzerland", "coordinator")}
 
 
 @functools.cache
-def bundle(evaluation: str = "private") -> Path:
-    """Two hospitals, two rounds, keys that are known here."""
+def bundle(kind: str = "private") -> Path:
+    """Two hospitals, two rounds, keys that are known here.
+
+    Args:
+        kind: of evaluation; "shared": three hospitals that share their noise under secure aggregation.
+    """
     from support import HEART, config, run
 
-    out = scratch() / f"bundle-{evaluation}"
+    out = scratch() / f"bundle-{kind}"
+    shared = kind == "shared"
     privacy = {"epsilon": 100.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 10.0}
     settings = config(
-        partners={name: HEART[name] for name in ("cleveland", "hungary")},
-        quorum=1,
-        algorithm={"rounds": 2, "local": {"steps": 2, "sampling_rate": 0.5, "optimizer": {"lr": 0.2}}},
-        privacy=privacy,
-        evaluation={"kind": "private", "noise_multiplier": 40.0} if evaluation == "private" else {"kind": evaluation},
+        partners={name: HEART[name] for name in ("cleveland", "hungary", *["switzerland"] * shared)},
+        quorum=3 if shared else 1,
+        algorithm={
+            "rounds": 2,
+            "local": {"steps": 1 if shared else 2, "sampling_rate": 0.5, "optimizer": {"lr": 0.2}},
+        },
+        privacy={**privacy, "kind": "shared" if shared else "local"},
+        evaluation={"kind": "private", "noise_multiplier": 40.0}
+        if kind == "private"
+        else {"kind": "public" if shared else kind},
+        secure_aggregation={"colluding": 1, "retries": 1} if shared else None,
     )
     shutil.rmtree(out, ignore_errors=True)
     with mock.patch.object(Identity, "generate", lambda name: identity(name)):
@@ -141,6 +152,8 @@ def drafted(folder: Path) -> dict[str, Any]:
         "closing": closing,
         "heads": heads,
         "result": json.loads((folder / "result.json").read_bytes()),
+        "who": [*sorted(p.name for p in (folder / "partners").iterdir()), "coordinator"],
+        "model": (folder / "model.safetensors").read_bytes().hex(),
         "origin": {  # by what the charter and the ledgers are named above: `signed` puts new names in their place
             "charter": sha256(bent(payload_of((folder / "charter.json").read_bytes()))),
             "roots": {
@@ -204,9 +217,8 @@ def signed(draft: Any, to: Path) -> None:
     from hansa.common.heads import HEAD_TYPE
     from hansa.common.identity import public_pem
 
-    original = bundle()
     everyone = people()
-    order = [everyone[name] for name in ("cleveland", "hungary", "coordinator")]
+    order = [everyone[name] for name in draft.get("who", ("cleveland", "hungary", "coordinator"))]
     was_named, was = draft["origin"]["charter"], draft["origin"]["roots"]
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir()
@@ -241,10 +253,12 @@ def signed(draft: Any, to: Path) -> None:
         lines = [seal(HEAD_TYPE, bent(fixed(h["says"])), *(everyone[name] for name in h["by"])) for h in heads]
         (to / "heads" / f"{clean(str(holder))}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     (to / "keys").mkdir()
-    for name, one in everyone.items():
-        (to / "keys" / f"{name}.pem").write_bytes(public_pem(one.key))
+    for one in order:
+        (to / "keys" / f"{one.name}.pem").write_bytes(public_pem(one.key))
     (to / "result.json").write_bytes(json.dumps(draft["result"]).encode())
-    shutil.copy(original / "model.safetensors", to / "model.safetensors")
+    model = draft.get("model")
+    found = (bundle() / "model.safetensors").read_bytes() if model is None else bytes.fromhex(model)
+    (to / "model.safetensors").write_bytes(found)
 
 
 @functools.cache

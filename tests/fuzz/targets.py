@@ -1252,7 +1252,9 @@ def _verdict(folder: Path) -> None:
 
 
 @target(
-    "bundle", lambda: [corpus.packed(corpus.bundle()), corpus.packed(corpus.bundle("public"))], also=(unreadable(),)
+    "bundle",
+    lambda: [corpus.packed(one) for one in (corpus.bundle(), corpus.bundle("public"), corpus.bundle("shared"))],
+    also=(unreadable(),),
 )
 def _bundle(data: bytes) -> None:
     folder = corpus.scratch() / "judged"
@@ -1260,7 +1262,11 @@ def _bundle(data: bytes) -> None:
     _verdict(folder)
 
 
-@of_json("bundle-signed", lambda: [corpus.drafted(corpus.bundle())], also=(unreadable(),))
+@of_json(
+    "bundle-signed",
+    lambda: [corpus.drafted(corpus.bundle()), corpus.drafted(corpus.bundle("shared"))],
+    also=(unreadable(),),
+)
 def _bundle_signed(said: Any) -> None:
     folder = corpus.scratch() / "judged"
     with building():
