@@ -261,7 +261,7 @@ class Node:
         head = self._gate.close_run(request.run_id, request.charter_sha256)
         if self._outbox is not None:
             self._outbox.drop(request.run_id)
-        if self._keys is not None:
+        if self._keys is not None and self._agreed(request).secure_aggregation is not None:
             self._keys.drop(request.charter_sha256, request.run_id)
         return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
 

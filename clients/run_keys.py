@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..common.errors import OutputError, Refusal, Refused
-from ..common.identity import sha256, write_whole
+from ..common.identity import output_error, sha256, write_whole
 from ..common.secagg import new_key
 
 
@@ -39,15 +39,26 @@ class RunKeys:
         return self._read(path)
 
     def drop(self, charter_sha256: str, run_id: str) -> None:
-        """Forget a closed run's key."""
-        self._path(charter_sha256, run_id).unlink(missing_ok=True)
+        """Forget a closed run's key.
+
+        Raises:
+            OutputError: it cannot be deleted.
+        """
+        self._unlink(self._path(charter_sha256, run_id))
 
     def keep_only(self, runs: Iterable[tuple[str, str]]) -> None:
         """Forget the keys of all runs but these (charter, run): of what ended while nobody closed it."""
         wanted = {self._path(charter, run) for charter, run in runs}
         for path in self._folder.glob("*"):
             if path not in wanted:
-                path.unlink(missing_ok=True)
+                self._unlink(path)
+
+    @staticmethod
+    def _unlink(path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as err:
+            raise output_error(path, err) from err
 
     @staticmethod
     def _read(path: Path) -> bytes:

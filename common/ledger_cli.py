@@ -22,7 +22,7 @@ from .ledger import UNDISCLOSED, Entry, Scan, looks_like_ledger, owner_line, rea
 from .merkle import Tree, verify_inclusion
 
 TYPES = (
-    "genesis", "dataset", "charter", "budget", "hold", "debit", "commit", "public", "refuse", "release", "restored", "recovered",
+    "genesis", "dataset", "charter", "budget", "hold", "debit", "commit", "survivors", "public", "refuse", "release", "restored", "recovered",
     "run", "ask", "answers", "round", "close", "cohort-hold", "cohort-debit", "cohort-commit", UNDISCLOSED,
 )  # fmt: skip
 """Types of entries that a ledger of this version can have (docs/ledger-format.md)."""

@@ -107,8 +107,10 @@ class LedgerRecords:
         body = {"run_id": run_id, "round": round_number, "purpose": purpose, "replies": named}
         body |= {} if attempt is None else {"attempt": attempt}
         if not any(e.body == body for e in self._of("answers")[-2:]):  # said again after a crash: once is enough
-            # Within a round that goes on, the next question takes it to the disk; what was lost with the machine is asked again.
-            self._ledger.append("answers", body, charter=self._charter, at_once=attempt is None)
+            # Within an attempt that goes on, the next question takes it to the disk; what was lost with the machine is asked again.
+            # What opened the sum is the last of it: a checkpoint follows, which must not know more than the ledger.
+            at_once = attempt is None or purpose == "reveal"
+            self._ledger.append("answers", body, charter=self._charter, at_once=at_once)
 
     def attempts(self, run_id: str) -> dict[tuple[int, str, int], list[str]]:
         """See `Records`."""

@@ -197,7 +197,7 @@ def test_secure_aggregation_needs_three_partners_with_keys(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="3 to 100 partners with keys"):
         load(tmp_path, two)
     start, rest = SHARED.split("partners:\n")
-    many = start + "population: {dataset: digits, clients: 20}\n" + rest[rest.index("algorithm:") :]
+    many = start + "population: {dataset: digits, clients: 101}\n" + rest[rest.index("algorithm:") :]
     with pytest.raises(ConfigError, match="3 to 100 partners with keys"):
         load(tmp_path, many)
 

@@ -677,7 +677,9 @@ def test_what_is_asked_and_answered() -> None:
 
 
 def test_whose_updates_a_round_counts() -> None:
-    run = Run(1, outcomes={(1, "train"): {P0: {"ok": "x"}, P1: {"ok": "x", "failed": "x"}, "z": {"timeout": None}}})
+    run = Run(
+        1, outcomes={(1, "train", None): {P0: {"ok": "x"}, P1: {"ok": "x", "failed": "x"}, "z": {"timeout": None}}}
+    )
     for partners, quorum, words in (
         ([P0], 1, None),
         (None, 1, "a round counts with 1"),
@@ -702,8 +704,11 @@ def crossing(evaluation: str = "public") -> Books:
     run = book.runs["x"]
     for number, purpose in ((0, "open"), (1, "train"), (1, "evaluate")):
         asks = {name: {"request_id": name + purpose, "request_sha256": digest(name, purpose)} for name in (P0, P1)}
-        run.asks[number, purpose] = asks
-        run.outcomes[number, purpose] = {P0: {"ok": digest("reply", purpose)}, P1: {"refused: budget": digest("no")}}
+        run.asks[number, purpose, None] = asks
+        run.outcomes[number, purpose, None] = {
+            P0: {"ok": digest("reply", purpose)},
+            P1: {"refused: budget": digest("no")},
+        }
     for name in (P0, P1):
         partners[name] = partner = Partner(Report(), book.terms, name)
         partner.whole = True
@@ -735,13 +740,13 @@ CROSSED: list[tuple[str, Callable[[Books], Any], list[tuple[str, str, int | None
     ("other_reply", lambda b: b[1][P0].acts["commit"][P0 + "train"].body.update(reply_sha256="x"), [("not_done", L0, 6)], []),
     ("other_public", lambda b: b[1][P0].acts["public"][P0 + "evaluate"].body.update(reply_sha256="x"), [("not_done", L0, 8)], []),
     ("hold_has_no_reply", lambda b: b[1][P0].acts["hold"][P0 + "open"].body.pop("reply_sha256"), [], []),
-    ("failed", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"failed": digest("reply", "train")}}), [], []),
-    ("late_then_ok", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"timeout": None, "ok": "x"}}), [("not_done", L0, 6)], []),
-    ("late", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"timeout": None, "invalid": None}}), [], [6]),
-    ("never_seen", lambda b: b[0].runs["x"].outcomes.pop((1, "train")), [], [6]),
-    ("said_refused", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P0: {"refused: budget": "x"}}), [("not_done", L0, None), ("not_asked", L0, 6)], []),
-    ("late_then_refused", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P1: {"timeout": None, "refused: budget": "x"}}), [], []),
-    ("refused_otherwise", lambda b: b[0].runs["x"].outcomes[1, "train"].update({P1: {"refused: lost": "x"}}), [("not_done", L1, None)], []),
+    ("failed", lambda b: b[0].runs["x"].outcomes[1, "train", None].update({P0: {"failed": digest("reply", "train")}}), [], []),
+    ("late_then_ok", lambda b: b[0].runs["x"].outcomes[1, "train", None].update({P0: {"timeout": None, "ok": "x"}}), [("not_done", L0, 6)], []),
+    ("late", lambda b: b[0].runs["x"].outcomes[1, "train", None].update({P0: {"timeout": None, "invalid": None}}), [], [6]),
+    ("never_seen", lambda b: b[0].runs["x"].outcomes.pop((1, "train", None)), [], [6]),
+    ("said_refused", lambda b: b[0].runs["x"].outcomes[1, "train", None].update({P0: {"refused: budget": "x"}}), [("not_done", L0, None), ("not_asked", L0, 6)], []),
+    ("late_then_refused", lambda b: b[0].runs["x"].outcomes[1, "train", None].update({P1: {"timeout": None, "refused: budget": "x"}}), [], []),
+    ("refused_otherwise", lambda b: b[0].runs["x"].outcomes[1, "train", None].update({P1: {"refused: lost": "x"}}), [("not_done", L1, None)], []),
     ("other_request", lambda b: b[1][P0].acts["hold"][P0 + "open"].body.update(request_sha256="x"), [("not_asked", L0, 4)], []),
     ("other_run", lambda b: b[1][P0].acts["debit"][P0 + "train"].body.update(run_id="y"), [("not_asked", L0, 5)], []),
     ("other_round", lambda b: b[1][P0].acts["commit"][P0 + "train"].body.update(round=2), [("not_asked", L0, 6)], []),
@@ -749,7 +754,7 @@ CROSSED: list[tuple[str, Callable[[Books], Any], list[tuple[str, str, int | None
     ("public_round", lambda b: b[1][P0].acts["public"][P0 + "evaluate"].body.update(round=2), [("not_asked", L0, 8)], []),
     ("not_asked", lambda b: b[1][P1].acts["hold"].update(z=Act(3, {"request_id": "z", "run_id": "x", "request_sha256": "z"})), [("not_asked", L1, 3)], []),
     ("asked_by_halves", lambda b: (b[1][P1].acts["hold"].update(z=Act(3, {"request_id": "z", "run_id": "x", "request_sha256": "z"})), setattr(b[0], "whole", False)), [], []),
-    ("one_id_twice", lambda b: b[0].runs["x"].asks[1, "train"][P1].update(request_id=P1 + "open"), [("record", COORD, 3), ("not_done", L1, None), ("not_asked", L1, 9)], []),
+    ("one_id_twice", lambda b: b[0].runs["x"].asks[1, "train", None][P1].update(request_id=P1 + "open"), [("record", COORD, 3), ("not_done", L1, None), ("not_asked", L1, 9)], []),
     ("refuses_nothing", refuses, [("not_asked", L1, 11)], []),
     ("refuses_elsewhere", lambda b: refuses(b, run_id="y"), [], []),
     ("refuses_again", lambda b: refuses(b, request_id=P1 + "open"), [], []),
@@ -1235,10 +1240,10 @@ def test_the_figures_of_who_did_nothing() -> None:
 
 
 def test_what_a_claim_says_of_evaluation() -> None:
-    assert verifier._claim(terms_of(SMALL)).endswith("rows declared public are outside it.")
+    assert verifier._claim(terms_of(SMALL), {}).endswith("rows declared public are outside it.")
     for shape in (PRIVATE, Shape(partners=2, rounds=1, sigma=20.0, evaluation="none")):
-        assert verifier._claim(terms_of(shape)).endswith("whoever receives the model.")
-    assert verifier._claim(terms_of(PLAIN)).startswith("There is no differential privacy guarantee")
+        assert verifier._claim(terms_of(shape), {}).endswith("whoever receives the model.")
+    assert verifier._claim(terms_of(PLAIN), {}).startswith("There is no differential privacy guarantee")
 
 
 def test_lost_answers_of_clients_are_counted(tmp_path: Path) -> None:

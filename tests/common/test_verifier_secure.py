@@ -193,7 +193,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rounds of four hospitals, with our own nodes and coordinator."""
     folder = tmp_path_factory.mktemp("played")
     text = (ROOT / "configs" / "heart-shared.yaml").read_text(encoding="utf-8")
-    (folder / "config.yaml").write_text(text.replace("rounds: 60", "rounds: 3").replace("quorum: 4", "quorum: 3"))
+    (folder / "config.yaml").write_text(text.replace("rounds: 20", "rounds: 3").replace("quorum: 4", "quorum: 3"))
     assert run(["simulate", str(folder / "config.yaml"), "--out", str(folder / "b")]) == 0
     return folder / "b"
 
@@ -208,7 +208,7 @@ def test_a_run_of_our_own_is_verified(played: Path) -> None:
         assert 0 < partner["epsilon"] < partner["epsilon_filter"] < 1
     held = [json.loads(line)["body"] for line in (played / "partners/hungary/ledger.jsonl").read_text().splitlines()]
     (plan,) = next(body["data"]["plan"] for body in held if body["type"] == "hold")
-    assert plan["count"] == 4
+    assert plan["count"] == 3
 
 
 # -- what is not there -----------------------------------------------------------------------------------------

@@ -66,7 +66,12 @@ def charter() -> Any:
 
 @functools.cache
 def people() -> dict[str, Identity]:
-    return {name: identity(name) for name in ("cleveland", "hungary", "switzerland", "coordinator")}
+    return {name: identity(name) for name in ("cleveland", "hungary", "coordinator")}
+
+
+def everyone() -> dict[str, Identity]:
+    """Of any bundle here."""
+    return {**people(), "switzerland": identity("switzerland")}
 
 
 @functools.cache
@@ -179,7 +184,7 @@ def payload_of(sealed: bytes) -> Any:
 
 
 def signers(sealed: bytes) -> list[str]:
-    names = {i.key: name for name, i in people().items()}
+    names = {i.key: name for name, i in everyone().items()}
     return [names[s["keyid"]] for s in strict_json(sealed)["signatures"]]
 
 
@@ -217,8 +222,8 @@ def signed(draft: Any, to: Path) -> None:
     from hansa.common.heads import HEAD_TYPE
     from hansa.common.identity import public_pem
 
-    everyone = people()
-    order = [everyone[name] for name in draft.get("who", ("cleveland", "hungary", "coordinator"))]
+    known = everyone()
+    order = [known[name] for name in draft.get("who", ("cleveland", "hungary", "coordinator"))]
     was_named, was = draft["origin"]["charter"], draft["origin"]["roots"]
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir()
@@ -230,7 +235,7 @@ def signed(draft: Any, to: Path) -> None:
     now: dict[str, list[str]] = {}
     for place, entries in draft["ledgers"].items():
         name = str(place).rpartition("/")[2]
-        data, now[place] = ledger_bytes(entries, everyone.get(name, everyone["coordinator"]))
+        data, now[place] = ledger_bytes(entries, known.get(name, known["coordinator"]))
         target = to / clean(str(place))
         target.mkdir(parents=True, exist_ok=True)
         (target / "ledger.jsonl").write_bytes(data)
@@ -250,7 +255,7 @@ def signed(draft: Any, to: Path) -> None:
         (to / "closing" / f"{clean(str(run_id))}.json").write_bytes(seal(CLOSING_TYPE, bent(said), *order) + b"\n")
     (to / "heads").mkdir()
     for holder, heads in draft["heads"].items():
-        lines = [seal(HEAD_TYPE, bent(fixed(h["says"])), *(everyone[name] for name in h["by"])) for h in heads]
+        lines = [seal(HEAD_TYPE, bent(fixed(h["says"])), *(known[name] for name in h["by"])) for h in heads]
         (to / "heads" / f"{clean(str(holder))}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     (to / "keys").mkdir()
     for one in order:
