@@ -57,7 +57,8 @@ FINE = 256
 
 def grid_for(clip_norm: float, dimension: int) -> float:
     """The step of the grid γ that a charter fixes: a power of two, so that multiples of it are exact floats; at most C/(256√d)."""
-    return 2.0 ** math.floor(math.log2(clip_norm / (FINE * math.sqrt(dimension))))
+    # Not by a logarithm, which rounds up just below a power of two.
+    return math.ldexp(1.0, math.frexp(clip_norm / (FINE * math.sqrt(dimension)))[1] - 1)
 
 
 def charged_as(noise_multiplier: float, clip_norm: float, grid: float, dimension: int) -> float:

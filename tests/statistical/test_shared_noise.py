@@ -205,3 +205,10 @@ def test_probabilities_of_a_sum_are_those_of_one_discrete_gaussian() -> None:
     small = [np.convolve(share(0.4), share(0.4)), share(0.4 * math.sqrt(2))]
     centre = [one[len(one) // 2 - 1 : len(one) // 2 + 2] for one in small]
     assert not np.allclose(*centre, rtol=1e-3)
+
+
+def test_the_grid_just_below_a_power_of_two() -> None:
+    """A logarithm rounds up to the power, which would be too coarse (and not what an auditor computes)."""
+    for clip in (math.nextafter(32.0, 0), 32.0, math.nextafter(32.0, 64)):
+        grid = grid_for(clip, 1)
+        assert grid <= clip / 256 < 2 * grid
