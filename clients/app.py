@@ -43,7 +43,7 @@ from ..common.shared_noise import SharedGaussian
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
 from ..common.witness import Asked, signatures, telling
-from .datasets import RegisteredDataset, Rows, Split
+from .datasets import Rows, Split
 from .models import verified
 from .noise import SecureNoise
 from .outbox import Outbox
@@ -98,6 +98,17 @@ class Doorkeeper(Protocol):
         """Release a run's hold; the ledger's length and head."""
 
 
+class Dataset(Protocol):
+    """What the handlers need of a registered data set; see `datasets.RegisteredDataset`."""
+
+    def open(self) -> Split:
+        """The rows.
+
+        Raises:
+            DataError: they cannot be read, or are not those that were registered.
+        """
+
+
 class Node:
     """A partner's side of a run.
 
@@ -114,7 +125,7 @@ class Node:
         self,
         task: Task,
         model: torch.nn.Module,
-        dataset: RegisteredDataset,
+        dataset: Dataset,
         gate: Doorkeeper,
         wire: Wire,
         *,

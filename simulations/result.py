@@ -51,6 +51,7 @@ def make_result(
         "partners": _partners(simulation),
         "refusals": _refusals(simulation, refusals),
         "timings": dict(timings),
+        "execution": None if simulation.crew is None else simulation.crew.to_fields(),
     }
 
 
@@ -63,6 +64,8 @@ def _public_rows(simulation: Simulation) -> int | None:
     """How many public rows the scores are of; private held-out sizes are not told."""
     if simulation.signed.charter.evaluation.kind != "public":
         return None
+    if simulation.clients is not None:
+        return sum(len(simulation.clients.open(n).held_out) for n in range(simulation.clients.evaluated))
     return sum(len(d.open().held_out) for d in simulation.datasets.values())
 
 
