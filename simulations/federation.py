@@ -43,11 +43,12 @@ from ..common.plan import SOFTWARE, calibrated
 from ..common.tasks import Task, code_sha256, initial_model, load_task, sized
 from ..server.app import make_server_app
 from ..server.records import LedgerRecords, Records
+from ..server.roster import Roster
 from ..server.rounds import Coordinator, Outcome
 from ..server.witness import Witnessing
 from . import partitions, sources
 from .grid import InProcessGrid
-from .population import PopulationGate, PopulationRecords, client_name
+from .population import PopulationGate, PopulationRecords, PopulationRoster, client_name
 
 COORDINATOR = "coordinator"
 LOCK = "hansa.lock"
@@ -178,7 +179,7 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
         # Two significant digits: a declared size is agreed and public, and need not be exact.
         size = len(split.train)
         declared = round(size, 2 - len(str(size))) if size > 99 else size
-        parts[client_name(number)] = Part(lambda split=split: split, declared, allow_single_class=True)  # type: ignore[misc]
+        parts[client_name(number, clients)] = Part(lambda split=split: split, declared, allow_single_class=True)  # type: ignore[misc]
     return parts
 
 
@@ -356,6 +357,11 @@ class Simulation:
         if not ledger.of("charter"):
             agreed = {"name": charter.name, "expires": charter.expires.isoformat()}
             ledger.append("charter", agreed, charter=self.signed.sha256)
+        self.roster = (
+            Roster({name: number for number, name in enumerate(parts, start=1)})
+            if signed_form
+            else PopulationRoster(len(parts))
+        )
         if signed_form:
             records: Records = LedgerRecords(ledger, self.signed.sha256)
             for name in parts:
@@ -375,7 +381,7 @@ class Simulation:
             me,
             self.task,
             wire,
-            {name: number for number, name in enumerate(parts, start=1)},
+            self.roster,
             records,
             self._initial,
             self.private / COORDINATOR,
