@@ -41,7 +41,7 @@ def terms_of(clients: int, rounds: int = 3, cohort: int = 1000, **changes: Any) 
             "participation": min(1.0, cohort / clients),
             "local": {"steps": 1, "optimizer": {"lr": 0.5}},
         },
-        "privacy": {"epsilon": 8.0, "delta": 1e-7, "clip_norm": 1.0, "noise_multiplier": 4.0},
+        "privacy": {"epsilon": 8.0, "delta": 1e-7, "clip_norm": 1.0, "noise_multiplier": 60.0},
         "evaluation": {"kind": "public", "every": 2},
         "quorum": 1,
     }
