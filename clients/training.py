@@ -220,8 +220,8 @@ def train_locally(
         ) as gradients:
             for p, array in zip(parameters.values(), arrays, strict=True):
                 p.detach().numpy()[...] = array
-            descent, start = Descent(settings), [torch.from_numpy(array) for array in arrays]
-            moved = [p.detach() for p in parameters.values()]
+            descent, moved = Descent(settings), [p.detach() for p in parameters.values()]
+            start = [p.clone() for p in moved] if settings.proximal_mu else moved
             for step in range(1, (settings.steps if batches is None else len(batches)) + 1):
                 descent.step(moved, gradients(), start)
                 if on_step is not None:

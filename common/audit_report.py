@@ -143,6 +143,11 @@ def histories(partners: Mapping[str, Fields]) -> list[tuple[list[str], Fields]]:
     return sorted(found.values(), key=lambda item: -_spent(item[1]))
 
 
+def size_of(names: Sequence[str], figures: Fields) -> int:
+    """How many partners these are: of a large population a name stands for all clients with one history."""
+    return len(names) * max(1, int(page.number(figures.get("clients")) or 1))
+
+
 def by_code(found: Iterable[Fields]) -> list[tuple[str | None, str | None, list[Fields]]]:
     """Violations or warnings as (code, what it means, places), in the order in which codes first occur."""
     codes: dict[Any, list[Fields]] = {}
@@ -226,12 +231,14 @@ def _spent(figures: Fields) -> float:
 def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, Any]:
     partners: Mapping[str, Fields] = verdict.get("partners") or {}
     violations, warnings = list(verdict.get("violations") or []), list(verdict.get("warnings") or [])
-    many = len(partners) > MANY
+    total = sum(size_of([name], figures) for name, figures in partners.items())
+    many = total > MANY
     groups = histories(partners) if many else [([name], figures) for name, figures in partners.items()]
     apart = [row for group in groups for row in budgets(*group)]
     told = [g for g in groups[:FEW] if g[1].get("events") or g[1].get("trajectory")] if many else groups
     verified = verdict.get("verified") is True and not violations
     open_ended = [name for names, figures in groups if unbounded(figures) for name in names]
+    unbound = sum(size_of(names, figures) for names, figures in groups if unbounded(figures))
     heads = list(verdict.get("heads") or [])
     bundle = str(verdict.get("bundle") or "")[:4096]
     checked = verdict.get("checked") or {}
@@ -240,12 +247,13 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "bundle": bundle,
         "charter_sha256": verdict.get("charter_sha256"),
         "verified": verified,
-        "headline": _headline(verified, len(open_ended), len(partners)),
+        "headline": _headline(verified, unbound, total),
         "simulated": bool(verdict.get("simulated")),
         "claim": verdict.get("claim"),
         "open_ended": open_ended,
-        "total": len(partners),
-        "over": sum(len(names) for names, figures in groups if state(figures)[1] == "OVER CAP"),
+        "unbound": unbound,
+        "total": total,
+        "over": sum(size_of(names, figures) for names, figures in groups if state(figures)[1] == "OVER CAP"),
         "checked": [
             (words, n)
             for what, words in _CHECKED.items()
@@ -341,7 +349,7 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
     witnessed = figures.get("witnessed") or {}
     return {
         "names": list(names[:3]),
-        "count": len(names),
+        "count": size_of(names, figures),
         "kind": kind,
         "state": words,
         "unbounded": unbounded(figures),
@@ -622,7 +630,7 @@ def _bars(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, Any] | None:
     bars = []
     for i, (names, figures) in enumerate(groups):
         row = _row(names, figures)
-        row |= {"label": names[0] if len(names) == 1 else f"{len(names):,} clients", "y": 24 + 44 * i}
+        row |= {"label": names[0] if row["count"] == 1 else f"{row['count']:,} clients", "y": 24 + 44 * i}
         for key in ("epsilon_filter", "epsilon"):
             value = _drawn(row[key])
             row[f"{key}_w"] = 0 if value is None else round(x(value) - x.start, 1)
@@ -635,7 +643,7 @@ def _distribution(groups: Sequence[tuple[list[str], Fields]]) -> list[tuple[str,
     """Quantiles over partners (nearest rank: each figure is one partner's own)."""
     columns = []
     for key in ("epsilon_filter", "epsilon", "epsilon_cap"):
-        weighted = sorted((v, len(names)) for names, f in groups for v in page.finite([f.get(key)]))
+        weighted = sorted((v, size_of(names, f)) for names, f in groups for v in page.finite([f.get(key)]))
         columns.append(weighted)
 
     def at(weighted: Sequence[tuple[float, int]], share: float) -> float | None:

@@ -68,6 +68,7 @@ MAX_FILE = 64 * 2**20  # of a file that is read whole
 MAX_FOUND = 1000  # violations and warnings that are listed
 MAX_EVENTS = 2000  # different (q, sigma) in one ledger: each costs some milliseconds
 MAX_COPIES = 1000  # files of a folder that is given to compare with
+LISTED_CLIENTS = 1000  # of a population; of a larger one the verdict has an item for each history
 MAX_POINTS = 40  # of a trajectory at which the odometer is read
 ODOMETERS = 2e-3  # what two odometers may differ by, relative and absolute
 SLACK = 1e-9  # relative: what two honest implementations of the same formulas may differ by
@@ -2108,6 +2109,7 @@ def _check_attempts(report: Report, coordinator: Coordinator, partners: dict[str
 # -- a population: one ledger for every client ---------------------------------------------------------------
 
 Ranges = list[list[int]]
+Story = tuple[frozenset[tuple[Event, int]], int, int]  # a client's debits by event, its commits, its rounds
 
 
 class Population(Runs):
@@ -2694,12 +2696,18 @@ def _check_result(
         for key in ("epsilon", "delta", "noise_multiplier", "clip_norm"):
             _compare(report, f"privacy: {key}", privacy.get(key, ""), getattr(terms, key))
         said = result.get("partners")
-        if not isinstance(said, dict) or set(said) != set(partners):
+        if not isinstance(said, dict):
+            raise Bad("result", "partners are missing")
+        if not book.whole and (terms.clients or 0) > LISTED_CLIENTS:
+            said, partners = {}, {}  # histories that are not known to their end
+        if set(said) != set(partners):
             raise Bad("result", "does not name the partners of this bundle")
         for name, claims in said.items():
             for key in ("declared_records", "epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds"):
                 if not isinstance(claims, dict) or (key not in claims and key != "epsilon_filter"):
                     raise Bad("result", f"{name}: {key} is missing")
+                if claims.get("clients") != partners[name].get("clients"):
+                    raise Bad("result", f"{name}: not the number of clients with this history")
                 wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
                 if key in claims and partners[name]["whole"] and not (key == "epsilon" and name in coarse):
                     within = {"within": ODOMETERS, "small": 0.0} if key == "epsilon" else {}
@@ -2962,22 +2970,35 @@ def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]
     return sorted(points, key=lambda point: int(point["entry"]))
 
 
+def _client_name(number: int, clients: int) -> str:
+    """Of as many digits as the last client's number has, four or more."""
+    return f"client-{number:0{max(4, len(str(clients - 1)))}d}"
+
+
 def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
-    """By client; clients with equal histories share one object. No trajectories: they would be clients x rounds."""
-    found: dict[int, dict[str, Any]] = {}
+    """By client, or of more than LISTED_CLIENTS by history. No trajectories: they would be clients x rounds."""
+    events: dict[Story, Counter[Event]] = {}
+    members: dict[Story, list[Ranges]] = {}
+    about = {}
     for counts, ranges in book.groups().items():
-        total = Counter[str]()
-        events: Counter[Event] = Counter()
+        total, debits = Counter[str](), Counter[Event]()
         for (kind, run_id, purpose), n in zip(book.steps, counts, strict=True):
             total[kind] += n
             total["rounds"] += n if (kind, purpose) == ("commit", "train") else 0
             if kind == "debit":
-                events[book.plans[run_id][purpose][1]] += n
-        members = [number for first, last in ranges for number in range(first, last + 1)]
-        names = [f"client-{number:04d}" for number in members]
-        about = (book.file, names, book.budget, book.unbounded is not None, book.spent(counts))
-        summary = bill.of(*about) | {
-            "charter_epsilon": bill.of_charter(*about),
+                debits[book.plans[run_id][purpose][1]] += n
+        # What tells one history from another: how often what was debited, and what came of it; not when, nor in which run.
+        story = frozenset((+debits).items()), total["commit"], total["rounds"]
+        events[story], about[story] = debits, (total, counts)
+        members.setdefault(story, []).append(ranges)
+    found: dict[int, dict[str, Any]] = {}
+    lost = 0
+    for story, (total, counts) in about.items():
+        first = min(ranges[0][0] for ranges in members[story])
+        size = sum(last - begin + 1 for ranges in members[story] for begin, last in ranges)
+        figures = (book.file, [_client_name(first, book.clients)], book.budget, book.unbounded is not None)
+        summary = bill.of(*figures, book.spent(counts)) | {
+            "charter_epsilon": bill.of_charter(*figures, book.spent(counts)),
             "debits": total["debit"],
             "uncommitted_debits": total["debit"] - total["commit"],
             "rounds": total["rounds"],
@@ -2987,17 +3008,24 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
             "undisclosed": 0,
             "whole": book.whole,
             "unread": book.unread,
-            **_against(bill.terms, events),
-            "events": _merged((event, True) for event in events.elements()),
+            **_against(bill.terms, events[story]),
+            "events": _merged((event, True) for event in events[story].elements()),
             "trajectory": [],
             "budget": book.agreed,
         }
-        found |= dict.fromkeys(members, summary)
-    lost = sum(1 for summary in found.values() if summary["uncommitted_debits"])
+        lost += size if summary["uncommitted_debits"] else 0
+        if book.clients > LISTED_CLIENTS:
+            found[first] = summary | {"clients": size}
+            continue
+        for ranges in members[story]:
+            for begin, last in ranges:
+                found |= dict.fromkeys(range(begin, last + 1), summary)
+        if bill.coarse.intersection(figures[1]):
+            bill.coarse.update(_client_name(n, book.clients) for n, one in found.items() if one is summary)
     if lost and book.whole:
         what = f"clients with a debit without a commit ({lost}): it stays charged"
         bill.report.warn("uncommitted", book.file, None, what)
-    return {f"client-{number:04d}": found[number] for number in sorted(found)}
+    return {_client_name(number, book.clients): found[number] for number in sorted(found)}
 
 
 def _secure_told(terms: Terms) -> dict[str, Any] | None:
@@ -3056,7 +3084,8 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
             were not, from the first bad one on,
             witnessed {length, by [names], closing (run or None)}, tail: entries beyond `length`, missing: entries that its owner signed
             for and that were not read, beyond [names]: who else signed for more than were read}} (of a population's clients: no
-            lineages, trajectory, witnessed, tail, missing and beyond),
+            lineages, trajectory, witnessed, tail, missing and beyond; of more than LISTED_CLIENTS one item for each history, by the name
+            of the first who has it, and `clients`, how many do),
         `coordinator` {entries, undisclosed, whole, unread, witnessed, tail, missing, beyond},
         `heads` [{owner, holder, length, signers}], `closings` [{run_id, ledgers [{owner, length, root}]}], `open_runs` [run_id],
         `violations` and `warnings` [{code, file, line, what, means}], `limits` (sentences to show wherever a verdict is shown).

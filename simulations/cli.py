@@ -60,7 +60,7 @@ def demo(
         console.rule("2. Training", align="left")
         outcome, timings = _train(simulation, display)
         console.rule("3. A second run that the remaining budget cannot pay", align="left")
-        asked = simulation.names[0]
+        asked = simulation.roster[0]
         second = simulation.run(simulation.another_run(), only=[asked])
         _must_be_refused(second.refusals, asked)
         console.print(f"{plain(asked)} read no data for it; the refusal is in its ledger.")

@@ -6,7 +6,7 @@ deal could serve, each draws its rows from (seed, number), so a million clients 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +17,8 @@ import torch
 from ..clients.datasets import Rows, Split, held_out, split_rows
 from ..common.config import Population
 from ..common.errors import ConfigError
-from ..common.tasks import Task
 from . import partitions, sources
+from .population import client_name, client_number
 
 EVALUATED = 1000
 """Public test rows of a data set go to so many clients at most: asking a million for their scores would take longer than training."""
@@ -44,6 +44,22 @@ class Clients(Protocol):
 
     def open(self, number: int) -> Split:
         """One client's rows."""
+
+
+class ClientDatasets(Mapping[str, "OneClient"]):
+    """Clients' data sets by name, made when they are asked for."""
+
+    def __init__(self, clients: Clients) -> None:
+        self._clients = clients
+
+    def __getitem__(self, name: str) -> OneClient:
+        return OneClient(self._clients, client_number(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return (client_name(number, len(self)) for number in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._clients)
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ class Drawn:
         return Split(mine, Rows(self.test.x[begin:end], self.test.y[begin:end]))
 
 
-def population_clients(config: Population, task: Task, fraction: float, seed: int) -> Dealt | Drawn:
+def population_clients(config: Population, fraction: float, seed: int) -> Dealt | Drawn:
     """The clients of a configuration.
 
     Args:

@@ -35,7 +35,7 @@ class Display:
     def show(self, simulation: Simulation) -> None:
         """Whose run it is."""
         self._simulation = simulation
-        for name in simulation.names[:_SHOWN]:
+        for name in simulation.roster[:_SHOWN]:
             self._measure(name)
         if self._live is None and not self._quiet and simulation.signed.charter.privacy.kind != "none":
             self._console.print(f"epsilon below: {self._meaning()}", markup=False)
@@ -125,7 +125,7 @@ class Display:
         table = Table(box=None, pad_edge=False)
         for title in ("partner", "round", "epsilon spent (filter)", "cap", ""):
             table.add_column(title, justify="left" if title in ("partner", "") else "right")
-        for name in simulation.names[:_SHOWN]:
+        for name in simulation.roster[:_SHOWN]:
             done = f"{self._rounds.get(name, 0)}/{charter.algorithm.rounds}"
             spent = self._epsilon.get(name)
             table.add_row(
@@ -138,8 +138,8 @@ class Display:
         parts: list[Any] = [table]
         if cap is not None:
             parts.append(Text(f"epsilon: {self._meaning()}", style="dim", overflow="fold", no_wrap=False))
-        if len(simulation.names) > _SHOWN:
-            parts.append(Text(f"... and {len(simulation.names) - _SHOWN} more clients; round {self._round}"))
+        if len(simulation.roster) > _SHOWN:
+            parts.append(Text(f"... and {len(simulation.roster) - _SHOWN:,} more clients; round {self._round}"))
         if self._metrics:
             rows = "public test rows" if charter.evaluation.kind == "public" else "noisy private histograms"
             told = "  ".join(f"{k} {v:.4f}" for k, v in self._metrics.items())

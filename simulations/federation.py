@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..clients.app import Node, make_client_app
+from ..clients.app import Dataset, Node, make_client_app
 from ..clients.datasets import RegisteredDataset, Split, csv_source
 from ..clients.gate import Gate
 from ..clients.outbox import Outbox
@@ -43,14 +43,15 @@ from ..common.plan import SOFTWARE, calibrated
 from ..common.tasks import Task, code_sha256, initial_model, load_task, sized
 from ..server.app import make_server_app
 from ..server.records import LedgerRecords, Records
+from ..server.roster import Roster
 from ..server.rounds import Coordinator, Outcome
 from ..server.witness import Witnessing
 from . import sources
-from .clients import Clients, Dealt, Drawn, OneClient, population_clients
+from .clients import ClientDatasets, Dealt, Drawn, population_clients
 from .crew import Crew
 from .execution import Execution
 from .grid import CohortGrid, InProcessGrid
-from .population import PopulationGate, PopulationRecords, client_name
+from .population import PopulationGate, PopulationRecords, PopulationRoster, client_name
 
 COORDINATOR = "coordinator"
 NODES, COHORT = "nodes", "cohort"
@@ -155,14 +156,16 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
             source = csv_source(path, task, fraction, seed)
             parts[name] = Part(source, entry.declared_records, entry.allow_single_class)
         return parts
-    clients = clients_of(config, task)
+    clients = clients_of(config)
     return {
-        client_name(number): Part(partial(clients.open, number), clients.declared(number), allow_single_class=True)
+        client_name(number, len(clients)): Part(
+            partial(clients.open, number), clients.declared(number), allow_single_class=True
+        )
         for number in range(len(clients))
     }
 
 
-def clients_of(config: Federation, task: Task) -> Dealt | Drawn:
+def clients_of(config: Federation) -> Dealt | Drawn:
     """A population's clients.
 
     Raises:
@@ -170,7 +173,7 @@ def clients_of(config: Federation, task: Task) -> Dealt | Drawn:
     """
     assert config.population is not None
     fraction = config.evaluation.test_fraction if config.evaluation.kind != "none" else 0.0
-    return population_clients(config.population, task, fraction, config.seed)
+    return population_clients(config.population, fraction, config.seed)
 
 
 @dataclass
@@ -186,8 +189,9 @@ class Simulation:
         workers: so many processes, whatever the plan says.
 
     Attributes:
-        names: of all partners or clients.
-        clients, crew: of a population, its rows and who trains it.
+        roster: all partners or clients.
+        datasets: by name.
+        crew: who trains a population.
         fresh: there was no run to go on with.
 
     Raises (on creation):
@@ -207,8 +211,7 @@ class Simulation:
     workers: int | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
-    datasets: dict[str, RegisteredDataset] = field(default_factory=dict)
-    clients: Clients | None = None
+    datasets: Mapping[str, Dataset] = field(default_factory=dict)
     crew: Crew | None = None
     _open: list[Ledger | KeptHeads | Crew] = field(default_factory=list)
 
@@ -368,9 +371,10 @@ class Simulation:
         sizes = {name: part.declared_records for name, part in parts.items()}
         self.signed = self._charter(max(sizes.values()), sizes, None, me, who)
         charter = self.signed.charter
+        registered = {}
         for name, part in parts.items():
             try:
-                self.datasets[name] = RegisteredDataset.register(
+                registered[name] = RegisteredDataset.register(
                     self.task,
                     part.source,
                     self.private / name,
@@ -379,19 +383,21 @@ class Simulation:
                 )
             except DataError as err:
                 raise type(err)(f"{name}: {err.message}", err.hint) if type(err) is DataError else err from err
+        self.datasets = registered
         ledger = self._run_ledger(me, "coordinator")
-        for name in parts:
-            self._partner(name, who[name], self._model)
+        for name, dataset in registered.items():
+            self._partner(name, who[name], dataset)
         in_order = list(self.nodes.values())
         self.grid = InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context)
         wire = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
         witnessing = Witnessing(me, ledger, self._kept_heads(me), charter.keys(), self.notify)
-        roster = {name: number for number, name in enumerate(parts, start=1)}
+        roster = Roster({name: number for number, name in enumerate(parts, start=1)})
         self._coordinate(me, wire, roster, LedgerRecords(ledger, self.signed.sha256), witnessing)
 
     def _set_up_population(self) -> None:
         """Clients without keys, one ledger for all of them, and whoever trains many of them at once."""
-        clients = self.clients = clients_of(self.config, self.task)
+        clients = clients_of(self.config)
+        self.datasets = ClientDatasets(clients)
         me = self._identity(COORDINATOR)
         population = SimulatedClients(clients=len(clients), declared_records=clients.declared_records)
         self.signed = self._charter(clients.largest, {}, population, me, {})
@@ -400,11 +406,11 @@ class Simulation:
         wire = PlainWire()
 
         def gate(number: int) -> PopulationGate:
-            return PopulationGate(client_name(number), charter, records)
+            return PopulationGate(client_name(number, len(clients)), charter, records)
 
         def node(context: Context) -> Node:
             number = context.node_id - 1
-            return Node(self.task, self._model, OneClient(clients, number), gate(number), wire)
+            return Node(self.task, self._model, self.datasets[client_name(number, len(clients))], gate(number), wire)
 
         crew = self.crew = Crew(
             self.task, clients, charter, self.private / "execution.json", self.execution, self.workers
@@ -422,8 +428,7 @@ class Simulation:
             gate,
             COORDINATOR,
         )
-        roster = {client_name(number): number + 1 for number in range(len(clients))}
-        self._coordinate(me, wire, roster, records, None)
+        self._coordinate(me, wire, PopulationRoster(len(clients), clients.evaluated), records, None)
 
     def _run_ledger(self, me: Identity, role: str) -> Ledger:
         ledger = self.run_ledger = self._ledger(
@@ -436,9 +441,9 @@ class Simulation:
         return ledger
 
     def _coordinate(
-        self, me: Identity, wire: Wire, roster: Mapping[str, int], records: Records, witnessing: Witnessing | None
+        self, me: Identity, wire: Wire, roster: Roster, records: Records, witnessing: Witnessing | None
     ) -> None:
-        self.names = list(roster)
+        self.roster = roster
         self.coordinator = Coordinator(
             self.signed,
             me,
@@ -457,8 +462,8 @@ class Simulation:
         model = initial_model(self.task, self.config.seed)  # of its own: nodes train on theirs
         return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
 
-    def _partner(self, name: str, identity: Identity, model: torch.nn.Module) -> None:
-        charter, dataset = self.signed.charter, self.datasets[name]
+    def _partner(self, name: str, identity: Identity, dataset: RegisteredDataset) -> None:
+        charter = self.signed.charter
         genesis = {"owner": name, "role": "partner"}
         ledger = self._ledger(self.out / "partners" / name / "ledger.jsonl", identity, genesis)
         gate = Gate(
@@ -475,7 +480,7 @@ class Simulation:
         self.gates[name] = gate
         self.nodes[name] = Node(
             self.task,
-            model,
+            self._model,
             dataset,
             gate,
             SignedWire(identity, {COORDINATOR: charter.coordinator.key}, self.signed.sha256),

@@ -9,6 +9,7 @@ places and rows; `templates/report.html.j2` draws them, autoescaped: names come 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import shlex
 from collections import Counter
@@ -87,10 +88,11 @@ def _view(result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: 
         "budget": _budget(partners) if private else None,
         "trajectory": _trajectory(partners) if private else None,
         "partners": partners,
-        "listed": sorted(partners, key=_share, reverse=True)[:20] if len(partners) > _EACH else partners,
+        "total": _total(partners),
+        "listed": sorted(partners, key=_share, reverse=True)[:20] if _total(partners) > _EACH else partners,
         "differences": differences,
         "refusals": [(r, BECAUSE.get(r["reason"], r["reason"] or "of a reason not given")) for r in refusals],
-        "ledger_refusals": sum(p["refusals"] or 0 for p in partners),
+        "ledger_refusals": sum((p["refusals"] or 0) * p["clients"] for p in partners),
         "checked": [(k, checked.get(k)) for k in ("ledgers", "entries", "signatures")],
         "violations": violations,
         "warnings": warnings,
@@ -139,7 +141,7 @@ _PLACED = {
 def _partners(
     result: Mapping[str, Any], verdict: Mapping[str, Any], private: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row a partner, the audit's figures first, and what the result and the audit disagree about."""
+    """One row a partner (of a large population a history, which `clients` have), the audit's figures first; and where both disagree."""
     reported, audited = result.get("partners") or {}, verdict.get("partners") or {}
     privacy = result.get("privacy") or {}
     rows, differences = [], []
@@ -151,6 +153,7 @@ def _partners(
         if name not in reported:
             differences.append(f"{called} has a ledger, but is not in result.json.")
         row: dict[str, Any] = {"name": str(name), "unaudited": []}
+        row["clients"] = max(1, int(number(theirs.get("clients") or mine.get("clients")) or 1))
         # The odometer may be recomputed on another grid (1 % is its stated accuracy); the rest are sums.
         for key, words, tolerance in (
             ("epsilon", "ε by the odometer", 1e-2),
@@ -194,6 +197,10 @@ def _partners(
         row["trajectory"] = sorted(curve.items())
         rows.append(row)
     return rows, differences
+
+
+def _total(partners: Sequence[Mapping[str, Any]]) -> int:
+    return sum(p["clients"] for p in partners)
 
 
 def _share(row: Mapping[str, Any]) -> float:
@@ -311,21 +318,21 @@ def _caps(partners: Sequence[Mapping[str, Any]]) -> list[float]:
 def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """ε against its cap: two bars a partner, or two histograms and their quantiles when there are many."""
     keys = ("epsilon_filter", "epsilon", "epsilon_cap")
-    figures = {key: sorted(finite(p[key] for p in partners)) for key in keys}
-    top = max((values[-1] for values in figures.values() if values), default=0.0)
+    figures = {key: sorted((v, p["clients"]) for p in partners for v in finite([p[key]])) for key in keys}
+    top = max((values[-1][0] for values in figures.values() if values), default=0.0)
     if top <= 0:
         return None
     known = [p for p in partners if _share(p) >= 0]
     view: dict[str, Any] = {
-        "over": [p["name"] for p in partners if p["over"]],
-        "known": len(known),
+        "over": _total([p for p in partners if p["over"]]),
+        "known": _total(known),
         "closest": max(known, key=_share, default=None),
         "unaudited": any("epsilon" in p["unaudited"] or "epsilon_filter" in p["unaudited"] for p in partners),
         "bars": None,
         "histograms": None,
         "caps": _caps(partners),
     }
-    if len(partners) <= _EACH:
+    if _total(partners) <= _EACH:
         x = Axis(0.0, top * 1.04, 170, 590, 5)
         view["x"] = x
         view["bars"] = [
@@ -345,7 +352,9 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     x, width = Axis(0.0, top * 1.04, 56, 740, 8), max(cap, top / 5) / 20
     histograms = []
     for key, words in (("epsilon_filter", "ε by the filter"), ("epsilon", "ε by the odometer")):
-        counts = Counter(max(0, math.ceil(value / width - 1e-12) - 1) for value in figures[key])
+        counts = Counter[int]()
+        for value, n in figures[key]:
+            counts[max(0, math.ceil(value / width - 1e-12) - 1)] += n
         tallest = max(counts.values(), default=1)
         bars = [
             (
@@ -361,7 +370,7 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     view["x"], view["histograms"] = x, histograms
     # Nearest rank: every figure in the table is one partner's own.
     view["quantiles"] = [
-        (words, [v[round(q * (len(v) - 1))] if (v := figures[key]) else None for key in keys])
+        (words, [_quantile(figures[key], q) for key in keys])
         for words, q in (
             ("lowest", 0.0),
             ("quarter", 0.25),
@@ -371,6 +380,13 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         )
     ]
     return view
+
+
+def _quantile(values: Sequence[tuple[float, int]], share: float) -> float | None:
+    """Of (value, how many have it) in order."""
+    rank = round(share * (sum(n for _, n in values) - 1))
+    upto = list(itertools.accumulate(n for _, n in values))
+    return values[bisect.bisect_right(upto, rank)][0] if values else None
 
 
 def _trajectory(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

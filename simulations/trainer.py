@@ -136,9 +136,9 @@ class Trainer:
         try:
             rows = self._clients.open(client).train
         except Exception as err:
-            _log.error("%s: its rows cannot be read: %s", client_name(client), without_words(err))
+            _log.error("%s: its rows cannot be read: %s", client_name(client, len(self._clients)), without_words(err))
             return None
-        seed = None if settings.event else round_seed(self._seed, number, client_name(client))
+        seed = None if settings.event else round_seed(self._seed, number, client_name(client, len(self._clients)))
         return Member(rows, settings, self._declared, seed)
 
     def _alone(

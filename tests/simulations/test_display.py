@@ -20,7 +20,7 @@ SECURE = {"colluding": 1, "dimension": 8}
 
 def shown(signed: SignedCharter, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, record=True)
-    simulation: Any = SimpleNamespace(names=[], nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
     display = Display(console)
     with display:
         display.show(simulation)
