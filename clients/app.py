@@ -158,9 +158,9 @@ class Node:
             if run not in self._gate.open_runs():
                 raise Refused(Refusal.NOT_HELD, "this run is over here")
         except Refused:
-            if fresh:
-                keys.drop(*run)
+            self._forget_keys()
             raise
+        self._forget_keys()
         key = base64.b64encode(signed_key(identity, request.charter_sha256, request.run_id, private)).decode()
         return self._wire.encode(request.reply("accepted", digest, key=key), self._wire.pack({}))[0]
 
@@ -261,8 +261,7 @@ class Node:
         head = self._gate.close_run(request.run_id, request.charter_sha256)
         if self._outbox is not None:
             self._outbox.drop(request.run_id)
-        if self._keys is not None and self._agreed(request).secure_aggregation is not None:
-            self._keys.drop(request.charter_sha256, request.run_id)
+        self._forget_keys()
         return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
 
     def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
@@ -270,6 +269,7 @@ class Node:
         assert self._identity is not None
         payload = _closing(request)
         head = self._gate.close_run(request.run_id, request.charter_sha256)
+        self._forget_keys()
         owners = self._agreed(request).keys()
         signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, owners, head)
         encoded = base64.b64encode(signature).decode()
@@ -436,6 +436,11 @@ class Node:
         assert self._identity is not None
         assert self._keys is not None
         return self._identity, self._keys
+
+    def _forget_keys(self) -> None:
+        """Of every run that is over: closed, signed for, or ended (expired, left) while nobody closed it."""
+        if self._keys is not None:
+            self._keys.keep_only(self._gate.open_runs())
 
     def _dimension(self) -> int:
         return sum(math.prod(shape) for shape in self._shapes.values())

@@ -38,27 +38,19 @@ class RunKeys:
             raise Refused(Refusal.NOT_HELD, "this node has no key for secure aggregation in this run")
         return self._read(path)
 
-    def drop(self, charter_sha256: str, run_id: str) -> None:
-        """Forget a closed run's key.
+    def keep_only(self, runs: Iterable[tuple[str, str]]) -> None:
+        """Forget the keys of all runs but these (charter, run).
 
         Raises:
-            OutputError: it cannot be deleted.
+            OutputError: one cannot be deleted.
         """
-        self._unlink(self._path(charter_sha256, run_id))
-
-    def keep_only(self, runs: Iterable[tuple[str, str]]) -> None:
-        """Forget the keys of all runs but these (charter, run): of what ended while nobody closed it."""
         wanted = {self._path(charter, run) for charter, run in runs}
         for path in self._folder.glob("*"):
             if path not in wanted:
-                self._unlink(path)
-
-    @staticmethod
-    def _unlink(path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as err:
-            raise output_error(path, err) from err
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as err:
+                    raise output_error(path, err) from err
 
     @staticmethod
     def _read(path: Path) -> bytes:

@@ -720,6 +720,24 @@ def test_after_a_run_was_signed_for_but_not_closed(plot: Plot) -> None:
             plot.refused(ask, Refusal.NOT_HELD, "this run is not open here", tensors)
 
 
+@pytest.mark.parametrize("how", ["signed for", "ended"])
+def test_a_key_is_forgotten_when_its_run_is_over(town: Town, how: str) -> None:
+    """Also without a request to close: at a checkpoint that is to be signed, or at the next run where a run ended by itself."""
+    plot = town.plot()
+    attempt = plot.attempt().train().agree()
+    if how == "signed for":
+        closing = base64.b64encode(b"{}").decode()  # the run is over before it is looked at
+        with pytest.raises(MessageError):
+            plot.send(plot.ask("sign", ROUNDS + 1, "ada", fields={"closing": closing}))
+    else:
+        town.sites["ada"].gate.close_run(plot.run, plot.signed.sha256)
+        town.plot("none").close()
+    assert plot.kinds("ada") == ["hold", "debit", "commit", "survivors", "release"]
+    assert not (masks(town, "ada") / _file(plot)).exists()
+    plot.refused(attempt.ask_agree("ada", NAMES), Refusal.NOT_HELD, "no key for secure aggregation")
+    plot.close()
+
+
 def test_while_the_site_is_paused(plot: Plot) -> None:
     attempt = plot.attempt().train().agree()
     control = Control(plot.town.keys.home("ada").path / "state" / "control")
