@@ -29,7 +29,7 @@ import torch
 
 from ..common.charter import Charter
 from ..common.closing import sign_closing
-from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
+from ..common.errors import ConfigError, DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity, sha256
@@ -148,6 +148,10 @@ class Node:
         if secure is None:
             self._gate.open_run(request, digest)
             return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+        try:
+            fixed_point(charter)
+        except ConfigError as err:  # before anything is held for rounds that could not be summed
+            raise Refused(Refusal.NUMERIC, err.message) from err
         identity, keys = self._masker()
         run = request.charter_sha256, request.run_id
         # One key a run, made before the run is held: where it is held and has none, the key is lost, and no second one is signed.

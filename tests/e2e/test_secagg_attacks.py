@@ -28,7 +28,7 @@ from hansa.clients.noise import SecureNoise
 from hansa.clients.outbox import Outbox
 from hansa.common import secagg
 from hansa.common.certificates import check_peer, read_certificate
-from hansa.common.errors import IdentityError, MessageError, Refusal, RunFailed
+from hansa.common.errors import ConfigError, IdentityError, MessageError, Refusal, RunFailed
 from hansa.common.flower import Message
 from hansa.common.identity import Envelope, Identity, canonical, read_envelope, write_envelope
 from hansa.common.masking import revealed_from
@@ -760,6 +760,19 @@ def test_after_a_partner_left_the_charter(town: Town) -> None:
         plot.refused(ask, Refusal.WITHDRAWN, "this partner withdrew from the charter", tensors, also=also)
     assert plot.kinds("ada") == ["hold", "debit", "commit", "survivors", "release"]
     plot.close()
+
+
+def test_a_run_whose_sums_fit_no_ring_is_not_held(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each of its rounds would fail, unsigned and unrecorded, and the budget stay held for it."""
+
+    def none(_: object) -> None:
+        raise ConfigError("secure aggregation: no ring", "Declare fewer records.")
+
+    plot = Plot(town, town.charters["one"], next(town.run_ids))
+    with monkeypatch.context() as patch, town.nothing_spent():
+        patch.setattr("hansa.clients.app.fixed_point", none)
+        plot.refused(plot.ask("open", 0, "ada"), Refusal.NUMERIC, "no ring")
+    assert not (masks(town, "ada") / _file(plot)).exists()
 
 
 # -- keys that are lost ------------------------------------------------------------------------------------------------------
