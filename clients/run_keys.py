@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..common.errors import OutputError, Refusal, Refused
 from ..common.identity import output_error, sha256, write_whole
-from ..common.secagg import new_key
+from ..common.secagg import KEY, new_key
 
 
 class RunKeys:
@@ -31,7 +31,7 @@ class RunKeys:
         """The run's key.
 
         Raises:
-            Refused: there is none: the run is not open here, or was opened before a restore.
+            Refused: there is none: the run is not open here, or was opened before a restore; or it is damaged.
         """
         path = self._path(charter_sha256, run_id)
         if not path.exists():
@@ -55,9 +55,12 @@ class RunKeys:
     @staticmethod
     def _read(path: Path) -> bytes:
         try:
-            return path.read_bytes()
+            found = path.read_bytes()
         except OSError as err:
             raise OutputError(f"{path}: {err.strerror}", "Close this run, and begin another.") from err
+        if len(found) != KEY:
+            raise Refused(Refusal.NOT_HELD, "this node's key for secure aggregation in this run is damaged")
+        return found
 
     def _path(self, charter_sha256: str, run_id: str) -> Path:
         # A peer chose the run's name: hash it rather than trust it as a file's.

@@ -793,6 +793,14 @@ def test_a_lost_key_is_not_replaced(plot: Plot) -> None:
     assert not (masks(plot.town, "ada") / _file(plot)).exists()
 
 
+@pytest.mark.parametrize("left", [b"", bytes(31)], ids=["empty", "short"])
+def test_a_damaged_key_is_refused_in_words(plot: Plot, left: bytes) -> None:
+    (masks(plot.town, "ada") / _file(plot)).write_bytes(left)
+    attempt = plot.attempt()
+    with plot.town.nothing_spent():
+        plot.refused(attempt.ask("train", "ada"), Refusal.NOT_HELD, "is damaged", attempt.model)
+
+
 @pytest.mark.parametrize("how", ["lost", "closed"])
 def test_a_second_key_of_one_run(plot: Plot, how: str) -> None:
     """The request that opened the run is sent again when its key is gone: nobody signs two keys for one run."""
