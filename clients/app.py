@@ -29,7 +29,7 @@ import torch
 
 from ..common.charter import Charter
 from ..common.closing import sign_closing
-from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
+from ..common.errors import ConfigError, DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity, sha256
@@ -159,6 +159,10 @@ class Node:
         if secure is None:
             self._gate.open_run(request, digest)
             return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+        try:
+            fixed_point(charter)
+        except ConfigError as err:  # before anything is held for rounds that could not be summed
+            raise Refused(Refusal.NUMERIC, err.message) from err
         identity, keys = self._masker()
         run = request.charter_sha256, request.run_id
         # One key a run, made before the run is held: where it is held and has none, the key is lost, and no second one is signed.
@@ -169,9 +173,9 @@ class Node:
             if run not in self._gate.open_runs():
                 raise Refused(Refusal.NOT_HELD, "this run is over here")
         except Refused:
-            if fresh:
-                keys.drop(*run)
+            self._forget_keys()
             raise
+        self._forget_keys()
         key = base64.b64encode(signed_key(identity, request.charter_sha256, request.run_id, private)).decode()
         return self._wire.encode(request.reply("accepted", digest, key=key), self._wire.pack({}))[0]
 
@@ -272,8 +276,7 @@ class Node:
         head = self._gate.close_run(request.run_id, request.charter_sha256)
         if self._outbox is not None:
             self._outbox.drop(request.run_id)
-        if self._keys is not None and self._agreed(request).secure_aggregation is not None:
-            self._keys.drop(request.charter_sha256, request.run_id)
+        self._forget_keys()
         return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
 
     def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
@@ -281,6 +284,7 @@ class Node:
         assert self._identity is not None
         payload = _closing(request)
         head = self._gate.close_run(request.run_id, request.charter_sha256)
+        self._forget_keys()
         owners = self._agreed(request).keys()
         signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, owners, head)
         encoded = base64.b64encode(signature).decode()
@@ -447,6 +451,11 @@ class Node:
         assert self._identity is not None
         assert self._keys is not None
         return self._identity, self._keys
+
+    def _forget_keys(self) -> None:
+        """Of every run that is over: closed, signed for, or ended (expired, left) while nobody closed it."""
+        if self._keys is not None:
+            self._keys.keep_only(self._gate.open_runs())
 
     def _dimension(self) -> int:
         return sum(math.prod(shape) for shape in self._shapes.values())

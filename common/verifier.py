@@ -2058,8 +2058,11 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
                 )
             elif kind != "debit":
                 seen = coordinator.runs[ask[0]].outcomes.get(ask[1:4], {}).get(name, {})
-                # A list that was signed can be asked for again, and refused then (a site that paused): nothing is answered twice.
-                if set(seen) <= {"timeout", "invalid"} or (kind == "survivors" and not set(seen) & set(DONE)):
+                refusals = [one.removeprefix("refused: ") for one in seen if one.startswith("refused: ")]
+                # Who was asked again may have refused before (a site that paused) or after (a run that is over), and said so.
+                said = act.body["request_id"], act.body["request_sha256"], act.body["run_id"]
+                own = all((*said, reason) in partner.refused for reason in refusals)
+                if not set(seen) & set(DONE) and own:
                     report.warn(
                         "unanswered", partner.file, act.line, f"a {called} whose answer the coordinator did not record"
                     )
