@@ -110,9 +110,10 @@ class Trainer:
             if some is not out:
                 out[there] = some
             # A sum is finite only if all of it is, and takes a third of the time; it may overflow, so a no is looked at again.
-            for i in there:
-                if not np.isfinite(np.dot(out[i], out[i])) and not np.isfinite(out[i]).all():
-                    outcomes[i] = _NOT_FINITE
+            with np.errstate(over="ignore", invalid="ignore"):
+                for i in there:
+                    if not np.isfinite(np.dot(out[i], out[i])) and not np.isfinite(out[i]).all():
+                        outcomes[i] = _NOT_FINITE
         else:
             views, at = {}, 0
             for name, shape in self.shapes():
