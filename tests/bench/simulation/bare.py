@@ -125,7 +125,7 @@ def run(workload: Workload, watch: harness.Stopwatch, options: argparse.Namespac
     current = [p.detach().clone() for p in parameters]
     watch.tick()
     for number in range(watch.rounds):
-        cohort = [clients[i] for i in workload.cohort(number, len(clients))]
+        cohort = [clients[i] for i in workload.cohort(number, len(clients))][:: -1 if options.backwards else 1]
         everyone = sum(len(y) for _, y in cohort)
         mean = [torch.zeros_like(p) for p in current]
         for x, y in cohort:
@@ -144,4 +144,7 @@ def run(workload: Workload, watch: harness.Stopwatch, options: argparse.Namespac
 if __name__ == "__main__":
     parser = harness.arguments()
     parser.add_argument("--private", choices=PRIVATE, default="once")
+    parser.add_argument(
+        "--backwards", action="store_true", help="average in the opposite order: what rounding alone does"
+    )
     harness.main("bare", lambda: f"torch {torch.__version__}", run, parser)

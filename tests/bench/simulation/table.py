@@ -6,7 +6,9 @@ All runners of a workload are started, warmed up, and then take turns, one measu
 them alike. Flower takes turns with the bare loop alone, afterwards: Ray uses 3 to 9% of a core when it does nothing. The ratio is
 of medians. Processor time is that of the whole process tree, Ray's workers included. Of the bare loops
 with DP-SGD the fastest is the yardstick. Without DP every runner must end with the bare loop's parameters: the last column is
-the largest relative L2 distance of any tensor. Peers run in environments of their own (`make peers`).
+the largest relative L2 distance of any tensor. Max-pooling and ReLU amplify rounding from round to round (on W2 2e-7 after one
+round, 3e-3 after six), so what is allowed is measured: ten times the distance of a bare loop that adds up in the opposite order.
+Peers run in environments of their own (`make peers`).
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from workloads import WORKLOADS, Workload
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[2]
-TOLERANCE = 1e-4
-"""Relative L2 distance a tensor may have from the bare loop's: every runner sums in an order of its own."""
+TOLERANCE, TIMES = 1e-5, 10.0
+"""Relative L2 distance a tensor may have from the bare loop's, whatever rounding does; and times what it does."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Runner:
 
 RUNNERS = (
     Runner("bare", "bare loop", "bare.py", private=False, yardstick=True),
+    Runner("backwards", "bare loop, averaged backwards", "bare.py", ("--backwards",), private=False),
     Runner("bare-each", "bare loop, Opacus' hooks for each client", "bare.py", ("--private", "each"), None, True, True),
     Runner("bare-once", "bare loop, Opacus' hooks once", "bare.py", ("--private", "once"), None, True, True),
     Runner("bare-func", "bare loop, torch.func", "bare.py", ("--private", "functional"), None, True, True),
@@ -74,6 +77,7 @@ class Result:
     told: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     bare: Result | None = None
+    allowed: float = TOLERANCE
     difference: float | None = None
     skipped: str = ""
 
@@ -205,12 +209,17 @@ def measure_all(workload: Workload, runners: list[Runner], rounds: int) -> list[
         for result in others:
             result.bare = None if again.skipped else again
         results += others
+    allowed = TOLERANCE
     for result in results:
         if not result.skipped and not workload.private:
             result.difference = max(
                 float((value - bare.parameters[name]).norm() / bare.parameters[name].norm())
                 for name, value in result.parameters.items()
             )
+            if result.runner.key == "backwards":
+                allowed = max(allowed, TIMES * result.difference)
+    for result in results:
+        result.allowed = allowed
     return results
 
 
@@ -232,7 +241,9 @@ def show(workload: Workload, results: list[Result]) -> None:
         elif result.difference is None:
             note = "-"
         else:
-            note = f"{result.difference:.1e}" + ("" if result.difference < TOLERANCE else "  NOT WHAT BARE LEARNED")
+            note = f"{result.difference:.1e}" + (
+                "" if result.difference <= result.allowed else "  NOT WHAT BARE LEARNED"
+            )
         print(f"  {result.runner.title:<42}{wall * 1e3:>7.1f} ms{ratios[0]:>8}{cpu * 1e3:>7.1f} ms{ratios[1]:>8}"
               f"{spread:>9.0%}{result.told['loss']:>8.3f}  {note}", flush=True)  # fmt: skip
 
@@ -257,12 +268,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.only:
         workload = WORKLOADS[name]
         runners = [r for r in RUNNERS if r.private in (None, workload.private)]
-        runners = [r for r in runners if r.yardstick or r.key in options.runners]
+        runners = [r for r in runners if r.yardstick or r.key in {*options.runners, "backwards"}]
         began = time.perf_counter()
         load = os.getloadavg()[0]
         results = measure_all(workload, runners, rounds)
         bare = yardstick(results)
-        odd += [f"{name}: {r.runner.key}" for r in results if r.difference is not None and r.difference > TOLERANCE]
+        odd += [f"{name}: {r.runner.key}" for r in results if r.difference is not None and r.difference > r.allowed]
         show(workload, results)
         told["workloads"][name] = {
             "title": workload.title,
