@@ -14,7 +14,7 @@ from ..common.errors import ConfigError
 from ..common.identity import write_whole
 from ..common.tasks import Task, initial_model
 from .clients import Clients
-from .execution import Execution, Tried, fields, load_execution, probe
+from .execution import Execution, Tried, cores, fields, load_execution, probe
 from .trainer import Trainer
 from .workers import Here, Workers, can_fork
 
@@ -51,7 +51,7 @@ class Crew:
         if plan is None:
             weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
             cohort = max(1, round(charter.algorithm.participation * len(clients)))
-            plan, self.tried = probe(trainer, weights, cohort, range(min(len(clients), 256)), settings.steps)
+            plan, self.tried = probe(trainer, weights, cohort, range(min(len(clients), 256)), settings.steps, cores())
         if workers is not None:
             plan = plan.model_copy(update={"workers": workers})
         if plan.workers and not can_fork():

@@ -82,7 +82,7 @@ def cores() -> int:
 
 
 def probe(
-    trainer: Trainer, weights: npt.NDArray[np.float32], cohort: int, clients: Sequence[int], steps: int
+    trainer: Trainer, weights: npt.NDArray[np.float32], cohort: int, clients: Sequence[int], steps: int, processes: int
 ) -> tuple[Execution, Tried]:
     """Try, and choose.
 
@@ -90,6 +90,7 @@ def probe(
         cohort: clients a round.
         clients: some that may be tried, as many as a chunk may have.
         steps: of a client's round.
+        processes: how many may compute at a time.
     """
     began = time.perf_counter()
     tried_steps = min(steps, 2)
@@ -121,7 +122,7 @@ def probe(
     tried = Tried(
         None if alone is None else 1000 * alone, {c: 1000 * s for c, s in found.items()}, time.perf_counter() - began
     )
-    return choose(alone, found, cohort, cores()), tried
+    return choose(alone, found, cohort, processes), tried
 
 
 def choose(alone_s: float | None, batched_s: dict[int, float], cohort: int, processes: int) -> Execution:
