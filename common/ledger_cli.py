@@ -443,8 +443,8 @@ def _words(kind: str, body: dict[str, Any]) -> str:
         case "commit" | "public" | "cohort-commit" | "round":
             return f"round {body['round']}"
         case "survivors":
-            names = ", ".join(body["survivors"])
-            return f"round {body['round']}{_again(body)}: signed the list {names}; agreement {body['agreement'][:8]}"
+            listed = ", ".join(body["survivors"])
+            return f"round {body['round']}{_again(body)}: signed the list {listed}; agreement {body['agreement'][:8]}"
         case "refuse":
             return f"{body['reason']}: {body['detail']}"
         case "release":
