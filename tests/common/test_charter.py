@@ -240,7 +240,7 @@ def test_noise_is_another_word_for_kind_and_in_a_charter_there_is_one_word() -> 
     [
         ({"secure_aggregation": None}, "secure_aggregation is missing"),
         ({"secure_aggregation": {**SECURE, "dimension": None}}, "dimension is missing"),
-        ({"secure_aggregation": {**SECURE, "colluding": 2}}, "at least 4"),
+        ({"secure_aggregation": {**SECURE, "colluding": 2}}, "too many of 3 partners"),
         ({"quorum": 2}, "at least 3"),
         ({"algorithm__weighting": "uniform"}, "weighting must be declared"),
         ({"algorithm__local__steps": 2}, "steps must be 1"),
