@@ -384,10 +384,16 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
 
 
 def _odds(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, float] | None:
-    """The largest finite ε, and by which factor it lets any outcome's probability change."""
-    found = [(e, page.number(f.get("delta"))) for _, f in groups for e in page.finite([f.get("epsilon_filter")])]
-    worst, delta = max(found, default=(0.0, None))
-    return {"epsilon": worst, "delta": delta, "factor": math.exp(worst)} if 0 < worst <= 10 and delta else None
+    """The largest finite ε, by which factor it lets any outcome's probability change, and whether for anyone's eyes (local noise)."""
+    found = [
+        (e, page.number(f.get("delta")), _placement(f)[0] != "local")
+        for _, f in groups
+        for e in page.finite([f.get("epsilon_filter")])
+    ]
+    worst, delta, among = max(found, default=(0.0, None, False))
+    if not (0 < worst <= 10 and delta):
+        return None
+    return {"epsilon": worst, "delta": delta, "factor": math.exp(worst), "anyone": not among}
 
 
 def _section(index: int, names: Sequence[str], figures: Fields) -> dict[str, Any]:

@@ -400,10 +400,21 @@ def in_words(signed: SignedCharter) -> str:
             lines.append(
                 "  two sums of different partners can be subtracted: without noise that leaves one partner's update"
             )
-        lines.append(
-            f"  this holds while at most {counted(s.colluding, 'partner')} work with it; {threshold_of(len(c.partners), s.colluding)} partners' shares open a sum"
+        together = (
+            "no partner works with it"
+            if s.colluding == 0
+            else "at most one partner works with it"
+            if s.colluding == 1
+            else f"at most {s.colluding} partners work with it"
         )
-        lines.append(f"  a run may ask for {counted(s.retries, 'round')} again, each of which is paid for")
+        lines.append(
+            f"  this holds while {together}; {threshold_of(len(c.partners), s.colluding)} partners' shares open a sum"
+        )
+        lines.append(
+            f"  a run may ask for {counted(s.retries, 'round')} again, each of which is paid for"
+            if s.retries
+            else "  no round may be asked again"
+        )
     often = "every round" if e.every == 1 else f"every {e.every} rounds"
     lines += ["", "Evaluation"]
     match e.kind:

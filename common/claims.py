@@ -274,6 +274,12 @@ class _File:
         else:
             form = "format" not in raw and len(_TOP & set(raw)) >= 2
         self.ours = form and kind in ("local", "shared", "none") and unit == "record" and named
+        # What a file of ours lacks of that, where it is not the whole of it.
+        self.lacks = ""
+        if form and kind not in ("local", "shared", "none"):
+            self.lacks = f"{'.'.join(self.kind_at)} must be local, shared or none"
+        elif form and unit == "record" and not named:
+            self.lacks = "secure_aggregation.colluding is missing, which says whom shared noise holds against"
         self.unprotected = kind == "none" or privacy == "none"
 
     def _walk(self, value: Any, place: Place, left: list[int]) -> None:
@@ -605,9 +611,8 @@ def _bare(file: _File) -> Iterator[Finding]:
     for place, value in file.named(_EPSILON):
         if _number(value) is not None and missing:
             severity = Severity.REFUSE if grave else Severity.FLAG
-            yield file.find(
-                "bare-epsilon", severity, place, f"epsilon {value} stands alone: no {', no '.join(missing)}."
-            )
+            why = file.lacks or f"no {', no '.join(missing)}"
+            yield file.find("bare-epsilon", severity, place, f"epsilon {value} stands alone: {why}.")
 
 
 def _epochs(file: _File) -> Iterator[Finding]:

@@ -221,6 +221,11 @@ class Federation(Section):
         """How many partners, or simulated clients, there are."""
         return self.population.clients if self.population is not None else len(self.partners or {})
 
+    @property
+    def cohort(self) -> int:
+        """How many of them are asked in a round."""
+        return max(1, round(self.algorithm.participation * self.size))
+
     def with_noise(self, noise_multiplier: float | None) -> Federation:
         """The same with this noise."""
         return self.model_copy(
@@ -236,7 +241,7 @@ class Federation(Section):
             raise ValueError(f"partners: {size} given, 2 to {SIGNED_PARTNERS_MAX} allowed")
         if self.partners is not None and "coordinator" in self.partners:
             raise ValueError("partners: the name coordinator is taken by the coordinator")
-        cohort = max(1, round(self.algorithm.participation * size))
+        cohort = self.cohort
         if self.quorum > cohort:
             raise ValueError(f"quorum {self.quorum} is more than the {counted(cohort, 'partner')} asked in a round")
         largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
@@ -277,6 +282,11 @@ def check_secure(
     if not 3 <= partners <= SIGNED_PARTNERS_MAX:
         raise ValueError(f"secure_aggregation is for 3 to {SIGNED_PARTNERS_MAX} partners with keys of their own")
     t, least = secure.colluding, max(secure.colluding + 2, threshold_of(partners, secure.colluding))
+    if least > partners:
+        raise ValueError(
+            f"secure_aggregation.colluding {t} is too many of {partners} partners: no quorum would do. At most {partners - 2}, so that "
+            f"two in every sum do not collude"
+        )
     if not least <= quorum <= partners:
         raise ValueError(
             f"quorum {quorum} with secure_aggregation.colluding {t}: of {partners} partners at least {least} must be in every sum, so "
@@ -289,8 +299,8 @@ def check_secure(
         "algorithm.local.steps must be 1: shared noise is added to the sum of one gradient step": local.steps != 1,
         "algorithm.local.optimizer must be sgd without momentum: a round is one gradient step. Momentum belongs to the strategy: "
         "{name: fedavgm, server_momentum: 0.9}": local.optimizer.name != "sgd" or local.optimizer.momentum > 0,
-        "algorithm.strategy fedprox pulls towards the model that a round began with, where its one step is": strategy
-        == "fedprox",
+        "algorithm.strategy must not be fedprox: it pulls towards the model that a round began with, which is where its one step "
+        "is. fedavg does the same": strategy == "fedprox",
         "algorithm.weighting must be declared: every record weighs the same under shared noise": algorithm.weighting
         != "declared",
     }

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from .accounting import MAX_STEPS, Budget, PrivacyEvent
 from .config import Algorithm, Evaluation, Privacy, SecureAggregation
+from .errors import Refusal, Refused
 from .identity import canonical, sha256
 from .shared_noise import MECHANISM as SHARED
 from .shared_noise import SharedGaussian, charged_as, grid_for
@@ -187,7 +188,19 @@ def calibrated(terms: Terms) -> float | None:
     """
     if terms.privacy.kind == "none" or terms.privacy.noise_multiplier is not None:
         return terms.privacy.noise_multiplier
-    return least_noise(terms, {"": (budget_of(terms), evaluations_of(terms))})
+    budget, evaluations = budget_of(terms), evaluations_of(terms)
+    try:
+        return least_noise(terms, {"": (budget, evaluations)})
+    except Refused as err:
+        if err.reason is not Refusal.BUDGET or not evaluations:
+            raise
+        raise Refused(
+            Refusal.BUDGET,
+            f"no training fits into ε = {budget.epsilon:g} (δ = {budget.delta:g}), whatever its noise: the plan's private evaluations "
+            f"alone cost {budget.spent(evaluations):.4g}",
+            "Evaluate less often (evaluation.every) or with more noise (evaluation.noise_multiplier), plan fewer rounds, or agree on a "
+            "larger ε.",
+        ) from err
 
 
 def least_noise(terms: Terms, caps: Caps) -> float:

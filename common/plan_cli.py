@@ -414,10 +414,13 @@ def _print_placements(report: dict[str, Any]) -> None:
     out.print(table)
     for kind, why in both["missing"].items():
         out.print(plain(f"no {kind} noise: {why}"))
-    partners = report["secure_aggregation"]["partners"]
+    secure = report["secure_aggregation"]
+    partners, asked = secure["partners"], secure["asked"]
+    who, n = (f"all {partners}", "n") if asked == partners else (f"the {asked} of {partners}", str(asked))
+    theirs, in_a_round = ("", "") if asked == partners else ("their ", " asked in a round")
     out.print(
-        f"sd on the sum: of the noise in one step of all {partners} partners, in clipping norms. factor: how many times that of all data pooled "
-        "in one place;\n  shared sqrt(n / (N_min - t)), local sqrt(n)."
+        f"sd on the sum: of the noise in one step of {who} partners{in_a_round}, in clipping norms. factor: how "
+        f"many times that of all {theirs}data pooled in one place;\n  shared sqrt({n} / (N_min - t)), local sqrt({n})."
     )
     for row in both["rows"]:
         out.print(f"{row['noise']} noise: against {row['adversary']}")

@@ -170,12 +170,12 @@ BAD_SHARED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("retries: 2", "retries: 2, threshold: 2", "secure_aggregation.threshold", ("unknown key",)),
     ("retries: 2", "retries: 2, dimension: 0", "secure_aggregation.dimension", ("greater than or equal to 1",)),
     ("  cy: {data: c.csv, declared_records: 60}\n", "", "quorum", ("quorum 3 is more than the 2",)),
-    ("colluding: 1", "colluding: 2", "quorum", ("quorum 3", "colluding 2", "at least 4")),
+    ("colluding: 1", "colluding: 2", "secure_aggregation.colluding", ("2 is too many of 3 partners", "At most 1")),
     ("quorum: 3", "quorum: 2", "quorum", ("quorum 2", "colluding 1", "of 3 partners at least 3")),
     ("steps: 1", "steps: 2", "algorithm.local.steps", ("must be 1", "one gradient step")),
     ("name: sgd", "name: adam", "algorithm.local.optimizer", ("sgd without momentum", "server_momentum")),
     ("lr: 0.2", "lr: 0.2, momentum: 0.5", "algorithm.local.optimizer", ("sgd without momentum",)),
-    ("name: fedavg", "name: fedprox, proximal_mu: 0.1", "algorithm.strategy", ("fedprox",)),
+    ("name: fedavg", "name: fedprox, proximal_mu: 0.1", "algorithm.strategy", ("must not be fedprox", "fedavg does the same")),
     ("rounds: 10", "rounds: 10\n  weighting: uniform", "algorithm.weighting", ("must be declared",)),
 ]  # fmt: skip
 
