@@ -48,6 +48,7 @@ from ..server.witness import Witnessing
 from . import partitions, sources
 from .grid import InProcessGrid
 from .population import PopulationGate, PopulationRecords, client_name
+from .realism import over_sampled, realistic
 
 COORDINATOR = "coordinator"
 LOCK = "hansa.lock"
@@ -369,7 +370,16 @@ class Simulation:
                 gate = PopulationGate(name, charter, population)
                 self.nodes[name] = Node(self.task, model, dataset, gate, wire)
         in_order = list(self.nodes.values())
-        self.grid = InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context)
+        sizes = [part.declared_records for part in parts.values()]
+        self.grid = realistic(
+            InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context),
+            self.config,
+            charter,
+            {name: value.shape for name, value in self._initial().items()},
+            len(self.task.classes),
+            lambda node: sizes[node - 1],
+            self.private / "virtual-clock.jsonl",
+        )
         self.coordinator = Coordinator(
             self.signed,
             me,
@@ -460,12 +470,13 @@ class Simulation:
         if not who:
             mean = max(1, round(float(np.mean(list(sizes.values())))))
             population = SimulatedClients(clients=len(parts), declared_records=mean)
+        config = over_sampled(self.config)
         charter = draft(
-            self.config,
+            config,
             task_sha256=code_sha256(self.task.name),
             coordinator_key=me.key,
             partner_keys={name: identity.key for name, identity in who.items()},
-            noise_multiplier=calibrated(self.config),
+            noise_multiplier=calibrated(config),
             simulated=True,
             population=population,
             declared=sizes,

@@ -15,6 +15,7 @@ from ..common.plan import budget_of, event_from
 from ..server.rounds import Outcome, Refusing
 from .federation import Simulation
 from .population import client_name
+from .realism import told
 
 
 def make_result(
@@ -51,6 +52,7 @@ def make_result(
         "partners": _partners(simulation),
         "refusals": _refusals(simulation, refusals),
         "timings": dict(timings),
+        **told(simulation.grid),
     }
 
 
