@@ -22,6 +22,8 @@ Line = Annotated[str, StringConstraints(strip_whitespace=True, max_length=500, p
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Spread = Annotated[float, Field(ge=0, le=3)]
+"""σ of ln x; at 3 one client in forty is 350 times as slow as the median."""
 
 SIGNED_PARTNERS_MAX = 100
 """Above this many partners a simulation keeps one run ledger instead of an identity and a ledger each."""
@@ -197,6 +199,80 @@ class Population(Section):
     partition: Partition = Partition()
 
 
+class Compute(Section):
+    """How long clients work, in virtual seconds.
+
+    Attributes:
+        seconds_per_record: of the median client, for one record in one step.
+        overhead_s: of the median client, for any answer, whatever its size: checks, signatures, what is written to disk.
+        spread: σ of the lognormal factor by which a client is slower or faster than the median, the same in every round.
+    """
+
+    seconds_per_record: NonNegative = 0.0
+    overhead_s: NonNegative = 0.0
+    spread: Spread = 0.0
+
+
+class Network(Section):
+    """The clients' lines.
+
+    Attributes:
+        down_mbps: megabits a second to the median client; None: no limit.
+        up_mbps: from it.
+        latency_ms: one way.
+        spread: σ of the lognormal factor by which a client's line is slower or faster, both ways, the same in every round.
+    """
+
+    down_mbps: Positive | None = None
+    up_mbps: Positive | None = None
+    latency_ms: NonNegative = 0.0
+    spread: Spread = 0.0
+
+
+class Availability(Section):
+    """With which probability a client is there: share · (1 + daily_swing · cos(2π (hour − peak_hour)/24)).
+
+    Hours are those of the virtual clock, at which the run begins at 0. Drawn for each client and round by itself.
+    """
+
+    share: Fraction = 1.0
+    daily_swing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    peak_hour: Annotated[float, Field(ge=0, lt=24)] = 2.0
+
+    @model_validator(mode="after")
+    def _a_probability(self) -> Availability:
+        if (most := self.share * (1 + self.daily_swing)) > 1:
+            raise ValueError(
+                f"share {self.share:g} and daily_swing {self.daily_swing:g} come to {most:.3g} at the peak hour"
+            )
+        return self
+
+
+class Stragglers(Section):
+    """In each round this share of clients takes `slowdown` times as long to compute."""
+
+    share: Annotated[float, Field(ge=0, le=1)]
+    slowdown: Annotated[float, Field(ge=1, le=1e6)]
+
+
+class System(Section):
+    """What the clients of a simulation are like, and how long a round waits for them: for estimates, in no charter.
+
+    Attributes:
+        dropout: with which probability a client that was asked to train never answers.
+        deadline_s: how long a round waits, in virtual seconds; None: `round_deadline_s`.
+        over_sampling: so many more are asked than are needed, as a fraction; the round ends when enough have answered.
+    """
+
+    compute: Compute = Compute()
+    network: Network = Network()
+    availability: Availability = Availability()
+    stragglers: Stragglers = Stragglers(share=0.0, slowdown=1.0)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    deadline_s: Positive | None = None
+    over_sampling: Annotated[float, Field(ge=0, le=10)] = 0.0
+
+
 class Federation(Section):
     """One federation: who takes part, what is trained, at which privacy, for how long."""
 
@@ -215,6 +291,7 @@ class Federation(Section):
     expires_days: Annotated[int, Field(ge=1, le=3650)] = 365
     benefit: Line = "Every partner receives the final model."
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    system: System | None = None
 
     @property
     def size(self) -> int:
@@ -253,7 +330,25 @@ class Federation(Section):
             self.algorithm,
             self.privacy,
         )
+        if (more := self.system.over_sampling if self.system else 0) and self.algorithm.participation * (1 + more) > 1:
+            raise ValueError(
+                f"system.over_sampling {more:g}: at participation {self.algorithm.participation:g} there are not so many more "
+                f"to ask; at most {1 / self.algorithm.participation - 1:.3g}"
+            )
         return self
+
+
+def without_system(config: Federation, source: Path) -> None:
+    """Refuse a configuration of simulated clients where real ones will answer.
+
+    Raises:
+        ConfigError: it has a `system`.
+    """
+    if config.system is not None:
+        raise ConfigError(
+            f"{source}: system is about simulated clients; real ones are as they are",
+            "Take the section out of the file. Only `hansa simulate` reads it, and no charter can carry it.",
+        )
 
 
 def threshold_of(partners: int, colluding: int) -> int:

@@ -263,6 +263,7 @@ def _finish(
     console: Console,
 ) -> dict[str, Any]:
     from .baselines import baselines
+    from .realism import in_words as in_words_of_clock
     from .result import make_result
 
     result = make_result(simulation, outcome, refusals, timings)
@@ -272,6 +273,8 @@ def _finish(
             result["baselines"] = baselines(simulation.config, simulation.base, simulation.task)
         timings["baselines_s"] = result["timings"]["baselines_s"] = time.perf_counter() - began
     _save(simulation.out, result)
+    if "system" in result:
+        console.print(plain(in_words_of_clock(result["system"])))
     rows = _score_rows(result)
     if rows:
         table = Table(box=None, pad_edge=False, title=_rows_title(result), title_justify="left")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..common.cli import clean, plain
 from .federation import Simulation
+from .realism import VIRTUAL
 
 _SHOWN = 24
 
@@ -86,12 +87,15 @@ class Display:
     def _answer(self, facts: dict[str, Any]) -> None:
         name, answer = facts["partner"], facts["answer"]
         if len(self._status) < _SHOWN or name in self._status:
-            self._status[name] = {"ok": "answered"}.get(answer.outcome, answer.outcome)
+            virtual = answer.detail.removesuffix(VIRTUAL) if answer.detail.endswith(VIRTUAL) else answer.outcome
+            self._status[name] = {"ok": "answered"}.get(answer.outcome, virtual)
             if facts["kind"] == "train" and answer.outcome == "ok":
                 self._rounds[name] = facts["round"]
             if facts["kind"] in ("train", "evaluate", "open"):
                 self._measure(name)
-        if answer.outcome in ("invalid", "timeout"):
+        if answer.outcome in ("invalid", "timeout") and not answer.detail.endswith(
+            VIRTUAL
+        ):  # those are counted, not named
             self._say(f"{name}: {answer.outcome}: {answer.detail}", "yellow")
 
     def _measure(self, name: str) -> None:

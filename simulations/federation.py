@@ -33,7 +33,7 @@ from ..clients.training import check_model
 from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
 from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
-from ..common.flower import Context, RecordDict
+from ..common.flower import Context, Grid, RecordDict
 from ..common.heads import KeptHeads
 from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
@@ -52,6 +52,7 @@ from .crew import Crew
 from .execution import Execution
 from .grid import CohortGrid, InProcessGrid
 from .population import PopulationGate, PopulationRecords, PopulationRoster, client_name
+from .realism import over_sampled, realistic
 
 COORDINATOR = "coordinator"
 NODES, COHORT = "nodes", "cohort"
@@ -388,10 +389,12 @@ class Simulation:
         for name, dataset in registered.items():
             self._partner(name, who[name], dataset)
         in_order = list(self.nodes.values())
-        self.grid = InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context)
+        grid = InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context)
         wire = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
         witnessing = Witnessing(me, ledger, self._kept_heads(me), charter.keys(), self.notify)
         roster = Roster({name: number for number, name in enumerate(parts, start=1)})
+        by_node = list(sizes.values())
+        self.grid = self._in_real_time(grid, lambda node: by_node[node - 1])
         self._coordinate(me, wire, roster, LedgerRecords(ledger, self.signed.sha256), witnessing)
 
     def _set_up_population(self) -> None:
@@ -417,7 +420,7 @@ class Simulation:
         )
         self._open.append(crew)
         self.notify("execution", crew=crew)
-        self.grid = CohortGrid(
+        grid = CohortGrid(
             make_client_app(node),
             len(clients),
             _context,
@@ -428,7 +431,14 @@ class Simulation:
             gate,
             COORDINATOR,
         )
+        self.grid = self._in_real_time(grid, lambda node: clients.declared(node - 1))
         self._coordinate(me, wire, PopulationRoster(len(clients), clients.evaluated), records, None)
+
+    def _in_real_time(self, grid: Grid, declared: Callable[[int], int]) -> Grid:
+        """The Grid as the configuration's system would have it, on a virtual clock; itself where there is none."""
+        shapes = {name: value.shape for name, value in self._initial().items()}
+        classes, clock = len(self.task.classes), self.private / "virtual-clock.jsonl"
+        return realistic(grid, self.config, self.signed.charter, shapes, classes, declared, clock)
 
     def _run_ledger(self, me: Identity, role: str) -> Ledger:
         ledger = self.run_ledger = self._ledger(
@@ -537,12 +547,13 @@ class Simulation:
             check_delta(self.config.privacy.delta, largest)
         except ValueError as err:
             raise ConfigError(str(err)) from err
+        config = over_sampled(self.config)
         charter = draft(
-            self.config,
+            config,
             task_sha256=code_sha256(self.task.name),
             coordinator_key=me.key,
             partner_keys={name: identity.key for name, identity in who.items()},
-            noise_multiplier=calibrated(self.config),
+            noise_multiplier=calibrated(config),
             simulated=True,
             population=population,
             declared=sizes,

@@ -179,7 +179,9 @@ def _agreed(config: Federation, cap: float | None, rounds: int) -> Federation:
     if cap is not None:
         privacy = privacy.model_copy(update={"epsilon": cap, "noise_multiplier": None})
     algorithm = config.algorithm.model_copy(update={"rounds": rounds})
-    return config.model_copy(update={"evaluation": evaluation, "privacy": privacy, "algorithm": algorithm})
+    # Noise is compared with noise: nobody is missing by the chances of a simulated system.
+    changed = {"evaluation": evaluation, "privacy": privacy, "algorithm": algorithm, "system": None}
+    return config.model_copy(update=changed)
 
 
 def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:

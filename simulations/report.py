@@ -20,6 +20,8 @@ from typing import Any
 from ..common.audit_report import BECAUSE
 from ..common.identity import write_whole
 from ..common.page import Axis, environment, exact, finite, number, short, spread, thin
+from .realism import LIMITS, duration, in_words, volume
+from .timelines import FATES
 
 _EACH = 30  # partners drawn and listed one by one; above this, their distribution
 _ALONE = 12  # "one partner alone" lines in the score chart; above this, a band
@@ -40,7 +42,9 @@ def write_report(path: Path, result: Mapping[str, Any], verdict: Mapping[str, An
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full. Nothing is left behind.
     """
-    page = environment("hansa.simulations").get_template("report.html.j2").render(_view(result, verdict, charter_words))
+    made = environment("hansa.simulations")
+    made.filters |= {"duration": duration, "volume": volume}
+    page = made.get_template("report.html.j2").render(_view(result, verdict, charter_words))
     write_whole(path, page.encode())
 
 
@@ -85,6 +89,7 @@ def _view(result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: 
         "mechanism": {k: number(privacy.get(k)) for k in ("noise_multiplier", "clip_norm")},
         "evaluation": _pick([result.get("evaluation") or {}], "kind", "rows")[0],
         "scores": _scores(result),
+        "system": _system(result),
         "budget": _budget(partners) if private else None,
         "trajectory": _trajectory(partners) if private else None,
         "partners": partners,
@@ -262,6 +267,58 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
             [(r, _score(s.get(metric))) for r, s in thin(by_round, _POINTS)], view, alone_scores
         )
     return view
+
+
+def _system(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The virtual clock: how long each round would last, and what became of whom it asked; None without one."""
+    system = result.get("system") or {}
+    # What is no round of ours is left out.
+    rows = [
+        row
+        for row in system.get("rounds") or []
+        if len(finite(row.get(key) for key in _ROUND_KEYS)) == len(_ROUND_KEYS)
+    ]
+    if not rows:
+        return None
+    shown = thin(rows, _BARS)
+    longest, most = max(r["seconds"] for r in rows), max(r["asked"] for r in rows)
+    unit, words = next(
+        ((u, w) for u, w in ((86400, "days"), (3600, "hours"), (60, "minutes")) if longest > 2 * u), (1, "seconds")
+    )
+    x = Axis(0, len(shown), 56, 740, 10, whole=True)
+    time, fates = Axis(0.0, longest / unit * 1.08, 150, 24, 4), Axis(0.0, most * 1.04, 330, 214, 4, whole=True)
+    step = (x.end - x.start) / len(shown)
+    bars = []
+    for index, row in enumerate(shown):
+        left, at = x.start + step * (index + 0.1), 0.0
+        stack = []
+        for fate in FATES:
+            top = fates(at + row[fate])
+            stack.append((fate.replace(" ", "-"), top, round(fates(at) - top, 1)))
+            at += row[fate]
+        height = round(time.start - time(row["seconds"] / unit), 1)
+        bars.append((round(left, 1), round(step * 0.8, 1), round(time.start - height, 1), height, stack))
+    every = max(1, len(shown) // 10)
+    ticks = [(round(x.start + step * (i + 0.5), 1), r["round"]) for i, r in enumerate(shown) if i % every == 0]
+    return {
+        "words": in_words({"rounds": rows, "totals": {key: sum(r[key] for r in rows) for key in _ROUND_KEYS}}),
+        "estimate": LIMITS,
+        "x": x,
+        "time": time,
+        "unit": words,
+        "fates": fates,
+        "bars": bars,
+        "ticks": ticks,
+        "of": len(rows),
+        "kinds": [(fate, fate.replace(" ", "-"), sum(r[fate] for r in rows)) for fate in FATES],
+        "table": [
+            (r["round"], r["seconds"], r["bytes_down"], r["bytes_up"], [r[f] for f in FATES]) for r in thin(rows, 12)
+        ],
+    }
+
+
+_BARS = 60
+_ROUND_KEYS = ("round", "seconds", "evaluate_s", "bytes_down", "bytes_up", "asked", *FATES)
 
 
 def _score_chart(

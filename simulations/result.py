@@ -17,6 +17,7 @@ from ..common.plan import budget_of, event_from
 from ..server.rounds import Outcome, Refusing
 from .federation import Simulation
 from .population import client_name
+from .realism import told
 
 
 def make_result(
@@ -54,6 +55,7 @@ def make_result(
         "refusals": _refusals(simulation, refusals),
         "timings": dict(timings),
         "execution": crew.to_fields() if (crew := simulation.crew) is not None else None,
+        **told(simulation.grid),
     }
 
 
