@@ -335,7 +335,7 @@ class Simulation:
         parts = parts_of(self.config, self.base, self.task)
         model = initial_model(self.task, self.config.seed)
         check_model(model)
-        signed_form = len(parts) <= SIGNED_PARTNERS_MAX
+        signed_form = len(parts) <= SIGNED_PARTNERS_MAX and self.config.privacy.kind != "central"
         me = self._identity(COORDINATOR)
         who = {name: self._identity(name) for name in parts} if signed_form else {}
         self.signed = self._charter(parts, me, who)
@@ -459,7 +459,7 @@ class Simulation:
             return signed
         sizes = {name: part.declared_records for name, part in parts.items()}
         try:
-            check_delta(self.config.privacy.delta, max(sizes.values()))
+            check_delta(self.config.privacy.delta, max(sizes.values()) if self.config.privacy.unit == "record" else 0)
         except ValueError as err:
             raise ConfigError(str(err)) from err
         population = None

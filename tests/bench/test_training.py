@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hansa.clients.datasets import Rows
-from hansa.clients.noise import SecureNoise
+from hansa.common.noise import SecureNoise
 from hansa.clients.training import LocalSettings, train_locally
 
 pytestmark = pytest.mark.bench

@@ -24,7 +24,7 @@ import torch
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.gate import Gate
 from hansa.clients.law import Control
-from hansa.clients.noise import SecureNoise
+from hansa.common.noise import SecureNoise
 from hansa.clients.outbox import Outbox
 from hansa.common import secagg
 from hansa.common.certificates import check_peer, read_certificate

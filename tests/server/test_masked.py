@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hansa.clients.noise import SecureNoise
+from hansa.common.noise import SecureNoise
 from hansa.common import secagg
 from hansa.common.errors import RunFailed
 from hansa.common.flower import Message

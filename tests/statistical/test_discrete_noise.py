@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, chisquare
 
 from hansa.clients import noise
-from hansa.clients.noise import SecureNoise
+from hansa.common.noise import SecureNoise
 from hansa.common.errors import ConfigError
 
 FALSE_ALARM = 1e-7

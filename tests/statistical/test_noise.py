@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from hansa.clients import noise
-from hansa.clients.noise import SecureNoise
+from hansa.common.noise import SecureNoise
 from hansa.common.errors import ConfigError
 
 ALPHA = 1e-6

@@ -18,7 +18,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from ..common.errors import ConfigError
+from .errors import ConfigError
 
 _DRAWS = 4
 _BLOCK = 4096  # values worked on at a time; even, and small enough for the temporaries to stay in the cache
