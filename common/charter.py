@@ -409,8 +409,12 @@ def in_words(signed: SignedCharter) -> str:
             lines.append(f"  noise: local, Gaussian, {times}, added to every step before anything leaves")
         elif p.kind == "central":
             lines.append(f"  noise: central, Gaussian, {times}, added once a round by the coordinator to the sum of")
-            lines.append("         all updates, each clipped to that norm; the sum is divided by how many are expected, not by how")
-            lines.append("         many came. Nothing protects an update on its way to the coordinator, who must be trusted")
+            lines.append(
+                "         all updates, each clipped to that norm; the sum is divided by how many are expected, not by how"
+            )
+            lines.append(
+                "         many came. Nothing protects an update on its way to the coordinator, who must be trusted"
+            )
         else:
             assert s is not None
             sure = c.quorum - s.colluding

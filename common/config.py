@@ -112,9 +112,7 @@ class Privacy(Section):
     quorum − colluding shares together) is calibrated with the filter that will enforce it when left out.
     """
 
-    kind: Literal["local", "shared", "central", "none"] = Field(
-        "local", validation_alias=AliasChoices("kind", "noise")
-    )
+    kind: Literal["local", "shared", "central", "none"] = Field("local", validation_alias=AliasChoices("kind", "noise"))
     unit: Literal["record", "client"] = "record"
     epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None

@@ -2213,7 +2213,10 @@ class Population(Runs):
             last = pair[1]
         ranges: Ranges = value
         if self.terms.unit == "client" and ranges != [[0, self.clients - 1]]:
-            raise Bad("named", "not all clients: a part of them tells who was asked, and each is to be charged for every round")
+            raise Bad(
+                "named",
+                "not all clients: a part of them tells who was asked, and each is to be charged for every round",
+            )
         return ranges
 
     def _count(self, kind: str, b: dict[str, Any]) -> bool:

@@ -190,7 +190,9 @@ def test_population_of_100_000_is_cheap(tmp_path: Path) -> None:
     assert time.process_time() - began < 15
     debits = sum(p["debits"] * p["clients"] for p in verdict["partners"].values())
     assert debits == 10 * 10_000
-    assert sum(p["uncommitted_debits"] * p["clients"] for p in verdict["partners"].values()) == 10  # one a round was not folded
+    assert (
+        sum(p["uncommitted_debits"] * p["clients"] for p in verdict["partners"].values()) == 10
+    )  # one a round was not folded
     assert any("debit without a commit" in w["what"] for w in verdict["warnings"])
 
 
