@@ -389,8 +389,8 @@ def in_words(signed: SignedCharter) -> str:
     )
     if p.kind == "central":
         lines.append(
-            f"  in each round every client takes part with probability {a.participation:g}, drawn in secret; who has not answered "
-            f"within {c.round_deadline_s:g} s adds nothing, and the round counts however few there are"
+            f"  in each round every client takes part with probability {a.participation:g}, drawn in secret; the round counts "
+            f"however few there are, and is thrown away when it takes longer than {c.round_deadline_s:g} s"
         )
     else:
         lines.append(f"  a round counts when at least {c.quorum} answer within {c.round_deadline_s:g} s")

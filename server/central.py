@@ -5,7 +5,8 @@ is clipped to L2 norm C, and (Σ + N(0, σ²C²)) / (q·N) is the round's mean. 
 
 - the sample comes from the cryptographic generator: amplification by sampling holds only while nobody knows who was in it;
 - the divisor is q times the *registered* number of clients, whatever came: a realised size would depend on one client;
-- who failed, refused, came too late or sent what is not finite adds exactly zero; an empty cohort is noise alone;
+- who failed, refused or sent what is not finite adds exactly zero; an empty cohort is noise alone; a round in which somebody's
+  slowness kept others out is not used at all;
 - no round is given up because few came: who is in a cohort would show in which rounds are.
 """
 

@@ -318,13 +318,23 @@ class Coordinator:
 
         Before the checkpoint that follows has its result nothing has left, so that a round that was interrupted is done again
         under its debit: with a fresh sample and fresh noise.
+
+        Raises:
+            RunFailed: the deadline came first. Whose updates were in by then may depend on how slow one client was, and one client may
+                change the sum by its own update only: nothing of the round is used.
         """
         terms = CentralNoise.of(self._charter)
         total = ClippedSum(terms, state.model)
         requests, records = self._encoded("train", terms.cohort(self._roster), run_id, number, {}, state.model)
         asked = {name: (manifest.request_id, digest) for name, (manifest, digest) in requests.items()}
         self._records.asked(run_id, number, "train", asked)
-        self._deliver(grid, "train", requests, records, lambda _, __, update: total.add(update))
+        answers = self._deliver(grid, "train", requests, records, lambda _, __, update: total.add(update))
+        if any(answer.outcome == "timeout" for answer in answers.values()):
+            raise RunFailed(
+                f"round {number} was not done within {self._charter.round_deadline_s:g} s, and nothing of it is used: one slow client may "
+                "not decide which others count",
+                "Nothing was released. Run again with --resume: the round is done again, with another sample, under the same debit.",
+            )
         return total.noised(), [], {}, {}
 
     def _train_masked(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from hansa.common.accounting import PrivacyEvent, odometer
-from hansa.common.errors import MessageError, Refused
+from hansa.common.errors import MessageError, Refused, RunFailed
 from hansa.common.noise import SecureNoise
 from hansa.common.plan import events_of, plan_of
 from hansa.common.verifier import verify_bundle
@@ -302,6 +303,26 @@ def test_a_round_that_was_interrupted_is_done_again_under_its_debit(
     assert cohorts[0] != cohorts[1]
     assert len(made.run_ledger.of("cohort-debit")) == 3
     assert verify_bundle(out)["violations"] == []
+
+
+def test_a_round_that_takes_too_long_is_not_used(tmp_path: Path) -> None:
+    """One slow client would decide which others are in the sum."""
+
+    def slow(name: str, tensors: Any) -> Any:
+        time.sleep(0.05)
+        return {n: np.zeros(t.shape, np.float32) for n, t in tensors.items()}
+
+    signed = central(rate=0.5)
+    late = terms_of(
+        CLIENTS,
+        **{
+            **signed.charter.model_dump(include={"privacy", "algorithm", "evaluation", "quorum"}),
+            "round_deadline_s": 0.2,
+        },
+    )
+    with population(tmp_path / "out", late, slow) as made, pytest.raises(RunFailed, match="nothing of it is used"):
+        made.run()
+    assert not made.run_ledger.of("cohort-commit", "round")
 
 
 def test_a_plan_beyond_the_cap_is_refused(tmp_path: Path) -> None:
