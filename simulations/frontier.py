@@ -140,7 +140,7 @@ class Frontier:
         axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
         axes.minorticks_off()
         axes.set_xlabel(
-            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, {report['unit']} level, add-or-remove-one, {' or '.join(adversaries)} noise)",
+            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, {report.get('unit', 'record')} level, add-or-remove-one, {' or '.join(adversaries)} noise)",
             fontsize=8,
         )
         axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {counted(report['seeds'], 'simulated run')}")

@@ -920,10 +920,12 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
         "run_id": "run-1",
         "charter_sha256": made.signed.sha256,
         "privacy": {
-            key: getattr(charter.privacy, key)
-            for key in ("kind", "unit", "epsilon", "delta", "noise_multiplier", "clip_norm")
+            key: getattr(charter.privacy, key) for key in ("kind", "epsilon", "delta", "noise_multiplier", "clip_norm")
         }
-        | {"noise": charter.privacy.kind, "adversary": charter.adversary},
+        | {"noise": charter.privacy.kind, "adversary": charter.adversary}
+        | (
+            {"unit": "client"} if charter.privacy.unit == "client" else {}
+        ),  # the golden bundle's bytes stay as they are
         "partners": {
             name: {"declared_records": declared.get(name, 100), **{key: p[key] for key in keys}}
             for name, p in verdict["partners"].items()

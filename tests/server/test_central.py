@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from hansa.clients.app import local_settings
 from hansa.common.accounting import PrivacyEvent, odometer
 from hansa.common.errors import MessageError, Refused, RunFailed
 from hansa.common.noise import SecureNoise
@@ -323,6 +324,11 @@ def test_a_round_that_takes_too_long_is_not_used(tmp_path: Path) -> None:
     with population(tmp_path / "out", late, slow) as made, pytest.raises(RunFailed, match="nothing of it is used"):
         made.run()
     assert not made.run_ledger.of("cohort-commit", "round")
+
+
+def test_local_work_has_no_clip_and_no_noise_of_its_own() -> None:
+    settings = local_settings(central().charter)
+    assert (settings.clip_norm, settings.noise_multiplier, settings.event) == (None, None, None)
 
 
 def test_a_plan_beyond_the_cap_is_refused(tmp_path: Path) -> None:
