@@ -74,6 +74,23 @@ def test_it_runs_and_verifies(tmp_path: Path) -> None:
     assert [p.name for p in (out / "keys").iterdir()] == ["coordinator.pem"]
 
 
+@pytest.mark.parametrize("clients", [40, CLIENTS])
+def test_with_clients_as_the_unit_there_are_no_identities_however_few(tmp_path: Path, clients: int) -> None:
+    """Up to 100 clients, too: partners with keys have local or shared noise."""
+    out = tmp_path / "out"
+    algorithm = {**population().model_dump()["algorithm"], "weighting": "uniform"}
+    settings = population(
+        privacy={**LOCAL, "kind": "central", "unit": "client"},
+        population={"dataset": "digits", "clients": clients, "partition": {"kind": "iid", "min_records": 2}},
+        algorithm=algorithm,
+        quorum=0,
+    )
+    run(settings, out)
+    verdict = verified(out)
+    assert (verdict["unit"], len(verdict["partners"])) == ("client", clients)
+    assert [p.name for p in (out / "keys").iterdir()] == ["coordinator.pem"]
+
+
 def test_without_privacy_a_killed_run_ends_in_the_same_model(tmp_path: Path) -> None:
     settings = population(algorithm={**population().model_dump()["algorithm"], "strategy": {"name": "fedadam"}})
     reference, total = run(settings, tmp_path / "whole")
