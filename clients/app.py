@@ -37,6 +37,7 @@ from ..common.ledger import Ledger
 from ..common.masking import Told, bytes_by_name, fixed_point, revealed_fields, sent_fields, weights_of
 from ..common.messages import Manifest, Tensors, Wire, is_finite, manifest_sha256
 from ..common.model import model_sha256
+from ..common.noise import SecureNoise
 from ..common.plan import training_of
 from ..common.secagg import Agreement, agree, mask, read_keys, reveal, signed_key, to_ring
 from ..common.shared_noise import SharedGaussian
@@ -45,7 +46,6 @@ from ..common.tasks.metrics import score_histogram, scores_of
 from ..common.witness import Asked, signatures, telling
 from .datasets import Rows, Split
 from .models import verified
-from .noise import SecureNoise
 from .outbox import Outbox
 from .run_keys import RunKeys
 from .training import LocalSettings, shared_gradient, train_locally
@@ -556,8 +556,9 @@ def local_settings(charter: Charter) -> LocalSettings:
         lr=local.optimizer.lr,
         momentum=local.optimizer.momentum,
         proximal_mu=charter.algorithm.strategy.proximal_mu or 0.0,
-        clip_norm=privacy.clip_norm,
-        noise_multiplier=privacy.noise_multiplier,
+        # Central noise protects the whole update, at the coordinator: what a client does is not protected by record.
+        clip_norm=privacy.clip_norm if privacy.kind != "central" else None,
+        noise_multiplier=privacy.noise_multiplier if privacy.kind != "central" else None,
     )
 
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from ..common.accounting import PrivacyEvent
 from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError, counted
+from ..common.noise import SecureNoise
 from ..common.shared_noise import SharedGaussian
 from .datasets import Rows
-from .noise import SecureNoise
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _Parameters = dict[str, nn.Parameter]

@@ -111,9 +111,10 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     bounded = {name: p for name, p in partners.items() if not unbounded(p)}
     for (noise, adversary), names in placements(bounded).items():
         against = "all but the partner" if adversary == ADVERSARY else plain(adversary)
+        unit = plain(str(verdict.get("unit") or "record"))
         whose = "" if len(names) == len(bounded) else f"{_some(names)}: "
         out.print(
-            f"{whose}recomputed from the ledgers: record level, add-or-remove-one, {plain(noise)} noise, against {against}; "
+            f"{whose}recomputed from the ledgers: {unit} level, add-or-remove-one, {plain(noise)} noise, against {against}; "
             "epsilon rounded up"
         )
     _print_partners(partners)

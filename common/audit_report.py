@@ -36,10 +36,12 @@ HEADS = 200  # longest table of heads
 SLACK = 1e-9  # relative, as the verifier's
 
 UNIT = "one record of one partner"
+UNITS = {"record": UNIT, "client": "one client, with all that it holds"}
 ADJACENCY = "add-or-remove-one"
 NOISE = {
     "local": "local (the partner adds it before anything leaves)",
     "shared": "shared (each partner adds a share before anything leaves; only the masked sum of all has enough)",
+    "central": "central (the coordinator adds it once to the sum of all clipped updates; it is trusted with each of them)",
     "local and shared": "local or shared (the partner adds it, or a share of it, before anything leaves)",
 }
 UNPROTECTED = "none for what left unprotected"
@@ -266,10 +268,11 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "closings": _closings(verdict),
         "open_runs": [str(run) for run in verdict.get("open_runs") or []],
         "terms": {
-            "unit": UNIT,
+            "unit": UNITS.get(str(verdict.get("unit")), UNIT),
             "adjacency": ADJACENCY,
             **_terms({name: one for name, one in partners.items() if not unbounded(one)}, bool(open_ended)),
         },
+        "by_client": verdict.get("unit") == "client",
         "unprotected": UNPROTECTED,
         "many": many,
         "rows": [_row(names, figures) for names, figures in apart[: LISTED if many else None]],

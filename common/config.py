@@ -106,15 +106,16 @@ class Algorithm(Section):
 class Privacy(Section):
     """What each partner's dataset may spend, and what for.
 
-    The unit is one record of one partner; adjacency is add-or-remove-one. `kind`, also written `noise`, says where the noise is
-    added. local: by every partner, enough for its own update to be private by itself, against everybody else. shared: by every
+    The unit is one record of one partner or, of central noise, all that one client holds; adjacency is add-or-remove-one. `kind`, also
+    written `noise`, says where the noise is added. local: by every partner, enough for its own update to be private by itself, against everybody else. shared: by every
     partner a share, enough for the secure sum to be private, against the coordinator and so many partners as
-    `secure_aggregation.colluding` says. `noise_multiplier` (noise standard deviation over `clip_norm`; of shared noise that of
+    `secure_aggregation.colluding` says. central: by the coordinator, once to the sum of all clients' clipped updates, against whoever
+    sees the models but not against the coordinator itself; of simulated populations only. `noise_multiplier` (noise standard deviation over `clip_norm`; of shared noise that of
     quorum − colluding shares together) is calibrated with the filter that will enforce it when left out.
     """
 
-    kind: Literal["local", "shared", "none"] = Field("local", validation_alias=AliasChoices("kind", "noise"))
-    unit: Literal["record"] = "record"
+    kind: Literal["local", "shared", "central", "none"] = Field("local", validation_alias=AliasChoices("kind", "noise"))
+    unit: Literal["record", "client"] = "record"
     epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     clip_norm: Positive | None = None
@@ -127,6 +128,10 @@ class Privacy(Section):
             raise ValueError(f"privacy kind {self.kind} needs {', '.join(missing)}")
         if self.kind == "none" and any(getattr(self, n) is not None for n in (*numbers, "noise_multiplier")):
             raise ValueError("privacy kind none takes no epsilon, delta, clip_norm or noise_multiplier")
+        if (self.kind == "central") != (self.unit == "client"):
+            raise ValueError(
+                "unit client goes with kind central, and only with it: central noise covers all that one client holds"
+            )
         return self
 
 
@@ -285,7 +290,7 @@ class Federation(Section):
     privacy: Privacy
     evaluation: Evaluation = Evaluation()
     secure_aggregation: SecureAggregation | None = None
-    quorum: Annotated[int, Field(ge=1)]
+    quorum: Annotated[int, Field(ge=0)]
     round_deadline_s: Positive = 600.0
     declared_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     expires_days: Annotated[int, Field(ge=1, le=3650)] = 365
@@ -323,6 +328,19 @@ class Federation(Section):
             raise ValueError(f"quorum {self.quorum} is more than the {counted(cohort, 'partner')} asked in a round")
         largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
         check_delta(self.privacy.delta, largest)
+        if self.privacy.kind == "central" and self.system is not None and self.system.over_sampling:
+            raise ValueError(
+                "system.over_sampling must be 0 with central noise: a round that ends with the first answers lets one client displace "
+                "another, and none may change more than its own"
+            )
+        check_central(
+            self.population.clients if self.population is not None else None,
+            self.quorum,
+            self.algorithm,
+            self.privacy,
+            self.evaluation,
+            self.secure_aggregation,
+        )
         check_secure(
             self.secure_aggregation,
             size,
@@ -403,16 +421,52 @@ def check_secure(
         raise ValueError(told)
 
 
-def check_delta(delta: float | None, declared_records: int) -> None:
-    """Refuse δ ≥ 1/n: it would allow a mechanism that publishes a whole record now and then.
+def check_central(
+    clients: int | None,
+    quorum: int,
+    algorithm: Algorithm,
+    privacy: Privacy,
+    evaluation: Evaluation,
+    secure: SecureAggregation | None,
+) -> None:
+    """Refuse central noise whose promise, one client's whole participation, these terms cannot keep.
+
+    Args:
+        clients: of a simulated population; None: partners.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if privacy.kind != "central":
+        if quorum < 1:
+            raise ValueError("quorum must be 1 or more: only with central noise does a round count with nobody in it")
+        return
+    wrong = {
+        "privacy.kind central is for simulated populations only: between organisations the coordinator would have to be trusted with "
+        "every update": clients is None,
+        "quorum must be 0 with central noise: a cohort is a secret sample and may be empty, and giving up small ones would tell "
+        "their size": quorum != 0,
+        "algorithm.weighting must be uniform with central noise: no client's update may weigh more than another's": algorithm.weighting
+        != "uniform",
+        "evaluation.kind private charges records, and here the unit is a client: public or none": evaluation.kind
+        == "private",
+        "secure_aggregation hides the updates that central noise has to clip": secure is not None,
+    }
+    if told := next((words for words, is_so in wrong.items() if is_so), None):
+        raise ValueError(told)
+    check_delta(privacy.delta, clients or 0, "client")
+
+
+def check_delta(delta: float | None, size: int, unit: str = "record") -> None:
+    """Refuse δ ≥ 1/n: it would allow a mechanism that publishes a whole record (or client) now and then.
 
     Raises:
         ValueError: with the number allowed.
     """
-    if delta is not None and declared_records and delta >= 1 / declared_records:
+    if delta is not None and size and delta >= 1 / size:
         raise ValueError(
-            f"privacy.delta {delta:g} is not below 1/n = {1 / declared_records:.2g} for {declared_records} records; "
-            "such a delta allows publishing whole records"
+            f"privacy.delta {delta:g} is not below 1/n = {1 / size:.2g} for {size} {unit}s; "
+            f"such a delta allows publishing whole {unit}s"
         )
 
 

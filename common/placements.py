@@ -16,7 +16,7 @@ from .masking import fixed_point_of
 from .plan import attempts, budget_of, calibrated, events_of, plan_of, training_of
 from .shared_noise import SharedGaussian
 
-Placement = Literal["shared", "local"]
+Placement = Literal["shared", "local", "central"]
 PLACEMENTS: tuple[Placement, ...] = ("shared", "local")
 
 

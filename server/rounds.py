@@ -36,6 +36,7 @@ from ..common.plan import evaluated_rounds, first_averaged
 from ..common.secagg import read_keys
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
+from .central import CentralNoise, ClippedSum
 from .checkpoint import Checkpoint
 from .masked import MaskedRounds
 from .records import Answer, Records
@@ -53,6 +54,9 @@ ROWS_PER_RECORD = 10
 Scores of all partners are held in memory at once, several times over; an honest partner holds out fewer rows than it trains
 on, or one of the usual shared test sets. What a partner declared, everyone signed.
 """
+
+Trained = tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer] | None, dict[str, Mapping[str, Any]]]
+"""The mean of a round's updates (float64), who is in it, what everybody answered (None: recorded on the way), and their fields."""
 
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
@@ -188,14 +192,13 @@ class Coordinator:
             self._notify("round", round=number)
             metrics: dict[str, float] = {}
             if not state.trained:
-                work = self._train if self._charter.secure_aggregation is None else self._train_masked
-                mean, state.folded, answers, said = work(grid, run_id, number, state)
+                mean, state.folded, answers, said = self._work()(grid, run_id, number, state)
                 state.model = optimizer.step(number, state.model, mean)
                 if (which := number - first + 1) > 0:
                     state.average_in(which)
                 self._witness(state, number + 1, said)
                 state.strategy, state.trained = optimizer.state(), True
-                state.answers = {"train": answers} if answers else {}
+                state.answers = {} if answers is None else {"train": answers}
             if number in measured:
                 state.save(path)
                 self._record(state)
@@ -269,9 +272,13 @@ class Coordinator:
             )
         return accepted, keys
 
-    def _train(
-        self, grid: Grid, run_id: str, number: int, state: Checkpoint
-    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer], dict[str, Mapping[str, Any]]]:
+    def _work(self) -> Callable[[Grid, str, int, Checkpoint], Trained]:
+        """How a round's mean comes about."""
+        if self._charter.privacy.kind == "central":
+            return self._train_central
+        return self._train if self._charter.secure_aggregation is None else self._train_masked
+
+    def _train(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:
         """The weighted mean of the cohort's updates (float64), who is in it, what everybody answered, and their fields."""
         model, said = state.model, dict[str, Mapping[str, Any]]()
         total = zeros_like(model, np.float64)
@@ -306,9 +313,31 @@ class Coordinator:
             value /= mass
         return total, folded, answers, said
 
-    def _train_masked(
-        self, grid: Grid, run_id: str, number: int, state: Checkpoint
-    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer], dict[str, Mapping[str, Any]]]:
+    def _train_central(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:
+        """As `_train`, of a secret sample, with noise: nothing that is written down tells who was in it, or how many.
+
+        Before the checkpoint that follows has its result nothing has left, so that a round that was interrupted is done again
+        under its debit: with a fresh sample and fresh noise.
+
+        Raises:
+            RunFailed: the deadline came first. Whose updates were in by then may depend on how slow one client was, and one client may
+                change the sum by its own update only: nothing of the round is used.
+        """
+        terms = CentralNoise.of(self._charter)
+        total = ClippedSum(terms, state.model)
+        requests, records = self._encoded("train", terms.cohort(self._roster), run_id, number, {}, state.model)
+        asked = {name: (manifest.request_id, digest) for name, (manifest, digest) in requests.items()}
+        self._records.asked(run_id, number, "train", asked)
+        answers = self._deliver(grid, "train", requests, records, lambda _, __, update: total.add(update))
+        if any(answer.outcome == "timeout" for answer in answers.values()):
+            raise RunFailed(
+                f"round {number} was not done within {self._charter.round_deadline_s:g} s, and nothing of it is used: one slow client may "
+                "not decide which others count",
+                "Nothing was released. Run again with --resume: the round is done again, with another sample, under the same debit.",
+            )
+        return total.noised(), [], {}, {}
+
+    def _train_masked(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:
         """As `_train`, but of the cohort only the sum is learned; its answers are recorded on the way."""
 
         def exchange(
@@ -339,7 +368,7 @@ class Coordinator:
         for name, value in state.model.items():
             mean[name] = values[at : at + value.size].reshape(value.shape)
             at += value.size
-        return mean, found.survivors, {}, found.said
+        return mean, found.survivors, None, found.said
 
     def _evaluate(
         self, grid: Grid, run_id: str, number: int, state: Checkpoint

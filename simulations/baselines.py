@@ -56,7 +56,13 @@ def _federated_without_privacy(config: Federation, base: Path) -> dict[str, floa
         evaluation = evaluation.model_copy(update={"kind": "public", "noise_multiplier": None})
     evaluation = evaluation.model_copy(update={"every": config.algorithm.rounds})
     open_config = config.model_copy(
-        update={"privacy": Privacy(kind="none"), "evaluation": evaluation, "secure_aggregation": None, "system": None}
+        update={
+            "privacy": Privacy(kind="none"),
+            "evaluation": evaluation,
+            "secure_aggregation": None,
+            "system": None,
+            "quorum": max(1, config.quorum),
+        }
     )
     with tempfile.TemporaryDirectory(prefix="hansa-baseline-") as folder:
         simulation = Simulation(open_config, base, Path(folder) / "run")

@@ -365,7 +365,7 @@ def _score_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         how = (
             "no privacy"
             if p["kind"] == "none"
-            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, record level, {p['noise']} noise"
+            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, {p.get('unit', 'record')} level, {p['noise']} noise"
         )
         rows[f"federated, {how}"] = result["final"]
     for name, metrics in (found.get("local") or {}).items():

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..clients.datasets import Rows
-from ..clients.noise import SecureNoise
 from ..clients.training import Batch, Descent, LocalSettings, clip_factors, plain_batches
+from ..common.noise import SecureNoise
 from ..common.tasks import cross_entropy
 from .stacked import Groups, Pass, Program, StackedConv, compiled
 

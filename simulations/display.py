@@ -86,6 +86,10 @@ class Display:
 
     def _answer(self, facts: dict[str, Any]) -> None:
         name, answer = facts["partner"], facts["answer"]
+        if self._secret():
+            if answer.outcome != "ok" and not answer.outcome.startswith("refused"):
+                self._say(f"a client: {answer.outcome}: {answer.detail.replace(name, 'it')}", "yellow")
+            return
         if len(self._status) < _SHOWN or name in self._status:
             virtual = answer.detail.removesuffix(VIRTUAL) if answer.detail.endswith(VIRTUAL) else answer.outcome
             self._status[name] = {"ok": "answered"}.get(answer.outcome, virtual)
@@ -97,6 +101,10 @@ class Display:
             VIRTUAL
         ):  # those are counted, not named
             self._say(f"{name}: {answer.outcome}: {answer.detail}", "yellow")
+
+    def _secret(self) -> bool:
+        """Whether who is asked may not be shown: clients are the unit of privacy."""
+        return self._simulation is not None and self._simulation.signed.charter.privacy.unit == "client"
 
     def _measure(self, name: str) -> None:
         """ε spent so far by the filter that enforces the cap, from the partner's own ledger."""
@@ -114,8 +122,8 @@ class Display:
         """What an epsilon on this screen is about."""
         assert self._simulation is not None
         charter = self._simulation.signed.charter
-        delta, noise = charter.privacy.delta or 0.0, charter.privacy.kind
-        return f"filter, delta {delta:g}, record level, add-or-remove-one, {noise} noise, against {charter.adversary}"
+        delta, noise, unit = charter.privacy.delta or 0.0, charter.privacy.kind, charter.privacy.unit
+        return f"filter, delta {delta:g}, {unit} level, add-or-remove-one, {noise} noise, against {charter.adversary}"
 
     def _say(self, text: str, style: str) -> None:
         self._console.print(Text(clean(text), style=style))

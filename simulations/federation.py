@@ -276,10 +276,13 @@ class Simulation:
 
     def _choose_engine(self) -> None:
         if not self.engine:
-            self.engine = NODES if self.config.size <= SIGNED_PARTNERS_MAX else COHORT
+            few = self.config.size <= SIGNED_PARTNERS_MAX and self.config.privacy.kind != "central"
+            self.engine = NODES if few else COHORT
         wrong = None
         if self.engine == NODES and self.config.size > SIGNED_PARTNERS_MAX:
             wrong = f"the engine nodes is for at most {SIGNED_PARTNERS_MAX} partners"
+        elif self.engine == NODES and self.config.privacy.kind == "central":
+            wrong = "the engine nodes has no central noise: a partner trusts nobody with its update"
         elif self.engine == COHORT and self.config.population is None:
             wrong = "the engine cohort is for a population"
         elif self.engine == COHORT and self.config.secure_aggregation is not None:
@@ -544,7 +547,7 @@ class Simulation:
             signed.verify()
             return signed
         try:
-            check_delta(self.config.privacy.delta, largest)
+            check_delta(self.config.privacy.delta, largest if self.config.privacy.unit == "record" else 0)
         except ValueError as err:
             raise ConfigError(str(err)) from err
         config = over_sampled(self.config)

@@ -117,7 +117,7 @@ class PopulationRecords:
             Refused: the plan does not fit.
         """
         why = self._own.run(run_id)
-        if self._charter.privacy.kind == "local" and not self.ledger.of("budget"):
+        if self._charter.privacy.kind != "none" and not self.ledger.of("budget"):
             budget = budget_of(self._charter)
             # A population's budget begins with its run, so nothing was spent before.
             if not budget.admits(events_of(self._plan)):
@@ -130,7 +130,7 @@ class PopulationRecords:
                 "budget",
                 {
                     "clients": self._population.clients,
-                    "unit": "record",
+                    "unit": self._charter.privacy.unit,
                     "adjacency": "add-or-remove-one",
                     "budget": budget.to_fields(),
                 },
@@ -147,7 +147,7 @@ class PopulationRecords:
         requests: Mapping[str, tuple[str, str]],
         attempt: int | None = None,
     ) -> None:
-        """Debit the whole cohort before any of it reads data."""
+        """Debit the whole cohort before any of it reads data; of a secret cohort, everybody who could be in it."""
         item = self._items.get(purpose)
         if item is None or (run_id, round_number, purpose) in self.debited:
             return  # opening and public evaluation cost nothing; after a crash the same debit pays
@@ -161,7 +161,7 @@ class PopulationRecords:
                 "event": event_fields(item.event),
                 "clip_norm": real(self._charter.privacy.clip_norm or 0.0) if protected_training else None,
                 "declared_records": self._population.declared_records,
-                "clients": _ranges(requests),
+                "clients": self._named(requests),
             },
         )
         self.debited.add((run_id, round_number, purpose))
@@ -180,8 +180,8 @@ class PopulationRecords:
     ) -> None:
         """Name the clients whose answers count."""
         if purpose in self._items:
-            good = [name for name, answer in replies.items() if answer.outcome == "ok"]
-            body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": _ranges(good)}
+            good = self._named(name for name, answer in replies.items() if answer.outcome == "ok")
+            body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": good}
             if not any(e.body == body for e in self.ledger.of("cohort-commit")[-2:]):  # said again after a crash
                 self._append("cohort-commit", body)
 
@@ -199,6 +199,12 @@ class PopulationRecords:
     def close(self, run_id: str, rounds: int, model_sha256: str | None, why: str) -> dict[str, Any]:
         """See `Records`."""
         return self._own.close(run_id, rounds, model_sha256, why)
+
+    def _named(self, names: Iterable[str]) -> list[list[int]]:
+        """Who is named in an entry: with clients as the unit of privacy all, because being in a cohort is what is protected."""
+        if self._charter.privacy.unit == "client":
+            return [[0, self._population.clients - 1]]
+        return _ranges(names)
 
     def _append(self, kind: str, body: Mapping[str, Any]) -> None:
         self.ledger.append(kind, body, charter=self._sha256)

@@ -128,7 +128,7 @@ def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
         return {"sentence": None, "missing": missing}
     noise = stated["noise placement"]
     placed = _PLACED.get(str(noise), f"noise placement “{noise}”")
-    what = "The sums of all partners' updates" if noise == "shared" else "Each partner's updates"
+    what = _WHAT.get(str(noise), "Each partner's updates")
     sentence = (
         f"{what} are {stated['unit']}-level (ε = {exact(epsilon)}, δ = {exact(delta)})-"
         f"differentially private under {stated['adjacency']} adjacency, with {placed}; "
@@ -137,7 +137,12 @@ def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
     return {"sentence": sentence, "missing": []}
 
 
+_WHAT = {
+    "shared": "The sums of all partners' updates",
+    "central": "The models of all rounds, together,",
+}
 _PLACED = {
+    "central": "noise added by the coordinator to the sum of clipped updates of a secret sample",
     "local": "noise added locally before anything leaves",
     "shared": "noise of which each partner adds a share before its update is masked",
 }

@@ -26,7 +26,7 @@ def make_result(
     """The contents of `result.json`, without baselines.
 
     ε is the odometer's (PLD, never below the truth), `epsilon_filter` what the enforcing filter counts; both over every
-    debit on the partner's dataset, at the charter's δ, record level, add-or-remove-one, with the charter's noise. None: unbounded.
+    debit on the partner's dataset, at the charter's δ and unit, add-or-remove-one, with the charter's noise. None: unbounded.
     """
     charter = simulation.signed.charter
     privacy = charter.privacy

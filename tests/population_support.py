@@ -77,7 +77,7 @@ class Population:
         train: Callable[[str, Any], Any] | None = None,
         notify: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        self.out, self.signed = out, signed
+        self.out, self.signed, self.crew = out, signed, None
         me, charter = identity("coordinator"), signed.charter
         assert charter.population is not None
         (out / "keys").mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hansa.clients import training
 from hansa.clients.datasets import Rows
-from hansa.clients.noise import SecureNoise
 from hansa.clients.training import Descent, LocalSettings, check_model, train_locally
 from hansa.common.errors import ConfigError, MessageError, Refusal, Refused, TaskError
+from hansa.common.noise import SecureNoise
 
 
 def loss(output: Tensor, labels: Tensor) -> Tensor:

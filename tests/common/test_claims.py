@@ -92,8 +92,8 @@ def test_shared_noise_is_right_under_secure_aggregation_only(tmp_path: Path) -> 
     [
         ("colluding", "coluding", "secure_aggregation.colluding is missing"),
         ("{colluding: 0}", "true", "secure_aggregation.colluding is missing"),
-        ("noise: shared", "noise: sharde", "privacy.noise must be local, shared or none"),
-        ("noise: shared", "kind: {is: shared}", "privacy.kind must be local, shared or none"),
+        ("noise: shared", "noise: sharde", "privacy.noise must be local, shared, central or none"),
+        ("noise: shared", "kind: {is: shared}", "privacy.kind must be local, shared, central or none"),
     ],
 )
 def test_a_slip_in_our_own_configuration_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:

@@ -24,7 +24,6 @@ import torch
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.gate import Gate
 from hansa.clients.law import Control
-from hansa.clients.noise import SecureNoise
 from hansa.clients.outbox import Outbox
 from hansa.common import secagg
 from hansa.common.certificates import check_peer, read_certificate
@@ -33,6 +32,7 @@ from hansa.common.flower import Message
 from hansa.common.identity import Envelope, Identity, canonical, read_envelope, write_envelope
 from hansa.common.masking import revealed_from
 from hansa.common.messages import Manifest, to_bytes
+from hansa.common.noise import SecureNoise
 from hansa.common.secagg import KEY_TYPE, LIST_TYPE, Ring, agree, new_key, signed_key
 from hansa.simulations.federation import Simulation
 from masked_support import (

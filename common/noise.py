@@ -18,7 +18,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from ..common.errors import ConfigError
+from .errors import ConfigError
 
 _DRAWS = 4
 _QUICK = 2**15
