@@ -179,17 +179,17 @@ class PartnerEntry(Section):
 
 
 class Partition(Section):
-    """How a population's rows come to its clients: dealt, each row to one client; or drawn, so many by each client, for more clients
-    than there are rows."""
+    """How a population's rows come to its clients: as the data set says (natural); dealt, each row to one client; or drawn, so many by
+    each client, for more clients than there are rows."""
 
-    kind: Literal["iid", "dirichlet", "quantity", "drawn"] = "iid"
+    kind: Literal["natural", "iid", "dirichlet", "quantity", "drawn"] = "iid"
     alpha: Positive | None = None
     min_records: Annotated[int, Field(ge=1)] = 10
     records: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Partition:
-        if self.kind != "drawn" and (self.kind == "iid") != (self.alpha is None):
+        if self.kind != "drawn" and (self.kind in ("natural", "iid")) != (self.alpha is None):
             raise ValueError("alpha goes with partition kind dirichlet, quantity or drawn, and only with them")
         if (self.kind == "drawn") != (self.records is not None):
             raise ValueError("records goes with partition kind drawn, and only with it")

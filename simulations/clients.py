@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 from ..clients.datasets import Rows, Split, held_out, split_rows
 from ..common.config import Population
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, DataError, counted
+from ..common.tasks import Task
 from . import partitions, sources
 from .population import client_name, client_number
 
@@ -173,16 +175,23 @@ class Drawn:
         return Split(mine, Rows(self.test.x[begin:end], self.test.y[begin:end]))
 
 
-def population_clients(config: Population, fraction: float, seed: int) -> Dealt | Drawn:
+def population_clients(config: Population, fraction: float, seed: int, task: Task, base: Path) -> Dealt | Drawn:
     """The clients of a configuration.
 
     Args:
+        task: what is learned; the rows must be of its shape and classes.
+        base: the folder that a path of a data set starts from.
         fraction: of rows that are held out for evaluation.
 
     Raises:
         ConfigError, DataError: a data set that does not exist or fit, or cannot be dealt like that.
     """
-    rows, test = sources.population(config.dataset)
+    if "/" in config.dataset:
+        rows, test, owners = sources.arrays(base / config.dataset)
+    else:
+        (rows, test), owners = sources.population(config.dataset), None
+    for some in (rows, *([test] if test is not None else [])):
+        _check_fits(config.dataset, some, task)
     if not fraction:
         test = None if test is None else Rows(test.x[:0], test.y[:0])
     chosen, clients, labels = config.partition, config.clients, rows.y.numpy()
@@ -190,7 +199,15 @@ def population_clients(config: Population, fraction: float, seed: int) -> Dealt 
         assert chosen.records is not None
         by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)] if chosen.alpha is not None else []
         return Drawn(rows, test, clients, chosen.records, chosen.alpha, fraction, seed, by_class)
-    if clients > len(rows):
+    if chosen.kind == "natural":
+        if owners is None:
+            raise ConfigError(
+                f"data set {config.dataset} does not say whose its rows are",
+                "partition kind natural needs a client.npy in the data set's folder. Others: iid, dirichlet, quantity, drawn.",
+            )
+        if clients != (there := int(owners.max(initial=-1)) + 1):
+            raise ConfigError(f"population.clients is {clients}, client.npy has {there}", f"Write clients: {there}.")
+    elif clients > len(rows):
         raise ConfigError(
             f"population.clients is {clients}, the data set has {len(rows)} rows",
             "Every client needs at least one row. With partition: {kind: drawn, records: N} clients share rows.",
@@ -200,6 +217,7 @@ def population_clients(config: Population, fraction: float, seed: int) -> Dealt 
     deal: Callable[[], list[npt.NDArray[np.intp]]] = {
         "iid": lambda: partitions.iid(labels, clients, rng),
         "dirichlet": lambda: partitions.dirichlet(labels, clients, alpha, rng, chosen.min_records),
+        "natural": lambda: _natural(owners, clients),
         "quantity": lambda: partitions.quantity_skew(labels, clients, alpha, rng, chosen.min_records),
     }[chosen.kind]
     dealt = deal()
@@ -209,6 +227,28 @@ def population_clients(config: Population, fraction: float, seed: int) -> Dealt 
         return Dealt(rows, test, dealt, [*parts, *[np.zeros(0, np.intp)] * (clients - holders)])
     split = [_split_places(rows, places, fraction, seed) for places in dealt]
     return Dealt(rows, None, [mine for mine, _ in split], [away for _, away in split])
+
+
+def _natural(owners: npt.NDArray[np.int64] | None, clients: int) -> list[npt.NDArray[np.intp]]:
+    assert owners is not None
+    order = np.argsort(owners, kind="stable")
+    dealt = np.split(order, np.cumsum(np.bincount(owners, minlength=clients))[:-1])
+    if empty := sum(not len(places) for places in dealt):
+        raise ConfigError(
+            f"{counted(empty, 'client')} of {clients} in client.npy without rows", "Number them without gaps."
+        )
+    return dealt
+
+
+def _check_fits(dataset: str, rows: Rows, task: Task) -> None:
+    """Raise DataError unless rows are of the task's shape and classes. Values are looked at when they are trained on."""
+    if tuple(rows.x.shape[1:]) != task.schema.shape:
+        raise DataError(
+            f"data set {dataset}: rows of shape {list(rows.x.shape[1:])}; task {task.name} takes {list(task.schema.shape)}",
+            "Name the task that the data set is for.",
+        )
+    if len(rows) and not (int(rows.y.min()) >= 0 and int(rows.y.max()) < len(task.classes)):
+        raise DataError(f"data set {dataset}: labels outside of 0 to {len(task.classes) - 1}", "Correct its labels.")
 
 
 def _split_places(

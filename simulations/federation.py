@@ -157,7 +157,7 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
             source = csv_source(path, task, fraction, seed)
             parts[name] = Part(source, entry.declared_records, entry.allow_single_class)
         return parts
-    clients = clients_of(config)
+    clients = clients_of(config, base, task)
     return {
         client_name(number, len(clients)): Part(
             partial(clients.open, number), clients.declared(number), allow_single_class=True
@@ -166,7 +166,7 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
     }
 
 
-def clients_of(config: Federation) -> Dealt | Drawn:
+def clients_of(config: Federation, base: Path, task: Task) -> Dealt | Drawn:
     """A population's clients.
 
     Raises:
@@ -174,7 +174,7 @@ def clients_of(config: Federation) -> Dealt | Drawn:
     """
     assert config.population is not None
     fraction = config.evaluation.test_fraction if config.evaluation.kind != "none" else 0.0
-    return population_clients(config.population, fraction, config.seed)
+    return population_clients(config.population, fraction, config.seed, task, base)
 
 
 @dataclass
@@ -402,7 +402,7 @@ class Simulation:
 
     def _set_up_population(self) -> None:
         """Clients without keys, one ledger for all of them, and whoever trains many of them at once."""
-        clients = clients_of(self.config)
+        clients = clients_of(self.config, self.base, self.task)
         self.datasets = ClientDatasets(clients)
         me = self._identity(COORDINATOR)
         population = SimulatedClients(clients=len(clients), declared_records=clients.declared_records)

@@ -7,6 +7,7 @@ had written is overwritten, and nothing of it was read before. One that outlives
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import mmap
@@ -88,6 +89,9 @@ class Workers:
         self._free = deque(range(len(self._places)))
         self._workers: list[_Worker] = []
         self._spent: dict[str, float] = {}
+        # What is there by now stays: a worker that looked through it for garbage would get a copy of every page.
+        gc.collect()
+        gc.freeze()
         try:
             for _ in range(count):
                 self._workers.append(self._hire())

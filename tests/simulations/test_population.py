@@ -13,9 +13,9 @@ from hansa.common.errors import Refusal, Refused
 from hansa.common.ledger import Ledger, read_ledger
 from hansa.server.checkpoint import Checkpoint
 from hansa.server.records import Answer
+from hansa.simulations.clients import EVALUATED
 from hansa.simulations.federation import private_folder
 from hansa.simulations.population import (
-    MEASURING,
     PopulationGate,
     PopulationRecords,
     PopulationRoster,
@@ -229,8 +229,8 @@ def test_a_roster_is_a_list_of_names_without_the_list(clients: int) -> None:
                 roster.node(stranger)
     with pytest.raises(IndexError):
         roster[clients]
-    assert list(roster.measuring) == [roster[n] for n in range(min(clients, MEASURING))]
-    assert client_name(clients - 1, clients) in roster.measuring or clients > MEASURING
+    assert list(roster.measuring) == [roster[n] for n in range(min(clients, EVALUATED))]
+    assert client_name(clients - 1, clients) in roster.measuring or clients > EVALUATED
 
 
 def test_of_many_clients_bills_are_by_history(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_of_many_clients_bills_are_by_history(tmp_path: Path) -> None:
     signed, out = terms_of(20_000, rounds=4, cohort=2000), tmp_path / "out"
     with in_memory(out, signed, same_update(0.01)) as made:
         made.run()
-    assert {int(n.removeprefix("client-")) for n in made.datasets.opened} == set(range(MEASURING))
+    assert {int(n.removeprefix("client-")) for n in made.datasets.opened} == set(range(EVALUATED))
     debits = [0] * 20_000
     for entry in made.run_ledger.of("cohort-debit"):
         for first, last in entry.body["clients"]:

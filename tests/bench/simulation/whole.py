@@ -124,7 +124,7 @@ def main() -> None:
         task = Task("bench", "random rows", schema, ("a", "b"), model)
         setattr(federation, "load_task", lambda _: task)  # noqa: B010
         setattr(federation, "code_sha256", lambda _: "0" * 64)  # noqa: B010
-        setattr(federation, "clients_of", lambda _: Generated())  # noqa: B010
+        setattr(federation, "clients_of", lambda *_: Generated())  # noqa: B010
         made |= {
             "population": {"dataset": "synthetic", "clients": count, "partition": {"kind": "drawn", "records": 20}},
             "algorithm": {"rounds": options.rounds, "local": {"steps": 1, "optimizer": {"lr": 0.1}}},
