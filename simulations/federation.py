@@ -75,6 +75,11 @@ def holds_anything(folder: Path) -> bool:
     return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != LOCK for p in folder.iterdir())
 
 
+def config_sha256(config: Federation) -> str:
+    """What a configuration with its sizes (`sized`) is recognised by when a run goes on."""
+    return sha256(canonical(json.loads(config.model_dump_json(), parse_float=str)))
+
+
 def _lock(private: Path) -> BinaryIO:
     """The lock on a run's folders, held until the file is closed."""
     path = private / LOCK
@@ -280,7 +285,7 @@ class Simulation:
     def _claim(self) -> dict[str, Any]:
         """Make the output folder ours, or find our earlier run in it. What run.json says is whose folder it is."""
         path = self.private / "run.json"
-        mine = sha256(canonical(json.loads(self.config.model_dump_json(), parse_float=str)))
+        mine = config_sha256(self.config)
         try:
             state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
             if path.exists() and not isinstance(state, dict):

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from hansa.common.charter import SignedCharter, adversary
-from hansa.simulations.cli import _score_rows
 from hansa.simulations.display import Display
+from hansa.simulations.result import score_rows
 from support import NO_PRIVACY, charter
 
 PRIVACY = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 8.0}
@@ -43,5 +43,5 @@ def test_without_privacy_there_is_no_epsilon_to_explain(terminal: bool) -> None:
 def test_the_table_of_scores_says_where_the_noise_is() -> None:
     for noise in ("local", "shared"):
         privacy = {"kind": noise, "noise": noise, "epsilon": 1.0, "delta": 1e-4}
-        (name,) = _score_rows({"privacy": privacy, "final": {"auc": 0.9}})
+        (name,) = score_rows({"privacy": privacy, "final": {"auc": 0.9}})
         assert name == f"federated, epsilon 1, delta 0.0001, record level, {noise} noise"
