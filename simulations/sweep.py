@@ -26,13 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ..common.cli import clean, plain
 from ..common.config import Federation, canonical_key, load_config, load_variations, value_at, values_in
-from ..common.errors import ConfigError, HansaError, OutputError, counted
-from ..common.identity import sha256, write_whole
+from ..common.errors import ConfigError, HansaError, OutputError, Refused, counted
+from ..common.identity import TEMPORARY, sha256, write_whole
 from ..common.page import up
 
 MAX_RUNS = 10_000
@@ -91,7 +92,7 @@ def planned(source: Path, sweeps: Sequence[str], seeds: int) -> Plan:
     points = [dict(zip(given, chosen, strict=True)) for chosen in itertools.product(*given.values())]
     if len(points) * seeds > MAX_RUNS:
         raise ConfigError(
-            f"{counted(len(points), 'point')} x {counted(seeds, 'seed')} are more than {MAX_RUNS} runs",
+            f"--sweep: {counted(len(points), 'point')} x {counted(seeds, 'seed')} are more than {MAX_RUNS} runs",
             "Sweep fewer values or seeds.",
         )
     seeded = [{**point, "seed": config.seed + n} for point in points for n in range(seeds)]
@@ -155,7 +156,7 @@ def _simple(value: Any, given: Any) -> Any:
     """A value as a cell of a table."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    return json.dumps(given, separators=(", ", ": "))
+    return str(yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=math.inf)).strip()
 
 
 def shown(value: Any) -> str:
@@ -168,9 +169,9 @@ def shown(value: Any) -> str:
 
 
 def _short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each key where that tells them apart."""
+    """The last part of each key (of a name the last two) where that tells them apart."""
     keys = list(keys)
-    last = [key.rsplit(".", 1)[-1] for key in keys]
+    last = [".".join(key.split(".")[-2 if key.endswith((".name", ".kind")) else -1 :]) for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
 
 
@@ -215,6 +216,8 @@ class Sweep:
         Raises:
             OutputError: nothing can be written there, or a folder holds a run of something else; what was finished stays.
         """
+        for path in self._out.glob(f"{TEMPORARY}sweep.*"):  # a killed process's: whoever is here holds the lock
+            path.unlink()
         finished = self._finished()
         for number, found in finished.items():
             self._take(number, found, found["sweep"]["seconds"])
@@ -313,9 +316,9 @@ class Sweep:
         except HansaError as err:
             code = err.exit_code
             seconds = time.perf_counter() - began
-            status = "refused" if err.message.startswith("refused") else "failed"
+            status = "refused" if isinstance(err, Refused) else "failed"
             self._rows[number] = {
-                **_blank(run), "status": status, "reason": clean(err.message), "seconds": seconds, "exit_code": code,
+                **_blank(run), "status": status, "reason": clean(err.message.removeprefix("refused: ")), "seconds": seconds, "exit_code": code,
             }  # fmt: skip
             return
         seconds = time.perf_counter() - began
@@ -419,7 +422,7 @@ def _claim(result: Mapping[str, Any]) -> str:
     """What the ε of a run are about, in words."""
     p = result["privacy"]
     if p["kind"] == "none":
-        return "no privacy: epsilon is unbounded"
+        return "unbounded where there is no privacy"
     return f"{p['unit']} level, {p['adjacency']}, delta {p['delta']:g}, {p['noise']} noise, against {p['adversary']}"
 
 
@@ -456,6 +459,7 @@ def _point(
     reasons = [row["reason"] for row in rows if row["reason"]]
     return {
         "values": dict(values),
+        "label": next((name for r in results for name in score_rows({**r, "baselines": None})), ""),
         "n": sum(row["status"] == "finished" for row in rows),
         "verified": sum(bool(row["verified"]) for row in rows),
         **largest,
@@ -510,26 +514,38 @@ def print_sweep(report: Mapping[str, Any], console: Console, folder: Path) -> No
         for point in report["points"]:
             what = [plain(shown(value)) for value in point["values"].values()]
             spent = ["unbounded" if point["unbounded"] else "-" if point[k] is None else up(point[k]) for k in _SPENT]
-            named = point["table"] or {"": {}}
-            for name, scores in named.items():
-                own = name.startswith("federated, ") and not (name == "federated, no privacy" and len(named) > 1)
+            for name, scores in (point["table"] or {point["label"]: {}}).items():
+                own = name == point["label"]
                 cells = [_interval(scores[m]) if m in scores else "-" for m in metrics]
                 label = [plain(name)] if several else []
-                table.add_row(*what, *label, str(point["n"]) if own or not name else "", *cells, *(spent if own or not name else ("", "")))  # fmt: skip
-            for reason, count in point["reasons"].items():
-                table.add_row(*what, *([""] if several else []), f"[yellow]{count} not[/]", f"[yellow]{plain(reason)}[/]")  # fmt: skip
-        # A file has lines as long as they need to be; a screen has not.
-        wide = console.measure(table, options=console.options.update(width=1000)).maximum
-        console.print(table, width=None if console.is_terminal else max(console.width, wide))
+                table.add_row(*what, *label, str(point["n"]) if own else "", *cells, *(spent if own else ()))
+        _print_whole(table, console)
         for claim in report["privacy"]:
             console.print(plain(f"epsilon: the largest of any partner; {claim}"))
+        for point in report["points"]:
+            here = ", ".join(f"{short[k]} {shown(v)}" for k, v in point["values"].items())
+            for reason, count in point["reasons"].items():
+                console.print(f"[yellow]{plain(here)}: {counted(count, 'run')} without a result: {plain(reason)}[/]")
     for note in report["notes"]:
         console.print(f"[yellow]{plain(note)}[/]")
     where = f"{folder}/{TABLE} (a row a run), {SUMMARY}" + (f" and {PLOT}" if keys else "")
-    console.print(plain(f"{report['verified']} of {report['runs_planned']} audits verified; {where}"))
+    audited = sum(row["verified"] is not None for row in report["runs"])
+    told = f"{report['finished']} of {report['runs_planned']} runs finished, {report['verified']} of {audited} audits verified"
+    console.print(plain(f"{told}; every run is in a folder of its own beside {where}"))
 
 
 _SPENT = ("epsilon_odometer", "epsilon_filter")
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """Print a table; into a file or a pipe with lines as long as they need to be."""
+    width = console.width
+    if not console.is_terminal:
+        console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    try:
+        console.print(table)
+    finally:
+        console.width = width
 
 
 def _print_seeds(report: Mapping[str, Any], console: Console) -> None:
