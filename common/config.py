@@ -6,13 +6,15 @@ configuration and a charter cannot mean different things by the same word.
 
 from __future__ import annotations
 
+import copy
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, counted
 
@@ -507,18 +509,147 @@ def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configu
                 "A charter is read by `hansa charter show` and `verify`; what its run would cost a node says "
                 "`hansa node budget --plan CHARTER`.",
             ) from err
-        items = err.errors()
-        # That a list is too short because one of its items is wrong is no second mistake.
-        places = [item["loc"] for item in items]
-        told = [
-            item
-            for item in items
-            if not item["loc"] or not any(p != item["loc"] and p[: len(item["loc"])] == item["loc"] for p in places)
-        ]
+        raise ConfigError(_told(path, root, err), _WHERE) from err
+
+
+_WHERE = "Every key is described in docs/configuration.md; ready-made files are in configs/."
+
+
+def _told(path: Path, root: yaml.Node | None, err: ValidationError) -> str:
+    """What is wrong, a line each."""
+    items = err.errors()
+    # That a list is too short because one of its items is wrong is no second mistake.
+    places = [item["loc"] for item in items]
+    told = [
+        item
+        for item in items
+        if not item["loc"] or not any(p != item["loc"] and p[: len(item["loc"])] == item["loc"] for p in places)
+    ]
+    return "\n".join(_explain(path, root, dict(item)) for item in told)
+
+
+# -- variations of a file ------------------------------------------------------------------------------------------------
+
+
+def values_in(text: str) -> list[Any]:
+    """YAML values with commas between them: `0.5,1,2`, `fedavg,fedadam`, `{name: fedavg},{name: fedprox, proximal_mu: 0.1}`.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    try:
+        found = yaml.load(f"[{text}]", Loader=_UniqueKeyLoader)  # noqa: S506  a safe loader
+    except (yaml.YAMLError, RecursionError, ValueError) as err:
         raise ConfigError(
-            "\n".join(_explain(path, root, dict(item)) for item in told),
-            "Every key is described in docs/configuration.md; ready-made files are in configs/.",
+            f"{text!r}: not values with commas between them",
+            "For example: 0.5,1,2. A value with commas of its own stands in quotes, brackets or braces.",
         ) from err
+    if not isinstance(found, list) or not found:
+        raise ConfigError(f"{text!r}: no values", "For example: 0.5,1,2")
+    return found
+
+
+def load_variations(path: Path, changes: Sequence[Mapping[str, Any]]) -> list[Federation]:
+    """The configuration in a file with other values at some dotted keys, once for each of `changes`; each is checked as a whole.
+
+    Raises:
+        ConfigError: as `load_config` of the file itself; a key that there is not, with those that there are; a value or a
+            combination of values that is not allowed.
+    """
+    load_config(path)
+    told, root, found = _construct(path), _compose(path, ""), []
+    for change in changes:
+        raw = copy.deepcopy(told)
+        for key, value in change.items():
+            _put(raw, key, value)
+        try:
+            found.append(Federation.model_validate(raw))
+        except ValidationError as err:
+            what = ", ".join(f"{key}={_short(value)}" for key, value in change.items())
+            raise ConfigError(f"with {what}:\n{_told(path, root, err)}", _WHERE) from err
+    return found
+
+
+def value_at(config: Federation, key: str) -> Any:
+    """What a configuration has at a dotted key; a section as a mapping of what was set in it."""
+    here: Any = config
+    for part in key.split("."):
+        if isinstance(here, BaseModel):
+            here = getattr(here, _field(type(here), part)[0])
+        else:
+            here = here[part] if here is not None else None
+    return here.model_dump(exclude_unset=True) if isinstance(here, BaseModel) else here
+
+
+def canonical_key(key: str) -> str:
+    """A dotted key by the sections' own names: `privacy.noise` is `privacy.kind`.
+
+    Raises:
+        ConfigError: there is no such key; of a mapping's (`partners.NAME`) only a file can tell.
+    """
+    model: Any = Federation
+    names: list[str] = []
+    for part in key.split("."):
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            name, field = _field(model, part, ".".join(names))
+            model = _section(field.annotation)
+        elif get_origin(model) is dict:
+            name, model = part, get_args(model)[1]
+        else:
+            raise ConfigError(f"{key}: {'.'.join(names)} has no keys of its own", _WHERE)
+        names.append(name)
+    return ".".join(names)
+
+
+def _put(raw: Any, key: str, value: Any) -> None:
+    """Set a dotted key; sections on the way there that the file leaves out are made."""
+    model: Any = Federation
+    names = canonical_key(key).split(".")
+    for at, name in enumerate(names):
+        if get_origin(model) is dict:
+            if not isinstance(raw, dict) or name not in raw:
+                raise _unknown(name, ".".join(names[:at]), raw or ())
+            model = get_args(model)[1]
+        else:
+            field = model.model_fields[name]
+            for word in _words(name, field)[1:]:  # the word that the file uses must not stand beside this one
+                if word in raw:
+                    raw[name] = raw.pop(word)
+            model = _section(field.annotation)
+        if at == len(names) - 1:
+            raw[name] = copy.deepcopy(value)
+        elif raw.get(name) is None and get_origin(model) is not dict:
+            raw[name] = {}
+        raw = raw.get(name)
+
+
+def _field(model: type[BaseModel], word: str, within: str = "") -> tuple[str, FieldInfo]:
+    """A section's field by its name or another name that it has."""
+    for name, field in model.model_fields.items():
+        if word in _words(name, field):
+            return name, field
+    raise _unknown(word, within, model.model_fields)
+
+
+def _unknown(word: str, within: str, known: Any) -> ConfigError:
+    hint = f"Keys of {within or 'a configuration'}: {', '.join(known) or 'none'}."
+    if here := _CALLED_HERE.get(word.lower().replace("-", "_")):
+        hint += f" What is called {_short(word)} elsewhere is here: {here}"
+    return ConfigError(f"{within + '.' if within else ''}{word}: unknown key", hint)
+
+
+def _words(name: str, field: FieldInfo) -> list[str]:
+    alias = field.validation_alias
+    return [name, *(str(c) for c in alias.choices if c != name)] if isinstance(alias, AliasChoices) else [name]
+
+
+def _section(annotation: Any) -> Any:
+    """The section, or the mapping of sections, in an annotation; None where it is a value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is dict:
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _section(one)) is not None), None)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
-import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from enum import StrEnum
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
     from .network import LocalNetwork
 
 _console = Console(highlight=False, soft_wrap=True, emoji=False)
+
+
+class Engine(StrEnum):
+    """Who runs a simulation's partners; see `federation.Simulation`."""
+
+    NODES = "nodes"
+    COHORT = "cohort"
 
 
 def commands(app: typer.Typer) -> None:
@@ -94,26 +103,67 @@ def simulate(
         bool, typer.Option("--baselines", help="also pooled, each alone, and without privacy")
     ] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="repeat with this many seeds")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY=VALUE,VALUE,...",
+            help="run at each of these values of a key of the file, by its dotted path; given several times: at every combination",
+        ),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="say where a round's time went")] = False,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            "--engine",
+            help="nodes: keys, gate and ledger for each partner (up to 100; default there). cohort: one ledger, and many clients of a "
+            "population computed at once (default above)",
+        ),
+    ] = None,
+    execution: Annotated[
+        Path | None,
+        typer.Option(
+            "--execution", help="a plan for cohort, as result.json has one: without noise its model repeats bit by bit"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=0, max=1024, help="processes beside this one for cohort; default: what is fastest"
+        ),
+    ] = None,
     form: FormatOption = Format.TEXT,
 ) -> int:
     """Run a federation on this machine, with real keys, charter, gates and ledgers, and audit it.
 
+    A sweep, or several seeds, is a run each in a folder of its own, and a table of all of them: sweep.csv, sweep.json, sweep.png.
+
     Example: hansa simulate configs/heart.yaml --baselines --seeds 10 --out out/heart
+
+    Example: hansa simulate configs/fashion-clients.yaml --engine cohort --workers 2 --profile
+
+    Example: hansa simulate configs/heart.yaml --sweep privacy.epsilon=0.5,1,2,8 --sweep algorithm.rounds=5,10 --seeds 5
     """
-    loaded = load_config(config)
     target = folder or Path("out") / config.stem
     console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
-    if seeds == 1:
-        result, verdict = _one(loaded, config.parent, target, resume, with_baselines, console)
-        if form is Format.JSON:
-            show_json({"result": result, "verdict": verdict})
-        else:
-            print_verdict(verdict)
-            console.print(plain(f"written to {target}; a page for people: {target}/report.html"))
-        if not result["rounds"]:
-            raise _refused(config, target)
-        return 0 if verdict["verified"] else 1
-    return _many(loaded, config, target, resume, with_baselines, seeds, console, form)
+    how: dict[str, Any] = {"engine": engine.value if engine is not None else "", "workers": workers}
+    if execution is not None:
+        from .execution import load_execution
+
+        how["execution"] = load_execution(execution)
+    if seeds > 1 or sweep:
+        return _sweep(config, target, sweep or [], seeds, resume, with_baselines, profile, console, form, how)
+    result, verdict = _one(
+        load_config(config), config.parent, target, resume, with_baselines, console, profile=profile, how=how
+    )
+    if form is Format.JSON:
+        show_json({"result": result, "verdict": verdict})
+    else:
+        print_verdict(verdict)
+        console.print(plain(f"written to {target}; a page for people: {target}/report.html"))
+    if not result["rounds"]:
+        raise _refused(config, target)
+    return 0 if verdict["verified"] else 1
 
 
 def network(
@@ -221,17 +271,34 @@ def _one(
     with_baselines: bool,
     console: Console,
     private: Path | None = None,
-    quiet: bool = False,
+    profile: bool = False,
+    quietly: Callable[[int, int], None] | None = None,
+    how: Mapping[str, Any] = {},
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One run to its end: the content of its `result.json`, and the audit's verdict.
+
+    Args:
+        how: engine, execution and workers, as `Simulation` has them.
+        quietly: one of many, which tells this its rounds and shows nothing itself.
+    """
     from .federation import Simulation
     from .report import write_report
 
-    display = _display(console, quiet)
-    simulation = Simulation(config, base, folder, resume=resume, notify=display.notify, private_root=private)
+    measured: Any = None
+    if profile:
+        from .profile import Profile
+
+        measured = Profile()
+    display = _display(console, quietly)
+    notify = display.notify if measured is None else measured.notify(display.notify)
+    simulation = Simulation(config, base, folder, resume=resume, notify=notify, private_root=private, **how)
     try:
-        if resume and simulation.fresh and not quiet:
+        if resume and simulation.fresh and quietly is None:
             _nothing_to_resume(folder)
-        outcome, timings = _train(simulation, display)
+        with measured.measuring(simulation) if measured is not None else nullcontext():
+            outcome, timings = _train(simulation, display)
+        if measured is not None:
+            timings["profile"] = measured.fields()
         result = _finish(simulation, outcome, outcome.refusals, timings, with_baselines, console)
     finally:
         simulation.close()
@@ -240,11 +307,51 @@ def _one(
     return result, verdict
 
 
+def _sweep(
+    source: Path,
+    folder: Path,
+    sweeps: list[str],
+    seeds: int,
+    resume: bool,
+    with_baselines: bool,
+    profile: bool,
+    console: Console,
+    form: Format,
+    how: Mapping[str, Any],
+) -> int:
+    from .sweep import Sweep, planned, print_sweep
+
+    plan = planned(source, sweeps, seeds)  # before torch is imported, and before anything is written
+    from .federation import _lock, holds_anything, private_folder
+
+    private = private_folder(folder)
+    taken = holds_anything(folder) or holds_anything(private)
+    if (taken and not resume) or (private / "run.json").exists():
+        raise OutputError(f"{folder}: holds another run", "Give another --out, or go on with it: --resume.")
+    if resume and not taken:
+        _nothing_to_resume(folder)
+
+    def one(config: Federation, own: Path, own_private: Path, told: Callable[[int, int], None]) -> Any:
+        result, verdict = _one(
+            config, source.parent, own, resume, with_baselines, Console(quiet=True), own_private, profile, told, how
+        )
+        return result, bool(verdict["verified"])
+
+    with _lock(private):
+        sweep = Sweep(plan, folder, private, one, with_baselines, console)
+        report = sweep.run()
+    if form is Format.JSON:
+        show_json(report)
+    else:
+        print_sweep(report, console, folder)
+    return sweep.exit_code()
+
+
 def _nothing_to_resume(folder: Path) -> None:
     typer.echo(clean(f"nothing to resume in {folder}: starting a new run"), err=True)
 
 
-def _train(simulation: Simulation, display: Any) -> tuple[Any, dict[str, float]]:
+def _train(simulation: Simulation, display: Any) -> tuple[Any, dict[str, Any]]:
     began = time.perf_counter()
     with display:
         display.show(simulation)
@@ -258,13 +365,13 @@ def _finish(
     simulation: Simulation,
     outcome: Any,
     refusals: list[Any],
-    timings: dict[str, float],
+    timings: dict[str, Any],
     with_baselines: bool,
     console: Console,
 ) -> dict[str, Any]:
     from .baselines import baselines
     from .realism import in_words as in_words_of_clock
-    from .result import make_result
+    from .result import make_result, rows_title, score_rows
 
     result = make_result(simulation, outcome, refusals, timings)
     if with_baselines:
@@ -275,113 +382,20 @@ def _finish(
     _save(simulation.out, result)
     if "system" in result:
         console.print(plain(in_words_of_clock(result["system"])))
-    rows = _score_rows(result)
+    rows = score_rows(result)
     if rows:
-        table = Table(box=None, pad_edge=False, title=_rows_title(result), title_justify="left")
+        table = Table(box=None, pad_edge=False, title=rows_title(result), title_justify="left")
         keys = list(next(iter(rows.values())))
         for title in ("", *keys):
             table.add_column(plain(title), justify="right" if title else "left")
         for name, metrics in rows.items():
             table.add_row(plain(name), *(f"{metrics[k]:.4f}" if k in metrics else "-" for k in keys))
         console.print(table)
+    if "profile" in timings:
+        from .profile import profile_table
+
+        console.print(profile_table(timings["profile"]))
     return result
-
-
-def _many(
-    config: Federation,
-    source: Path,
-    folder: Path,
-    resume: bool,
-    with_baselines: bool,
-    seeds: int,
-    console: Console,
-    form: Format,
-) -> int:
-    """The same federation with seeds config.seed, config.seed + 1, ...: other splits, initial models and noise."""
-    gathered: dict[str, list[dict[str, float]]] = {}
-    verified = 0
-    title = ""
-    from .federation import holds_anything, private_folder
-
-    private = private_folder(folder)
-    taken = holds_anything(folder) or holds_anything(private)
-    if (taken and not resume) or (private / "run.json").exists():
-        raise OutputError(f"{folder}: holds another run", "Give another --out, or go on with it: --resume.")
-    if resume and not taken:
-        _nothing_to_resume(folder)
-    for number in range(seeds):
-        seeded = config.model_copy(update={"seed": config.seed + number})
-        began = time.perf_counter()
-        own = folder / f"seed-{seeded.seed}"
-        result, verdict = _one(
-            seeded, source.parent, own, resume, with_baselines, Console(quiet=True), private / own.name, quiet=True
-        )
-        if not result["rounds"]:
-            raise _refused(source, own)
-        verified += bool(verdict["verified"])
-        title = _rows_title(result)
-        for name, metrics in _score_rows(result).items():
-            gathered.setdefault(name, []).append(metrics)
-        shown = "  ".join(f"{plain(k)} {v:.4f}" for k, v in result["final"].items())
-        console.print(
-            f"seed {seeded.seed:>3}  {shown}  {'verified' if verdict['verified'] else 'NOT VERIFIED'}  {time.perf_counter() - began:.1f} s"
-        )
-    keys = list(dict.fromkeys(k for rows in gathered.values() for m in rows for k in m))
-    summary = {
-        name: {k: _spread([m[k] for m in rows if k in m]) for k in keys if any(k in m for m in rows)}
-        for name, rows in gathered.items()
-    }
-    report = {"seeds": seeds, "verified": verified, "evaluation": title, "table": summary}
-    _save(folder, report)
-    if form is Format.JSON:
-        show_json(report)
-    else:
-        table = Table(
-            box=None,
-            pad_edge=False,
-            title=f"{title}; mean and standard deviation over {seeds} seeds",
-            title_justify="left",
-        )
-        for column in ("", *keys):
-            table.add_column(plain(column), justify="right" if column else "left")
-        for name, spread in summary.items():
-            cells = (f"{spread[k]['mean']:.4f} ± {spread[k]['sd']:.4f}" if k in spread else "-" for k in keys)
-            table.add_row(plain(name), *cells)
-        console.print(table)
-        console.print(plain(f"{verified} of {seeds} audits verified; every run is in {folder}/seed-N"))
-    return 0 if verified == seeds else 1
-
-
-def _score_rows(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What is compared, by row of the table."""
-    found = result.get("baselines") or {}
-    rows: dict[str, dict[str, float]] = {}
-    if found.get("pooled"):
-        rows["all data pooled, no privacy"] = found["pooled"]
-    if found.get("federated_without_privacy"):
-        rows["federated, no privacy"] = found["federated_without_privacy"]
-    if result["final"]:
-        p = result["privacy"]
-        how = (
-            "no privacy"
-            if p["kind"] == "none"
-            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, {p.get('unit', 'record')} level, {p['noise']} noise"
-        )
-        rows[f"federated, {how}"] = result["final"]
-    for name, metrics in (found.get("local") or {}).items():
-        rows[f"{name} alone, no privacy"] = metrics
-    return rows
-
-
-def _rows_title(result: dict[str, Any]) -> str:
-    e = result["evaluation"]
-    if e["kind"] == "public":
-        return "measured on all partners' public test rows"
-    return "measured by noisy private histograms" if e["kind"] == "private" else "not measured"
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def _save(folder: Path, result: dict[str, Any]) -> None:
@@ -390,7 +404,9 @@ def _save(folder: Path, result: dict[str, Any]) -> None:
     save_result(folder, result)
 
 
-def _display(console: Console, quiet: bool = False) -> Any:
+def _display(console: Console, quietly: Callable[[int, int], None] | None = None) -> Any:
     from .display import Display
 
-    return Display(console, quiet or console.quiet)
+    if quietly is not None:
+        return Display(console, quiet=True, told=quietly)
+    return Display(console, quiet=console.quiet)

@@ -1,7 +1,11 @@
-"""What a run shows while it goes: each partner's round and ε spent, and the evaluation. Plain lines where there is no screen."""
+"""What a run shows while it goes: each partner's round and ε spent, the evaluation, the time left. Plain lines where there is no screen."""
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -14,23 +18,46 @@ from .federation import Simulation
 from .realism import VIRTUAL
 
 _SHOWN = 24
+_LAST = 5
+"""So many rounds say how long the next ones take."""
+_APART_S = 0.5
+"""Between two plain lines, but for the first and the last."""
+
+
+def time_left(seconds: float) -> str:
+    """A time that is left, as people say it."""
+    if seconds < 1:
+        return "under 1 s left"
+    if seconds < 100:
+        return f"about {seconds:.0f} s left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 6000 else f"about {seconds / 3600:.1f} h left"
 
 
 class Display:
-    """A run's events as a live table, or as one line a round.
+    """A run's events as a live table, or as one line a round; of fast rounds two lines a second.
 
     Use as a context manager around a run; pass `notify` to the simulation.
+
+    Args:
+        quiet: nothing is shown of rounds.
+        told: called after each round with its number and how many there are.
     """
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
+    def __init__(
+        self, console: Console, quiet: bool = False, told: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
         self._console = console
         self._quiet = quiet
+        self._told = told
+        self._seconds: deque[float] = deque(maxlen=_LAST)
+        self._unsaid: dict[str, Any] | None = None
+        self._said_at: float | None = None
         self._live: Live | None = None
         self._simulation: Simulation | None = None
         self._status: dict[str, str] = {}
         self._rounds: dict[str, int] = {}
         self._epsilon: dict[str, float] = {}
-        self._round = 0
+        self._round = self._done = 0
         self._metrics: dict[str, float] = {}
 
     def show(self, simulation: Simulation) -> None:
@@ -48,6 +75,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._unsaid is not None:  # the run stopped before its last round
+            self._line(self._unsaid)
         if self._live is not None:
             self._live.update(self._table())
             self._live.stop()
@@ -61,8 +90,11 @@ class Display:
                 self._answer(facts)
             case "done":
                 self._metrics = facts["metrics"] or self._metrics
+                self._done = facts["round"]
+                self._seconds.append(facts["seconds"])
+                self._told(facts["round"], self._rounds_in_all())
                 if self._live is None and not self._quiet:
-                    self._line(facts)
+                    self._line_in_time(facts)
             case "refused":
                 refusal = facts["refusal"]
                 self._say(f"{refusal.partner} refused: {refusal.reason}: {refusal.detail}", "yellow")
@@ -108,15 +140,41 @@ class Display:
 
     def _measure(self, name: str) -> None:
         """ε spent so far by the filter that enforces the cap, from the partner's own ledger."""
+        if self._quiet:
+            return
         gate = self._simulation.gates.get(name) if self._simulation is not None else None
         if gate is not None and (spent := gate.spent_epsilon()) is not None:
             self._epsilon[name] = spent
 
+    def _rounds_in_all(self) -> int:
+        return self._simulation.signed.charter.algorithm.rounds if self._simulation is not None else 0
+
+    def _left(self, number: int) -> str:
+        """The time that the rounds after this one will take, in words."""
+        remaining = self._rounds_in_all() - number
+        if remaining <= 0 or not self._seconds:
+            return ""
+        return time_left(remaining * statistics.median(self._seconds))
+
+    def _line_in_time(self, facts: dict[str, Any]) -> None:
+        now = time.monotonic()
+        last = facts["round"] >= self._rounds_in_all()
+        if self._said_at is None or last or now - self._said_at >= _APART_S:
+            self._said_at = now
+            self._line(facts)
+        else:
+            self._unsaid = facts
+
     def _line(self, facts: dict[str, Any]) -> None:
+        self._unsaid = None
         told = "  ".join(f"{plain(k)} {v:.4f}" for k, v in facts["metrics"].items())
         spent = max(self._epsilon.values(), default=None)
         cost = "" if spent is None else f"  epsilon spent {spent:.3f} (filter, the most of any partner)"
-        self._console.print(f"round {facts['round']:>4}  {told}{cost}  {facts['seconds']:.2f} s")
+        left = self._left(facts["round"])
+        self._console.print(
+            f"round {facts['round']:>4} of {self._rounds_in_all()}  {told}{cost}  {facts['seconds']:.2f} s"
+            + (f", {left}" if left else "")
+        )
 
     def _meaning(self) -> str:
         """What an epsilon on this screen is about."""
@@ -152,6 +210,12 @@ class Display:
             parts.append(Text(f"epsilon: {self._meaning()}", style="dim", overflow="fold", no_wrap=False))
         if len(simulation.roster) > _SHOWN:
             parts.append(Text(f"... and {len(simulation.roster) - _SHOWN:,} more clients; round {self._round}"))
+        if self._seconds:
+            pace = (
+                f"round {self._done} of {charter.algorithm.rounds}   {statistics.median(self._seconds):.2f} s a round"
+            )
+            left = self._left(self._done)
+            parts.append(Text(pace + (f"   {left}" if left else "")))
         if self._metrics:
             rows = "public test rows" if charter.evaluation.kind == "public" else "noisy private histograms"
             told = "  ".join(f"{k} {v:.4f}" for k, v in self._metrics.items())

@@ -82,6 +82,11 @@ def holds_anything(folder: Path) -> bool:
     return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != LOCK for p in folder.iterdir())
 
 
+def config_sha256(config: Federation) -> str:
+    """What a configuration with its sizes (`sized`) is recognised by when a run goes on."""
+    return sha256(canonical(json.loads(config.model_dump_json(), parse_float=str)))
+
+
 def _lock(private: Path) -> BinaryIO:
     """The lock on a run's folders, held until the file is closed."""
     path = private / LOCK
@@ -304,8 +309,7 @@ class Simulation:
     def _claim(self) -> dict[str, Any]:
         """Make the output folder ours, or find our earlier run in it. What run.json says is whose folder it is."""
         path = self.private / "run.json"
-        about = json.loads(self.config.model_dump_json(), parse_float=str)
-        mine = sha256(canonical(about if self.engine == NODES else {**about, "engine": self.engine}))
+        mine = config_sha256(self.config)
         try:
             state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
             if path.exists() and not isinstance(state, dict):
@@ -328,8 +332,13 @@ class Simulation:
             raise OutputError(
                 f"{self.out}: holds a run of another configuration", "Give the configuration it began with."
             )
+        if state is not None and state.get("engine", NODES) != self.engine:
+            raise OutputError(
+                f"{self.out}: holds a run of the engine {state.get('engine', NODES)}",
+                "Give the --engine it began with.",
+            )
         if state is None:
-            state = {"kind": self.kind, "config_sha256": mine, "runs": [secrets.token_hex(8)]}
+            state = {"kind": self.kind, "engine": self.engine, "config_sha256": mine, "runs": [secrets.token_hex(8)]}
             self._state = state
             self._keep_state()
         return dict(state)

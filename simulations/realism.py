@@ -213,6 +213,11 @@ class VirtualGrid(Grid):
                 time.sleep(0.01)
         return replies
 
+    def profile(self) -> dict[str, float]:
+        """What the inner Grid's workers say of their time."""
+        told = getattr(self._inner, "profile", dict)
+        return dict(told())
+
     # -- an exchange -------------------------------------------------------------------------------------------------
 
     def _exchange(self, kind: str, group: str, asked: Sequence[Message]) -> list[str]:

@@ -21,7 +21,7 @@ from .realism import told
 
 
 def make_result(
-    simulation: Simulation, outcome: Outcome, refusals: list[Refusing], timings: Mapping[str, float]
+    simulation: Simulation, outcome: Outcome, refusals: list[Refusing], timings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The contents of `result.json`, without baselines.
 
@@ -62,6 +62,35 @@ def make_result(
 def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write `result.json`, whole or not at all."""
     write_whole(folder / "result.json", json.dumps(result, indent=1).encode() + b"\n")
+
+
+def score_rows(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What is compared, by row of the table."""
+    found = result.get("baselines") or {}
+    rows: dict[str, dict[str, float]] = {}
+    if found.get("pooled"):
+        rows["all data pooled, no privacy"] = found["pooled"]
+    if found.get("federated_without_privacy"):
+        rows["federated, no privacy"] = found["federated_without_privacy"]
+    if result["final"]:
+        p = result["privacy"]
+        how = (
+            "no privacy"
+            if p["kind"] == "none"
+            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, {p.get('unit', 'record')} level, {p['noise']} noise"
+        )
+        rows[f"federated, {how}"] = result["final"]
+    for name, metrics in (found.get("local") or {}).items():
+        rows[f"{name} alone, no privacy"] = metrics
+    return rows
+
+
+def rows_title(result: Mapping[str, Any]) -> str:
+    """How they were measured."""
+    e = result["evaluation"]
+    if e["kind"] == "public":
+        return "measured on all partners' public test rows"
+    return "measured by noisy private histograms" if e["kind"] == "private" else "not measured"
 
 
 def _public_rows(simulation: Simulation) -> int | None:

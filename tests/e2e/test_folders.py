@@ -210,8 +210,8 @@ def test_seeds_keep_private_folders_apart(tmp_path: Path) -> None:
     config = write(tmp_path / "c.yaml", TEXT)
     done = call("simulate", config, "--out", "out", "--seeds", "2", "--resume").expect(0)
     assert done.text.count("nothing to resume in out: starting a new run") == 1
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"seed-3", "seed-4", "result.json"}
-    assert {p.name for p in (tmp_path / "out.private").iterdir()} == {"seed-3", "seed-4"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"seed-3", "seed-4", "sweep.csv", "sweep.json"}
+    assert {p.name for p in (tmp_path / "out.private").iterdir()} == {"seed-3", "seed-4", LOCK}
     assert not list((tmp_path / "out").rglob("identity.key"))
     assert len(list((tmp_path / "out.private").rglob("identity.key"))) == 10
     call("simulate", config, "--out", "out", "--seeds", "2").expect(2).says("holds another run")

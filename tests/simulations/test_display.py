@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from hansa.common.charter import SignedCharter, adversary
-from hansa.simulations.cli import _score_rows
-from hansa.simulations.display import Display
+from hansa.simulations import display as display_module
+from hansa.simulations.display import Display, time_left
+from hansa.simulations.result import score_rows
 from support import NO_PRIVACY, charter
 
 PRIVACY = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0, "noise_multiplier": 8.0}
@@ -43,5 +44,64 @@ def test_without_privacy_there_is_no_epsilon_to_explain(terminal: bool) -> None:
 def test_the_table_of_scores_says_where_the_noise_is() -> None:
     for noise in ("local", "shared"):
         privacy = {"kind": noise, "noise": noise, "epsilon": 1.0, "delta": 1e-4}
-        (name,) = _score_rows({"privacy": privacy, "final": {"auc": 0.9}})
+        (name,) = score_rows({"privacy": privacy, "final": {"auc": 0.9}})
         assert name == f"federated, epsilon 1, delta 0.0001, record level, {noise} noise"
+
+
+# -- the time left -----------------------------------------------------------------------------------------------------
+
+
+def told(rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.MonkeyPatch, of: int = 20) -> list[str]:
+    """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other."""
+    console = Console(file=io.StringIO(), width=200, record=True)
+    signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": of, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
+    simulation: Any = SimpleNamespace(nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    now = 0.0
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now)
+    display = Display(console)
+    with display:
+        display.show(simulation)
+        for number, seconds in rounds:
+            display.notify("round", round=number)
+            now += apart
+            display.notify("done", round=number, metrics={"auc": 0.5}, seconds=seconds)
+    return [line for line in console.export_text().splitlines() if line]
+
+
+def test_fast_rounds_have_two_lines_a_second_with_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told([(n, 0.1) for n in range(1, 21)], apart=0.125, monkeypatch=monkeypatch)
+    assert [int(line.split()[1]) for line in lines] == [1, 5, 9, 13, 17, 20]
+    slow = told([(n, 1.0) for n in range(1, 21)], apart=1.0, monkeypatch=monkeypatch)
+    assert len(slow) == 20
+
+
+def test_a_run_that_stops_shows_its_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told([(n, 0.1) for n in range(1, 4)], apart=0.01, monkeypatch=monkeypatch)
+    assert [int(line.split()[1]) for line in lines] == [1, 3]
+
+
+def test_the_time_left_is_by_the_median_of_the_last_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow start and one slow round count little; a resumed run begins where it is."""
+    rounds = [(11, 90.0), (12, 3.0), (13, 2.0), (14, 50.0), (15, 2.0), (16, 2.0), (20, 1.0)]
+    lines = told(rounds, apart=1.0, monkeypatch=monkeypatch)
+    medians = [(9, 90.0), (8, 46.5), (7, 3.0), (6, 26.5), (5, 3.0), (4, 2.0)]
+    assert [line.split(" s, ")[-1] for line in lines[:-1]] == [time_left(left * median) for left, median in medians]
+    assert lines[0].startswith("round   11 of 20")
+    assert lines[-1].endswith("1.00 s")
+
+
+def test_the_screen_has_the_time_left_too() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, record=True)
+    signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": 9, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
+    simulation: Any = SimpleNamespace(nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    with (display := Display(console)):
+        display.show(simulation)
+        for number in (1, 2):
+            display.notify("done", round=number, metrics={}, seconds=2.0)
+    assert "round 2 of 9   2.00 s a round   about 14 s left" in console.export_text()
+
+
+def test_times_in_words() -> None:
+    assert [time_left(s) for s in (0.2, 45.4, 99, 100, 5990, 7200)] == [
+        "under 1 s left", "about 45 s left", "about 99 s left", "about 2 min left", "about 100 min left", "about 2.0 h left",
+    ]  # fmt: skip

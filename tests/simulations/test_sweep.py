@@ -1,0 +1,157 @@
+"""Sweeps before and beside their runs: what is planned and refused, names of folders, statistics, tables and axes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e2e_support import federation, write
+from hansa.common.errors import ConfigError
+from hansa.simulations import sweep
+from hansa.simulations.sweep import csv_of, planned, summarised
+
+FIXED = "{kind: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0, noise_multiplier: 20.0}"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write(tmp_path / "c.yaml", federation())
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_the_summary_is_numpys(values: list[float]) -> None:
+    found = summarised(values)
+    assert found["n"] == len(values)
+    close = {"rtol": 1e-9, "atol": 1e-6}
+    np.testing.assert_allclose(found["median"], np.median(values), **close)
+    np.testing.assert_allclose(found["mean"], np.mean(values), **close)
+    if len(values) == 1:
+        assert (found["low"], found["high"], found["sd"]) == (None, None, None)
+        return
+    np.testing.assert_allclose([found["low"], found["high"]], np.percentile(values, [10, 90]), **close)
+    np.testing.assert_allclose(found["sd"], np.std(values, ddof=1), rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_has_no_summary() -> None:
+    assert summarised([]) == {"n": 0, **dict.fromkeys(("median", "low", "high", "mean", "sd"))}
+
+
+def test_a_grid_in_the_order_given(config: Path) -> None:
+    plan = planned(config, ["privacy.epsilon=2,0.5", "algorithm.rounds=1,3"], 2)
+    assert plan.keys == ["privacy.epsilon", "algorithm.rounds"]
+    told = [(r.point, r.values["privacy.epsilon"], r.values["algorithm.rounds"], r.config.seed) for r in plan.runs]
+    assert told == [
+        (0, 2.0, 1, 3), (0, 2.0, 1, 4), (1, 2.0, 3, 3), (1, 2.0, 3, 4),
+        (2, 0.5, 1, 3), (2, 0.5, 1, 4), (3, 0.5, 3, 3), (3, 0.5, 3, 4),
+    ]  # fmt: skip
+    for run in plan.runs:
+        values = (run.config.privacy.epsilon, run.config.algorithm.rounds)
+        assert values == (run.values["privacy.epsilon"], run.values["algorithm.rounds"])
+    assert plan.runs[2].name == "epsilon-2_rounds-3_seed-3"
+    assert len({run.name for run in plan.runs}) == 8
+
+
+def test_several_seeds_are_a_sweep_of_nothing(config: Path) -> None:
+    plan = planned(config, [], 3)
+    assert [(r.name, r.config.seed, dict(r.values), r.point) for r in plan.runs] == [
+        (f"seed-{n}", n, {}, 0) for n in (3, 4, 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given_", "words"),
+    [
+        (["privacy.eps=1"], ["privacy.eps: unknown key", "kind, unit, epsilon, delta", "is here: epsilon"]),
+        (["nothing=1"], ["nothing: unknown key", "name, purpose, task, partners"]),
+        (["algorithm.rounds.more=1"], ["algorithm.rounds has no keys of its own"]),
+        (["partners.lyon.data=x.csv"], ["partners.lyon: unknown key", "cleveland, hungary"]),
+        (["privacy.epsilon"], ["no values", "KEY=VALUE"]),
+        (["privacy.epsilon="], ["no values"]),
+        (["privacy.epsilon=1,,2"], ["not values with commas between them"]),
+        (["privacy.epsilon=0.5,-1"], ["with privacy.epsilon=-1, seed=3", "c.yaml:", "greater than 0"]),
+        (["privacy.epsilon=one"], ["privacy.epsilon", "valid number", "'one'"]),
+        (["algorithm.rounds=1,2.5"], ["algorithm.rounds", "2.5"]),
+        (["quorum=2,9"], ["with quorum=9", "quorum 9 is more than the 4 partners"]),
+        (["privacy.epsilon=1,1.0"], ["epsilon=1 is there twice"]),
+        (["privacy.epsilon=1", "privacy.epsilon=2"], ["privacy.epsilon is swept, too"]),
+        (["privacy.kind=local", "privacy.noise=local"], ["privacy.kind is swept, too"]),
+        (["privacy={kind: none}", "privacy.epsilon=2"], ["privacy is swept, too"]),
+        (["seed=1,2"], ["seeds are not swept", "--seeds N"]),
+        (["algorithm.rounds=" + ",".join(map(str, range(1, 6000)))], ["more than 10000 runs"]),
+    ],
+    ids=lambda value: value[0][:30] if isinstance(value, list) else None,
+)
+def test_what_cannot_be_run_is_refused(given_: list[str], words: list[str], config: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        planned(config, given_, 2)
+    for word in words:
+        assert word in str(refused.value)
+    assert "--sweep" in str(refused.value)
+
+
+def test_every_seed_is_checked(tmp_path: Path) -> None:
+    config = write(tmp_path / "c.yaml", federation().replace("seed: 3", f"seed: {2**63 - 2}"))
+    planned(config, [], 2)
+    with pytest.raises(ConfigError, match=f"seed={2**63}"):
+        planned(config, [], 3)
+
+
+def test_both_an_epsilon_and_the_noise(tmp_path: Path) -> None:
+    """Noise is calibrated for each epsilon, unless it is fixed: then a note says what epsilon is."""
+    free, fixed = write(tmp_path / "a.yaml", federation()), write(tmp_path / "b.yaml", federation(privacy=FIXED))
+    assert planned(free, ["privacy.epsilon=1,2"], 5).notes == []
+    (note,) = planned(fixed, ["privacy.epsilon=1,2"], 5).notes
+    assert "noise_multiplier is 20" in note
+    assert "no more than the cap" in note
+    (note,) = planned(free, ["privacy.epsilon=1,2", "privacy.noise_multiplier=20,30"], 5).notes
+    assert "noise_multiplier is swept, too" in note
+    assert planned(fixed, ["algorithm.rounds=1,2"], 5).notes == []
+    assert all(run.config.privacy.noise_multiplier == 20 for run in planned(fixed, ["privacy.epsilon=1,2"], 5).runs)
+
+
+def test_sections_texts_and_nothing_as_values(config: Path) -> None:
+    sections = ["privacy={kind: none},{kind: local, epsilon: 1.0, delta: 1e-4, clip_norm: 1.0}"]
+    first, second = planned(config, sections, 1).runs
+    assert first.config.privacy.kind == "none"
+    assert second.config.privacy.delta == 1e-4
+    assert first.values == {"privacy": "{kind: none}"}
+    assert first.name.startswith("privacy-kind_none-")
+    plan = planned(config, ["algorithm.average_last=null,0.5"], 1)
+    assert [run.values["algorithm.average_last"] for run in plan.runs] == [None, 0.5]
+    plan = planned(config, ["algorithm.strategy.name=fedavg,fedadam"], 1)
+    assert [run.name for run in plan.runs] == ["strategy.name-fedavg_seed-3", "strategy.name-fedadam_seed-3"]
+
+
+@given(st.dictionaries(st.sampled_from(["a.b", "c.b", "d"]), st.text(max_size=300), min_size=1))
+def test_a_folder_is_one_folder(values: dict[str, str]) -> None:
+    name = sweep._folder(values, 3)
+    assert name == Path(name).name
+    assert len(name.encode()) < 200
+    assert not set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_")
+    for key, value in values.items():
+        assert sweep._folder({**values, key: value + "x"}, 3) != name
+    assert sweep._folder(values, 4) != name
+
+
+def test_axes() -> None:
+    assert sweep._axis([0.5, 8]) == ({0.5: 0.5, 8: 8.0}, True)
+    assert sweep._axis([1, 10]) == ({1: 1.0, 10: 10.0}, False)
+    assert sweep._axis([0, 100])[1] is False
+    assert sweep._axis(["b", "a"]) == ({"b": 0.0, "a": 1.0}, False)
+    assert sweep._axis([True, 2]) == ({True: 0.0, 2: 1.0}, False)
+    assert sweep._axis([None, 0.5]) == ({None: 0.0, 0.5: 1.0}, False)
+
+
+def test_a_row_without_privacy_says_inf() -> None:
+    row: dict[str, Any] = {"x.y": None, "seed": 1, "metrics": {"auc": 0.1 + 0.2}, "unbounded": True, "verified": False}
+    (read,) = csv.DictReader(io.StringIO(csv_of([row], ["x.y"], ["auc", "brier"])))
+    assert (float(read["epsilon_odometer"]), float(read["auc"])) == (math.inf, 0.1 + 0.2)
+    assert (read["x.y"], read["brier"], read["delta"], read["verified"]) == ("null", "", "", "false")
