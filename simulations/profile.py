@@ -182,7 +182,7 @@ class Profile:
         scale = min(1.0, there_was / sum(told.values()))
         for phase, seconds in told.items():
             self._spent[TRAIN + phase] += seconds * scale
-        self._spent[WAIT] += there_was - scale * sum(told.values())
+        self._spent[WAIT] += max(0.0, there_was - scale * sum(told.values()))
 
     # -- what is measured --------------------------------------------------------------------------------------------
 

@@ -67,6 +67,10 @@ def test_the_phases_are_the_whole_round(text: str, measured: Any) -> None:
         assert all(spent > 0 for spent in phases.values())
         assert phases[OTHER] < took / 4, phases
         known = {RECORD, SEND, WAIT, FOLD, STEP, EVALUATE, CHECKPOINT}
+        if text == POPULATION:  # as its trainer tells it
+            known |= {TRAIN + what for what in ("reading rows", "training")}
+            assert known - {WAIT} <= set(phases) - {OTHER} <= known
+            continue
         known |= {TRAIN + what for what in ("forward and backward", "sampling", "noise")}
         assert set(phases) - {OTHER} == (known | {MASKS} if text == SHARED else known)
     fields = found.fields()
@@ -94,14 +98,14 @@ def test_slow_work_shows_in_its_phase(
 
     def slow(*arguments: Any, **named: Any) -> Any:
         calls.append(0)
-        time.sleep(0.05)
+        time.sleep(0.3)  # longer than anything else takes on a busy machine
         return work(*arguments, **named)
 
     monkeypatch.setattr(owner, name, slow)
     found, _ = measured(federation())
     assert calls
     usual = found.rounds[1]
-    assert usual[phase] >= 0.04
+    assert usual[phase] >= 0.25
     # Answers are received in an evaluation, too.
     assert {phase} <= set(sorted(usual, key=lambda p: usual[p])[-2 if name == "_receive" else -1 :]), usual
 
