@@ -105,6 +105,11 @@ def test_finished_runs_are_not_run_again(swept: tuple[Path, Any], tmp_path: Path
     assert files(out) == before
     assert (out / "sweep.csv").read_bytes() == table
     assert (out / "sweep.png").read_bytes().startswith(PNG)
+    # A run is counted once, under its own name first, also where there is a copy of it.
+    shutil.copytree(out / "epsilon-8_rounds-2_seed-4", out / "a-copy")
+    call("simulate", config, *SWEEP, "--out", out, "--resume").expect(0).says("8 of 8 runs were finished before")
+    assert (out / "sweep.csv").read_bytes() == table
+    shutil.rmtree(out / "a-copy")
     # Of another sweep over the same runs only the new ones are run, whatever it calls its folders.
     more = ["--sweep", "algorithm.rounds=1,3", "--sweep", "privacy.epsilon=8", "--seeds", "2"]
     done = call("simulate", config, *more, "--out", out, "--resume").expect(0)
@@ -126,7 +131,8 @@ def test_another_configuration_in_a_runs_folder_stops_the_sweep(swept: tuple[Pat
     out = copied(swept[0], tmp_path)
     before = files(out)
     config = write(tmp_path / "c.yaml", federation(steps=3))
-    call("simulate", config, *SWEEP, "--out", out, "--resume").expect(2).says("holds a run of another configuration")
+    done = call("simulate", config, *SWEEP, "--out", out, "--resume").expect(2)
+    assert "run 1 of" not in done.says("holds a run of another configuration").text, "the next would meet the same"
     assert files(out) == before
 
 

@@ -141,6 +141,30 @@ def test_a_folder_is_one_folder(values: dict[str, str]) -> None:
     assert sweep._folder(values, 4) != name
 
 
+def test_the_words_of_a_file_and_of_a_sweep_may_differ(tmp_path: Path) -> None:
+    """`privacy.noise` is `privacy.kind`; both in one file would be refused."""
+    config = write(
+        tmp_path / "c.yaml", federation(privacy="{noise: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0}")
+    )
+    for key in ("privacy.kind", "privacy.noise"):
+        (run,) = planned(config, [f"{key}=local"], 1).runs
+        assert (run.config.privacy.kind, run.values) == ("local", {key: "local"})
+
+
+def test_a_row_has_the_largest_epsilon_of_any_partner(config: Path) -> None:
+    (run,) = planned(config, [], 1).runs
+    privacy = {"kind": "local", "noise": "local", "epsilon": 2.0, "delta": 1e-4, "unit": "record", "adjacency": "one"}
+    privacy |= {"adversary": "all", "noise_multiplier": 3.0}
+    partners = {n: {"epsilon": e, "epsilon_filter": f} for n, e, f in (("a", 0.1, 0.9), ("b", 0.5, 0.7))}
+    result: dict[str, Any] = {"privacy": privacy, "partners": partners, "rounds": [1], "final": {}, "refusals": []}
+    result["sweep"] = {"verified": True, "folder": "x"}
+    row = sweep._row(run, result, 1.0)
+    assert (row["epsilon_odometer"], row["epsilon_filter"], row["unbounded"]) == (0.5, 0.9, False)
+    partners["a"]["epsilon"] = None
+    row = sweep._row(run, result, 1.0)
+    assert (row["epsilon_odometer"], row["unbounded"]) == (None, True)
+
+
 def test_axes() -> None:
     assert sweep._axis([0.5, 8]) == ({0.5: 0.5, 8: 8.0}, True)
     assert sweep._axis([1, 10]) == ({1: 1.0, 10: 10.0}, False)
