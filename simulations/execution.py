@@ -111,8 +111,8 @@ def probe(
 
     found: dict[int, float] = {}
     most = max(1, min(cohort, len(clients), _CHUNK_BYTES // (16 * trainer.size)))
-    for chunk in _CHUNKS if trainer.why_not is None else ():
-        if chunk > most or time.perf_counter() - began > _PROBE_S:
+    for chunk in sorted({c for c in _CHUNKS if c < most} | {most}) if trainer.why_not is None else ():
+        if time.perf_counter() - began > _PROBE_S:
             break
         found[chunk] = seconds(clients[:chunk], True)
         if chunk > 4 and found[chunk] > 1.3 * min(found.values()):

@@ -664,6 +664,7 @@ class Program:
             self._check(node, places, placed)
         if missing := set(places) - placed:
             raise Unsupported(f"parameter '{min(missing)}' is used outside of a known layer")
+        self._first = {node.name: next((n.name for n in node.all_input_nodes), "") for node in self._nodes}
         self._pool_first()
         self._needed = self._depending()
 
@@ -762,26 +763,28 @@ class Program:
             run.late.clear()
 
     def _forward(self, run: Pass, node: fx.Node, values: dict[str, Any], pulls: dict[str, Any]) -> Any:
-        args: Any = fx.node.map_arg(node.args, lambda n: values[n.name])
-        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values[n.name])
         name = str(node.target)
-        first = node.all_input_nodes[0].name if node.all_input_nodes else ""
+        first = self._first[node.name]
         if node.op == "call_module":
-            module = self._modules[name]
+            module, x = self._modules[name], values[first]
             layer = self.layers.get(name)
             wanted = first in self._needed
             if layer is not None:
-                y, kept = layer.forward(run, args[0])
+                y, kept = layer.forward(run, x)
                 pulls[node.name] = [first], lambda dy: [layer.backward(run, kept, dy, wanted)]
                 return y
             if isinstance(module, nn.Dropout):
-                return self._dropout(run, node.name, first, args[0], module.p, pulls)
+                return self._dropout(run, node.name, first, x, module.p, pulls)
             if type(module) in _FAST:
-                y, back = _FAST[type(module)](module, args[0])
+                y, back = _FAST[type(module)](module, x)
                 if wanted:
                     pulls[node.name] = [first], lambda dy: [back(dy)]
                 return y
-            function: Callable[..., Any] = module
+        args: Any = fx.node.map_arg(node.args, lambda n: values[n.name])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values[n.name])
+        function: Callable[..., Any]
+        if node.op == "call_module":
+            function = module
         elif node.op == "call_method":
             # What is contiguous there need not be here: images lie channels last.
             name = "reshape" if name == "view" else name
