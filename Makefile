@@ -8,7 +8,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo network test lint bench soak fuzz mutants table data clean help
+.PHONY: demo network test lint bench peers soak fuzz mutants table data clean help
 
 help:
 	@echo "make demo    the main job: four hospitals, one model, a privacy bill that verifies (out/demo)"
@@ -16,7 +16,8 @@ help:
 	@echo "make test    the tests (under 10 minutes on two cores)"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make table   the accuracy tables of README: local noise, shared noise, Fashion-MNIST against central DP-SGD (half an hour)"
-	@echo "make bench   measured figures: the link beside stock Flower, 1,000 clients a round, accounting"
+	@echo "make bench   measured figures: the link beside stock Flower, 1,000 clients a round, simulation beside its peers, accounting"
+	@echo "make peers   environments of the simulation engines that make bench compares with (.peers/, 5 GB)"
 	@echo "make fuzz    ten minutes of hostile input for every parser (FUZZ_SECONDS=600)"
 	@echo "make mutants every small change of accounting.py and verifier.py that a test must notice (hours; MUTANTS=200 takes a sample)"
 	@echo "make soak    kill -9 at 50 random points of a run, then --resume; every fault of a network; 10,000 adversarial streams at one budget"
@@ -68,7 +69,21 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/bench/link.py
 	$(BIN)/python tests/bench/secagg.py
 	$(BIN)/python tests/bench/shared_rounds.py
+	@test -e .peers/flwr/.made -a -e .peers/pfl/.made -a -e .peers/fluke/.made || echo "peers that are not in .peers/ will be skipped: make peers"
+	$(BIN)/python tests/bench/simulation/table.py --out out/bench/simulation.json
 	$(BIN)/python -m pytest -q -s -m bench tests
+
+# The simulation engines of tests/bench/simulation, each in a virtual environment of its own, on the torch and Opacus that Hansa has.
+PEER_pfl   := pfl[pytorch]==0.6.0
+PEER_fluke := fluke-fl==0.8.1
+PEER_flwr  := flwr[simulation]==1.41.0
+peers: .peers/pfl/.made .peers/fluke/.made .peers/flwr/.made
+
+.peers/%/.made: constraints.txt
+	$(PYTHON) -m venv .peers/$*
+	grep -E '^(torch|opacus)==' constraints.txt > .peers/$*/constraints.txt
+	.peers/$*/bin/pip install -q '$(PEER_$*)' torch opacus -c .peers/$*/constraints.txt
+	@touch $@
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m soak tests
@@ -92,4 +107,4 @@ proto:
 	cp .proto/src/hansa/common/link_pb2.py* common/
 
 clean:
-	rm -rf $(VENV) .proto .mutants out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .proto .mutants .peers out .mypy_cache .ruff_cache .pytest_cache .hypothesis

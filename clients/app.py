@@ -29,7 +29,7 @@ import torch
 
 from ..common.charter import Charter
 from ..common.closing import sign_closing
-from ..common.errors import DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
+from ..common.errors import ConfigError, DataError, LedgerError, MessageError, OutputError, Refusal, Refused, counted
 from ..common.flower import ClientApp, Context, Message, RecordDict
 from ..common.heads import Head, KeptHeads
 from ..common.identity import Identity, sha256
@@ -37,15 +37,15 @@ from ..common.ledger import Ledger
 from ..common.masking import Told, bytes_by_name, fixed_point, revealed_fields, sent_fields, weights_of
 from ..common.messages import Manifest, Tensors, Wire, is_finite, manifest_sha256
 from ..common.model import model_sha256
+from ..common.noise import SecureNoise
 from ..common.plan import training_of
 from ..common.secagg import Agreement, agree, mask, read_keys, reveal, signed_key, to_ring
 from ..common.shared_noise import SharedGaussian
 from ..common.tasks import Task
 from ..common.tasks.metrics import score_histogram, scores_of
 from ..common.witness import Asked, signatures, telling
-from .datasets import RegisteredDataset, Rows, Split
+from .datasets import Rows, Split
 from .models import verified
-from .noise import SecureNoise
 from .outbox import Outbox
 from .run_keys import RunKeys
 from .training import LocalSettings, shared_gradient, train_locally
@@ -98,6 +98,17 @@ class Doorkeeper(Protocol):
         """Release a run's hold; the ledger's length and head."""
 
 
+class Dataset(Protocol):
+    """What the handlers need of a registered data set; see `datasets.RegisteredDataset`."""
+
+    def open(self) -> Split:
+        """The rows.
+
+        Raises:
+            DataError: they cannot be read, or are not those that were registered.
+        """
+
+
 class Node:
     """A partner's side of a run.
 
@@ -114,7 +125,7 @@ class Node:
         self,
         task: Task,
         model: torch.nn.Module,
-        dataset: RegisteredDataset,
+        dataset: Dataset,
         gate: Doorkeeper,
         wire: Wire,
         *,
@@ -148,6 +159,10 @@ class Node:
         if secure is None:
             self._gate.open_run(request, digest)
             return self._wire.encode(request.reply("accepted", digest), self._wire.pack({}))[0]
+        try:
+            fixed_point(charter)
+        except ConfigError as err:  # before anything is held for rounds that could not be summed
+            raise Refused(Refusal.NUMERIC, err.message) from err
         identity, keys = self._masker()
         run = request.charter_sha256, request.run_id
         # One key a run, made before the run is held: where it is held and has none, the key is lost, and no second one is signed.
@@ -158,9 +173,9 @@ class Node:
             if run not in self._gate.open_runs():
                 raise Refused(Refusal.NOT_HELD, "this run is over here")
         except Refused:
-            if fresh:
-                keys.drop(*run)
+            self._forget_keys()
             raise
+        self._forget_keys()
         key = base64.b64encode(signed_key(identity, request.charter_sha256, request.run_id, private)).decode()
         return self._wire.encode(request.reply("accepted", digest, key=key), self._wire.pack({}))[0]
 
@@ -261,8 +276,7 @@ class Node:
         head = self._gate.close_run(request.run_id, request.charter_sha256)
         if self._outbox is not None:
             self._outbox.drop(request.run_id)
-        if self._keys is not None and self._agreed(request).secure_aggregation is not None:
-            self._keys.drop(request.charter_sha256, request.run_id)
+        self._forget_keys()
         return self._wire.encode(request.reply("head", digest, **head), self._wire.pack({}))[0]
 
     def sign(self, request: Manifest, digest: str, _: Tensors) -> RecordDict:
@@ -270,6 +284,7 @@ class Node:
         assert self._identity is not None
         payload = _closing(request)
         head = self._gate.close_run(request.run_id, request.charter_sha256)
+        self._forget_keys()
         owners = self._agreed(request).keys()
         signature = sign_closing(self._identity, payload, request.run_id, request.charter_sha256, owners, head)
         encoded = base64.b64encode(signature).decode()
@@ -437,6 +452,11 @@ class Node:
         assert self._keys is not None
         return self._identity, self._keys
 
+    def _forget_keys(self) -> None:
+        """Of every run that is over: closed, signed for, or ended (expired, left) while nobody closed it."""
+        if self._keys is not None:
+            self._keys.keep_only(self._gate.open_runs())
+
     def _dimension(self) -> int:
         return sum(math.prod(shape) for shape in self._shapes.values())
 
@@ -536,8 +556,9 @@ def local_settings(charter: Charter) -> LocalSettings:
         lr=local.optimizer.lr,
         momentum=local.optimizer.momentum,
         proximal_mu=charter.algorithm.strategy.proximal_mu or 0.0,
-        clip_norm=privacy.clip_norm,
-        noise_multiplier=privacy.noise_multiplier,
+        # Central noise protects the whole update, at the coordinator: what a client does is not protected by record.
+        clip_norm=privacy.clip_norm if privacy.kind != "central" else None,
+        noise_multiplier=privacy.noise_multiplier if privacy.kind != "central" else None,
     )
 
 

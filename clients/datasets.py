@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.errors import ConfigError, DataError, LedgerError
@@ -73,19 +74,29 @@ def split_rows(rows: Rows, test_fraction: float, seed: int) -> Split:
     Raises:
         ConfigError: a fraction outside [0, 1).
     """
+    away = held_out(rows, test_fraction, seed)
+    return Split(
+        train=rows.take(torch.from_numpy(np.flatnonzero(~away))),
+        held_out=rows.take(torch.from_numpy(np.flatnonzero(away))),
+    )
+
+
+def held_out(rows: Rows, test_fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which rows `split_rows` holds out, bool [n].
+
+    Raises:
+        ConfigError: a fraction outside [0, 1).
+    """
     if not 0 <= test_fraction < 1:
         raise ConfigError(f"test_fraction is {test_fraction}", "Allowed is 0 (nothing held out) to below 1.")
     seen: Counter[bytes] = Counter()
-    held_out = np.zeros(len(rows), dtype=bool)
+    found = np.zeros(len(rows), dtype=bool)
     for number, content in enumerate(_row_bytes(rows)):
         row = hashlib.sha256(content).digest()
         coin = hashlib.sha256(f"hansa split {seed} {seen[row]}\0".encode() + row).digest()
         seen[row] += 1
-        held_out[number] = int.from_bytes(coin[:8], "big") < test_fraction * 2**64
-    return Split(
-        train=rows.take(torch.from_numpy(np.flatnonzero(~held_out))),
-        held_out=rows.take(torch.from_numpy(np.flatnonzero(held_out))),
-    )
+        found[number] = int.from_bytes(coin[:8], "big") < test_fraction * 2**64
+    return found
 
 
 def csv_source(path: Path | str, task: Task, test_fraction: float, seed: int) -> Callable[[], Split]:

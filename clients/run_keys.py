@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..common.errors import OutputError, Refusal, Refused
 from ..common.identity import output_error, sha256, write_whole
-from ..common.secagg import new_key
+from ..common.secagg import KEY, new_key
 
 
 class RunKeys:
@@ -31,41 +31,36 @@ class RunKeys:
         """The run's key.
 
         Raises:
-            Refused: there is none: the run is not open here, or was opened before a restore.
+            Refused: there is none: the run is not open here, or was opened before a restore; or it is damaged.
         """
         path = self._path(charter_sha256, run_id)
         if not path.exists():
             raise Refused(Refusal.NOT_HELD, "this node has no key for secure aggregation in this run")
         return self._read(path)
 
-    def drop(self, charter_sha256: str, run_id: str) -> None:
-        """Forget a closed run's key.
+    def keep_only(self, runs: Iterable[tuple[str, str]]) -> None:
+        """Forget the keys of all runs but these (charter, run).
 
         Raises:
-            OutputError: it cannot be deleted.
+            OutputError: one cannot be deleted.
         """
-        self._unlink(self._path(charter_sha256, run_id))
-
-    def keep_only(self, runs: Iterable[tuple[str, str]]) -> None:
-        """Forget the keys of all runs but these (charter, run): of what ended while nobody closed it."""
         wanted = {self._path(charter, run) for charter, run in runs}
         for path in self._folder.glob("*"):
             if path not in wanted:
-                self._unlink(path)
-
-    @staticmethod
-    def _unlink(path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as err:
-            raise output_error(path, err) from err
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as err:
+                    raise output_error(path, err) from err
 
     @staticmethod
     def _read(path: Path) -> bytes:
         try:
-            return path.read_bytes()
+            found = path.read_bytes()
         except OSError as err:
             raise OutputError(f"{path}: {err.strerror}", "Close this run, and begin another.") from err
+        if len(found) != KEY:
+            raise Refused(Refusal.NOT_HELD, "this node's key for secure aggregation in this run is damaged")
+        return found
 
     def _path(self, charter_sha256: str, run_id: str) -> Path:
         # A peer chose the run's name: hash it rather than trust it as a file's.

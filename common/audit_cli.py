@@ -19,6 +19,7 @@ from .audit_report import (
     partly,
     place,
     placements,
+    size_of,
     state,
     unbounded,
     write_audit_report,
@@ -110,9 +111,10 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     bounded = {name: p for name, p in partners.items() if not unbounded(p)}
     for (noise, adversary), names in placements(bounded).items():
         against = "all but the partner" if adversary == ADVERSARY else plain(adversary)
+        unit = plain(str(verdict.get("unit") or "record"))
         whose = "" if len(names) == len(bounded) else f"{_some(names)}: "
         out.print(
-            f"{whose}recomputed from the ledgers: record level, add-or-remove-one, {plain(noise)} noise, against {against}; "
+            f"{whose}recomputed from the ledgers: {unit} level, add-or-remove-one, {plain(noise)} noise, against {against}; "
             "epsilon rounded up"
         )
     _print_partners(partners)
@@ -130,7 +132,8 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 
 def _print_partners(partners: dict[str, Any]) -> None:
     """One line a partner; many partners by history, the largest epsilon first."""
-    rows = histories(partners) if len(partners) > 20 else [([name], p) for name, p in partners.items()]
+    total = sum(size_of([name], p) for name, p in partners.items())
+    rows = histories(partners) if total > 20 else [([name], p) for name, p in partners.items()]
     listed = [row for group in rows[:20] for row in budgets(*group)]
     other = any(_this_charter(p) for _, p in listed)
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -154,7 +157,7 @@ def _print_partners(partners: dict[str, Any]) -> None:
         part = {key: p.get(key) for key in ("whole", "missing", "unbounded")}
         color = {"bad": "red", "good": "green", "plain": "dim"}[kind]
         table.add_row(
-            plain(names[0]) + (f" (+{len(names) - 1:,})" if len(names) > 1 else ""),
+            plain(names[0]) + (f" (+{more:,})" if (more := size_of(names, p) - 1) else ""),
             _epsilon(p, "epsilon_filter"),
             _exact(p.get("epsilon_cap")),
             _epsilon(p, "epsilon"),
@@ -173,10 +176,10 @@ def _print_partners(partners: dict[str, Any]) -> None:
         )
     if any(partly(p) and not unbounded(p) for _, p in listed):
         out.print("+ ?: of a ledger that is not here, or was not read, to its end; what was charged may be more")
-    if any(len(names) > 1 for names, _ in rows[:20]):
+    if any(size_of(*row) > 1 for row in rows[:20]):
         out.print("(+n): so many more partners with the same history")
     if len(rows) > 20:
-        rest = sum(len(names) for names, _ in rows[20:])
+        rest = sum(size_of(*row) for row in rows[20:])
         out.print(f"... and {rest:,} partners more, of {len(rows) - 20:,} histories with smaller epsilons")
     _print_witnesses([(names[0], p) for names, p in rows if p.get("witnessed")])
 

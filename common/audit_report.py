@@ -36,10 +36,12 @@ HEADS = 200  # longest table of heads
 SLACK = 1e-9  # relative, as the verifier's
 
 UNIT = "one record of one partner"
+UNITS = {"record": UNIT, "client": "one client, with all that it holds"}
 ADJACENCY = "add-or-remove-one"
 NOISE = {
     "local": "local (the partner adds it before anything leaves)",
     "shared": "shared (each partner adds a share before anything leaves; only the masked sum of all has enough)",
+    "central": "central (the coordinator adds it once to the sum of all clipped updates; it is trusted with each of them)",
     "local and shared": "local or shared (the partner adds it, or a share of it, before anything leaves)",
 }
 UNPROTECTED = "none for what left unprotected"
@@ -143,6 +145,11 @@ def histories(partners: Mapping[str, Fields]) -> list[tuple[list[str], Fields]]:
     return sorted(found.values(), key=lambda item: -_spent(item[1]))
 
 
+def size_of(names: Sequence[str], figures: Fields) -> int:
+    """How many partners these are: of a large population a name stands for all clients with one history."""
+    return len(names) * max(1, int(page.number(figures.get("clients")) or 1))
+
+
 def by_code(found: Iterable[Fields]) -> list[tuple[str | None, str | None, list[Fields]]]:
     """Violations or warnings as (code, what it means, places), in the order in which codes first occur."""
     codes: dict[Any, list[Fields]] = {}
@@ -226,12 +233,14 @@ def _spent(figures: Fields) -> float:
 def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, Any]:
     partners: Mapping[str, Fields] = verdict.get("partners") or {}
     violations, warnings = list(verdict.get("violations") or []), list(verdict.get("warnings") or [])
-    many = len(partners) > MANY
+    total = sum(size_of([name], figures) for name, figures in partners.items())
+    many = total > MANY
     groups = histories(partners) if many else [([name], figures) for name, figures in partners.items()]
     apart = [row for group in groups for row in budgets(*group)]
     told = [g for g in groups[:FEW] if g[1].get("events") or g[1].get("trajectory")] if many else groups
     verified = verdict.get("verified") is True and not violations
     open_ended = [name for names, figures in groups if unbounded(figures) for name in names]
+    unbound = sum(size_of(names, figures) for names, figures in groups if unbounded(figures))
     heads = list(verdict.get("heads") or [])
     bundle = str(verdict.get("bundle") or "")[:4096]
     checked = verdict.get("checked") or {}
@@ -240,12 +249,13 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "bundle": bundle,
         "charter_sha256": verdict.get("charter_sha256"),
         "verified": verified,
-        "headline": _headline(verified, len(open_ended), len(partners)),
+        "headline": _headline(verified, unbound, total),
         "simulated": bool(verdict.get("simulated")),
         "claim": verdict.get("claim"),
         "open_ended": open_ended,
-        "total": len(partners),
-        "over": sum(len(names) for names, figures in groups if state(figures)[1] == "OVER CAP"),
+        "unbound": unbound,
+        "total": total,
+        "over": sum(size_of(names, figures) for names, figures in groups if state(figures)[1] == "OVER CAP"),
         "checked": [
             (words, n)
             for what, words in _CHECKED.items()
@@ -258,10 +268,11 @@ def _view(verdict: Fields, made: datetime, against: Sequence[str]) -> dict[str, 
         "closings": _closings(verdict),
         "open_runs": [str(run) for run in verdict.get("open_runs") or []],
         "terms": {
-            "unit": UNIT,
+            "unit": UNITS.get(str(verdict.get("unit")), UNIT),
             "adjacency": ADJACENCY,
             **_terms({name: one for name, one in partners.items() if not unbounded(one)}, bool(open_ended)),
         },
+        "by_client": verdict.get("unit") == "client",
         "unprotected": UNPROTECTED,
         "many": many,
         "rows": [_row(names, figures) for names, figures in apart[: LISTED if many else None]],
@@ -341,7 +352,7 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
     witnessed = figures.get("witnessed") or {}
     return {
         "names": list(names[:3]),
-        "count": len(names),
+        "count": size_of(names, figures),
         "kind": kind,
         "state": words,
         "unbounded": unbounded(figures),
@@ -376,10 +387,16 @@ def _row(names: Sequence[str], figures: Fields) -> dict[str, Any]:
 
 
 def _odds(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, float] | None:
-    """The largest finite ε, and by which factor it lets any outcome's probability change."""
-    found = [(e, page.number(f.get("delta"))) for _, f in groups for e in page.finite([f.get("epsilon_filter")])]
-    worst, delta = max(found, default=(0.0, None))
-    return {"epsilon": worst, "delta": delta, "factor": math.exp(worst)} if 0 < worst <= 10 and delta else None
+    """The largest finite ε, by which factor it lets any outcome's probability change, and whether for anyone's eyes (local noise)."""
+    found = [
+        (e, page.number(f.get("delta")), _placement(f)[0] != "local")
+        for _, f in groups
+        for e in page.finite([f.get("epsilon_filter")])
+    ]
+    worst, delta, among = max(found, default=(0.0, None, False))
+    if not (0 < worst <= 10 and delta):
+        return None
+    return {"epsilon": worst, "delta": delta, "factor": math.exp(worst), "anyone": not among}
 
 
 def _section(index: int, names: Sequence[str], figures: Fields) -> dict[str, Any]:
@@ -622,7 +639,7 @@ def _bars(groups: Sequence[tuple[list[str], Fields]]) -> dict[str, Any] | None:
     bars = []
     for i, (names, figures) in enumerate(groups):
         row = _row(names, figures)
-        row |= {"label": names[0] if len(names) == 1 else f"{len(names):,} clients", "y": 24 + 44 * i}
+        row |= {"label": names[0] if row["count"] == 1 else f"{row['count']:,} clients", "y": 24 + 44 * i}
         for key in ("epsilon_filter", "epsilon"):
             value = _drawn(row[key])
             row[f"{key}_w"] = 0 if value is None else round(x(value) - x.start, 1)
@@ -635,7 +652,7 @@ def _distribution(groups: Sequence[tuple[list[str], Fields]]) -> list[tuple[str,
     """Quantiles over partners (nearest rank: each figure is one partner's own)."""
     columns = []
     for key in ("epsilon_filter", "epsilon", "epsilon_cap"):
-        weighted = sorted((v, len(names)) for names, f in groups for v in page.finite([f.get(key)]))
+        weighted = sorted((v, size_of(names, f)) for names, f in groups for v in page.finite([f.get(key)]))
         columns.append(weighted)
 
     def at(weighted: Sequence[tuple[float, int]], share: float) -> float | None:

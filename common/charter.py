@@ -24,6 +24,7 @@ from .config import (
     Privacy,
     Section,
     SecureAggregation,
+    check_central,
     check_delta,
     check_secure,
     threshold_of,
@@ -46,6 +47,11 @@ from .identity import (
 CHARTER_TYPE = "application/vnd.hansa.charter+json"
 ADVERSARY = "everyone but the partner itself: the coordinator, the other partners and whoever receives the model"
 """Of local noise."""
+CENTRAL_ADVERSARY = (
+    "whoever sees the models, of every round, and what is made from them; not the coordinator, who is trusted with each client's update "
+    "and knows who was asked"
+)
+"""Of central noise."""
 
 _SECTIONS = re.compile(rb"^[ \t]*\"?(task|algorithm|privacy|partners|population)\"?[ \t]*:", re.MULTILINE)
 """Two of these, and an unreadable charter is a configuration."""
@@ -96,7 +102,7 @@ class Charter(Section):
     privacy: Privacy
     evaluation: Evaluation
     secure_aggregation: SecureAggregation | None = None
-    quorum: Annotated[int, Field(ge=1)]
+    quorum: Annotated[int, Field(ge=0)]
     round_deadline_s: Positive
     declared_tolerance: NonNegative
     benefit: Line
@@ -124,6 +130,14 @@ class Charter(Section):
             self.algorithm,
             self.privacy,
         )
+        check_central(
+            self.population.clients if self.population is not None else None,
+            self.quorum,
+            self.algorithm,
+            self.privacy,
+            self.evaluation,
+            self.secure_aggregation,
+        )
         if self.secure_aggregation is not None and self.secure_aggregation.dimension is None:
             raise ValueError("secure_aggregation.dimension is missing: how many numbers are summed")
         for member in self.partners:
@@ -149,6 +163,8 @@ class Charter(Section):
 def adversary_of(terms: Charter | Federation) -> str:
     """Against whom the epsilons under these terms hold, in words."""
     secure = terms.secure_aggregation
+    if terms.privacy.kind == "central":
+        return CENTRAL_ADVERSARY
     return adversary(secure.colluding if secure is not None and terms.privacy.kind == "shared" else None)
 
 
@@ -371,18 +387,34 @@ def in_words(signed: SignedCharter) -> str:
         f"(lr {a.local.optimizer.lr:g}), each over "
         + ("all records" if a.local.sampling_rate == 1 else f"a Poisson sample of rate {a.local.sampling_rate:g}")
     )
-    lines.append(f"  a round counts when at least {c.quorum} answer within {c.round_deadline_s:g} s")
+    if p.kind == "central":
+        lines.append(
+            f"  in each round every client takes part with probability {a.participation:g}, drawn in secret; the round counts "
+            f"however few there are, and is thrown away when it takes longer than {c.round_deadline_s:g} s"
+        )
+    else:
+        lines.append(f"  a round counts when at least {c.quorum} answer within {c.round_deadline_s:g} s")
     lines += ["", "Privacy"]
     if p.kind == "none":
         lines.append("  NONE. Updates leave unprotected and can reveal records. Each budget becomes unbounded.")
     else:
         lines.append(
-            f"  each partner spends at most epsilon = {p.epsilon:g} at delta = {p.delta:g} of its dataset's budget"
+            f"  each {'client' if p.unit == 'client' else 'partner'} spends at most epsilon = {p.epsilon:g} at delta = {p.delta:g} "
+            "of its dataset's budget"
         )
-        lines.append("  unit: one record of one partner; adjacency: add or remove one record")
+        unit = "one client, with all it holds" if p.unit == "client" else "one record of one partner"
+        lines.append(f"  unit: {unit}; adjacency: add or remove one {p.unit}")
         times = f"{p.noise_multiplier:g} x the clipping norm {p.clip_norm:g}"
         if p.kind == "local":
             lines.append(f"  noise: local, Gaussian, {times}, added to every step before anything leaves")
+        elif p.kind == "central":
+            lines.append(f"  noise: central, Gaussian, {times}, added once a round by the coordinator to the sum of")
+            lines.append(
+                "         all updates, each clipped to that norm; the sum is divided by how many are expected, not by how"
+            )
+            lines.append(
+                "         many came. Nothing protects an update on its way to the coordinator, who must be trusted"
+            )
         else:
             assert s is not None
             sure = c.quorum - s.colluding
@@ -400,10 +432,21 @@ def in_words(signed: SignedCharter) -> str:
             lines.append(
                 "  two sums of different partners can be subtracted: without noise that leaves one partner's update"
             )
-        lines.append(
-            f"  this holds while at most {counted(s.colluding, 'partner')} work with it; {threshold_of(len(c.partners), s.colluding)} partners' shares open a sum"
+        together = (
+            "no partner works with it"
+            if s.colluding == 0
+            else "at most one partner works with it"
+            if s.colluding == 1
+            else f"at most {s.colluding} partners work with it"
         )
-        lines.append(f"  a run may ask for {counted(s.retries, 'round')} again, each of which is paid for")
+        lines.append(
+            f"  this holds while {together}; {threshold_of(len(c.partners), s.colluding)} partners' shares open a sum"
+        )
+        lines.append(
+            f"  a run may ask for {counted(s.retries, 'round')} again, each of which is paid for"
+            if s.retries
+            else "  no round may be asked again"
+        )
     often = "every round" if e.every == 1 else f"every {e.every} rounds"
     lines += ["", "Evaluation"]
     match e.kind:

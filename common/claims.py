@@ -261,7 +261,7 @@ class _File:
         self.places: list[Place] = []
         self._walk(raw, (), [_NODES])
         # Does the format itself say unit, adjacency, noise placement and adversary? A charter of ours must spell out
-        # kind and unit; a configuration of ours has record as the only unit, and local as its kind (also written noise).
+        # kind and unit; a configuration of ours has record as its unit unless it says client, and local as its kind (also written noise).
         privacy = raw.get("privacy")
         known = privacy if isinstance(privacy, Mapping) else {}
         self.kind_at: Place = ("privacy", "noise" if "noise" in known and "kind" not in known else "kind")
@@ -273,7 +273,16 @@ class _File:
             form = {"kind", "unit"} <= set(known)
         else:
             form = "format" not in raw and len(_TOP & set(raw)) >= 2
-        self.ours = form and kind in ("local", "shared", "none") and unit == "record" and named
+        # Whom central noise does not protect against is said with it: the coordinator (charter.py).
+        units = {"local": "record", "shared": "record", "none": "record", "central": "client"}
+        known_kind = isinstance(kind, str) and kind in units
+        self.ours = form and known_kind and units[kind] == unit and named
+        # What a file of ours lacks of that, where it is not the whole of it.
+        self.lacks = ""
+        if form and not known_kind:
+            self.lacks = f"{'.'.join(self.kind_at)} must be local, shared, central or none"
+        elif form and unit == "record" and not named:
+            self.lacks = "secure_aggregation.colluding is missing, which says whom shared noise holds against"
         self.unprotected = kind == "none" or privacy == "none"
 
     def _walk(self, value: Any, place: Place, left: list[int]) -> None:
@@ -605,9 +614,8 @@ def _bare(file: _File) -> Iterator[Finding]:
     for place, value in file.named(_EPSILON):
         if _number(value) is not None and missing:
             severity = Severity.REFUSE if grave else Severity.FLAG
-            yield file.find(
-                "bare-epsilon", severity, place, f"epsilon {value} stands alone: no {', no '.join(missing)}."
-            )
+            why = file.lacks or f"no {', no '.join(missing)}"
+            yield file.find("bare-epsilon", severity, place, f"epsilon {value} stands alone: {why}.")
 
 
 def _epochs(file: _File) -> Iterator[Finding]:

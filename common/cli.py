@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from .charter import SignedCharter, draft, in_words
 from .claims import CODES, Finding, Severity, lint_file, refused
-from .config import load_config
+from .config import load_config, without_system
 from .errors import CharterError, ConfigError, HansaError, IdentityError
 from .home import Home
 from .identity import (
@@ -221,6 +221,7 @@ def charter_new(
         raise ConfigError(
             f"{config}: a population has no keys", "Only `hansa simulate` makes its charter; or name your partners."
         )
+    without_system(federation, config)
     federation = sized(federation)
     found = {}
     for name in [*(federation.partners or {}), "coordinator"]:

@@ -24,6 +24,8 @@ Line = Annotated[str, StringConstraints(strip_whitespace=True, max_length=500, p
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Spread = Annotated[float, Field(ge=0, le=3)]
+"""σ of ln x; at 3 one client in forty is 350 times as slow as the median."""
 
 SIGNED_PARTNERS_MAX = 100
 """Above this many partners a simulation keeps one run ledger instead of an identity and a ledger each."""
@@ -106,15 +108,16 @@ class Algorithm(Section):
 class Privacy(Section):
     """What each partner's dataset may spend, and what for.
 
-    The unit is one record of one partner; adjacency is add-or-remove-one. `kind`, also written `noise`, says where the noise is
-    added. local: by every partner, enough for its own update to be private by itself, against everybody else. shared: by every
+    The unit is one record of one partner or, of central noise, all that one client holds; adjacency is add-or-remove-one. `kind`, also
+    written `noise`, says where the noise is added. local: by every partner, enough for its own update to be private by itself, against everybody else. shared: by every
     partner a share, enough for the secure sum to be private, against the coordinator and so many partners as
-    `secure_aggregation.colluding` says. `noise_multiplier` (noise standard deviation over `clip_norm`; of shared noise that of
+    `secure_aggregation.colluding` says. central: by the coordinator, once to the sum of all clients' clipped updates, against whoever
+    sees the models but not against the coordinator itself; of simulated populations only. `noise_multiplier` (noise standard deviation over `clip_norm`; of shared noise that of
     quorum − colluding shares together) is calibrated with the filter that will enforce it when left out.
     """
 
-    kind: Literal["local", "shared", "none"] = Field("local", validation_alias=AliasChoices("kind", "noise"))
-    unit: Literal["record"] = "record"
+    kind: Literal["local", "shared", "central", "none"] = Field("local", validation_alias=AliasChoices("kind", "noise"))
+    unit: Literal["record", "client"] = "record"
     epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     clip_norm: Positive | None = None
@@ -127,6 +130,10 @@ class Privacy(Section):
             raise ValueError(f"privacy kind {self.kind} needs {', '.join(missing)}")
         if self.kind == "none" and any(getattr(self, n) is not None for n in (*numbers, "noise_multiplier")):
             raise ValueError("privacy kind none takes no epsilon, delta, clip_norm or noise_multiplier")
+        if (self.kind == "central") != (self.unit == "client"):
+            raise ValueError(
+                "unit client goes with kind central, and only with it: central noise covers all that one client holds"
+            )
         return self
 
 
@@ -174,16 +181,20 @@ class PartnerEntry(Section):
 
 
 class Partition(Section):
-    """How a population's rows are dealt to its clients."""
+    """How a population's rows come to its clients: as the data set says (natural); dealt, each row to one client; or drawn, so many by
+    each client, for more clients than there are rows."""
 
-    kind: Literal["iid", "dirichlet", "quantity"] = "iid"
+    kind: Literal["natural", "iid", "dirichlet", "quantity", "drawn"] = "iid"
     alpha: Positive | None = None
     min_records: Annotated[int, Field(ge=1)] = 10
+    records: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Partition:
-        if (self.kind == "iid") != (self.alpha is None):
-            raise ValueError("alpha goes with partition kind dirichlet or quantity, and only with them")
+        if self.kind != "drawn" and (self.kind in ("natural", "iid")) != (self.alpha is None):
+            raise ValueError("alpha goes with partition kind dirichlet, quantity or drawn, and only with them")
+        if (self.kind == "drawn") != (self.records is not None):
+            raise ValueError("records goes with partition kind drawn, and only with it")
         return self
 
 
@@ -193,6 +204,80 @@ class Population(Section):
     dataset: str
     clients: Annotated[int, Field(ge=1, le=1_000_000)]
     partition: Partition = Partition()
+
+
+class Compute(Section):
+    """How long clients work, in virtual seconds.
+
+    Attributes:
+        seconds_per_record: of the median client, for one record in one step.
+        overhead_s: of the median client, for any answer, whatever its size: checks, signatures, what is written to disk.
+        spread: σ of the lognormal factor by which a client is slower or faster than the median, the same in every round.
+    """
+
+    seconds_per_record: NonNegative = 0.0
+    overhead_s: NonNegative = 0.0
+    spread: Spread = 0.0
+
+
+class Network(Section):
+    """The clients' lines.
+
+    Attributes:
+        down_mbps: megabits a second to the median client; None: no limit.
+        up_mbps: from it.
+        latency_ms: one way.
+        spread: σ of the lognormal factor by which a client's line is slower or faster, both ways, the same in every round.
+    """
+
+    down_mbps: Positive | None = None
+    up_mbps: Positive | None = None
+    latency_ms: NonNegative = 0.0
+    spread: Spread = 0.0
+
+
+class Availability(Section):
+    """With which probability a client is there: share · (1 + daily_swing · cos(2π (hour − peak_hour)/24)).
+
+    Hours are those of the virtual clock, at which the run begins at 0. Drawn for each client and round by itself.
+    """
+
+    share: Fraction = 1.0
+    daily_swing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    peak_hour: Annotated[float, Field(ge=0, lt=24)] = 2.0
+
+    @model_validator(mode="after")
+    def _a_probability(self) -> Availability:
+        if (most := self.share * (1 + self.daily_swing)) > 1:
+            raise ValueError(
+                f"share {self.share:g} and daily_swing {self.daily_swing:g} come to {most:.3g} at the peak hour"
+            )
+        return self
+
+
+class Stragglers(Section):
+    """In each round this share of clients takes `slowdown` times as long to compute."""
+
+    share: Annotated[float, Field(ge=0, le=1)]
+    slowdown: Annotated[float, Field(ge=1, le=1e6)]
+
+
+class System(Section):
+    """What the clients of a simulation are like, and how long a round waits for them: for estimates, in no charter.
+
+    Attributes:
+        dropout: with which probability a client that was asked to train never answers.
+        deadline_s: how long a round waits, in virtual seconds; None: `round_deadline_s`.
+        over_sampling: so many more are asked than are needed, as a fraction; the round ends when enough have answered.
+    """
+
+    compute: Compute = Compute()
+    network: Network = Network()
+    availability: Availability = Availability()
+    stragglers: Stragglers = Stragglers(share=0.0, slowdown=1.0)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    deadline_s: Positive | None = None
+    over_sampling: Annotated[float, Field(ge=0, le=10)] = 0.0
 
 
 class Federation(Section):
@@ -207,17 +292,23 @@ class Federation(Section):
     privacy: Privacy
     evaluation: Evaluation = Evaluation()
     secure_aggregation: SecureAggregation | None = None
-    quorum: Annotated[int, Field(ge=1)]
+    quorum: Annotated[int, Field(ge=0)]
     round_deadline_s: Positive = 600.0
     declared_tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     expires_days: Annotated[int, Field(ge=1, le=3650)] = 365
     benefit: Line = "Every partner receives the final model."
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    system: System | None = None
 
     @property
     def size(self) -> int:
         """How many partners, or simulated clients, there are."""
         return self.population.clients if self.population is not None else len(self.partners or {})
+
+    @property
+    def cohort(self) -> int:
+        """How many of them are asked in a round."""
+        return max(1, round(self.algorithm.participation * self.size))
 
     def with_noise(self, noise_multiplier: float | None) -> Federation:
         """The same with this noise."""
@@ -234,11 +325,24 @@ class Federation(Section):
             raise ValueError(f"partners: {size} given, 2 to {SIGNED_PARTNERS_MAX} allowed")
         if self.partners is not None and "coordinator" in self.partners:
             raise ValueError("partners: the name coordinator is taken by the coordinator")
-        cohort = max(1, round(self.algorithm.participation * size))
+        cohort = self.cohort
         if self.quorum > cohort:
             raise ValueError(f"quorum {self.quorum} is more than the {counted(cohort, 'partner')} asked in a round")
         largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
         check_delta(self.privacy.delta, largest)
+        if self.privacy.kind == "central" and self.system is not None and self.system.over_sampling:
+            raise ValueError(
+                "system.over_sampling must be 0 with central noise: a round that ends with the first answers lets one client displace "
+                "another, and none may change more than its own"
+            )
+        check_central(
+            self.population.clients if self.population is not None else None,
+            self.quorum,
+            self.algorithm,
+            self.privacy,
+            self.evaluation,
+            self.secure_aggregation,
+        )
         check_secure(
             self.secure_aggregation,
             size,
@@ -246,7 +350,25 @@ class Federation(Section):
             self.algorithm,
             self.privacy,
         )
+        if (more := self.system.over_sampling if self.system else 0) and self.algorithm.participation * (1 + more) > 1:
+            raise ValueError(
+                f"system.over_sampling {more:g}: at participation {self.algorithm.participation:g} there are not so many more "
+                f"to ask; at most {1 / self.algorithm.participation - 1:.3g}"
+            )
         return self
+
+
+def without_system(config: Federation, source: Path) -> None:
+    """Refuse a configuration of simulated clients where real ones will answer.
+
+    Raises:
+        ConfigError: it has a `system`.
+    """
+    if config.system is not None:
+        raise ConfigError(
+            f"{source}: system is about simulated clients; real ones are as they are",
+            "Take the section out of the file. Only `hansa simulate` reads it, and no charter can carry it.",
+        )
 
 
 def threshold_of(partners: int, colluding: int) -> int:
@@ -275,6 +397,11 @@ def check_secure(
     if not 3 <= partners <= SIGNED_PARTNERS_MAX:
         raise ValueError(f"secure_aggregation is for 3 to {SIGNED_PARTNERS_MAX} partners with keys of their own")
     t, least = secure.colluding, max(secure.colluding + 2, threshold_of(partners, secure.colluding))
+    if least > partners:
+        raise ValueError(
+            f"secure_aggregation.colluding {t} is too many of {partners} partners: no quorum would do. At most {partners - 2}, so that "
+            f"two in every sum do not collude"
+        )
     if not least <= quorum <= partners:
         raise ValueError(
             f"quorum {quorum} with secure_aggregation.colluding {t}: of {partners} partners at least {least} must be in every sum, so "
@@ -287,8 +414,8 @@ def check_secure(
         "algorithm.local.steps must be 1: shared noise is added to the sum of one gradient step": local.steps != 1,
         "algorithm.local.optimizer must be sgd without momentum: a round is one gradient step. Momentum belongs to the strategy: "
         "{name: fedavgm, server_momentum: 0.9}": local.optimizer.name != "sgd" or local.optimizer.momentum > 0,
-        "algorithm.strategy fedprox pulls towards the model that a round began with, where its one step is": strategy
-        == "fedprox",
+        "algorithm.strategy must not be fedprox: it pulls towards the model that a round began with, which is where its one step "
+        "is. fedavg does the same": strategy == "fedprox",
         "algorithm.weighting must be declared: every record weighs the same under shared noise": algorithm.weighting
         != "declared",
     }
@@ -296,16 +423,52 @@ def check_secure(
         raise ValueError(told)
 
 
-def check_delta(delta: float | None, declared_records: int) -> None:
-    """Refuse δ ≥ 1/n: it would allow a mechanism that publishes a whole record now and then.
+def check_central(
+    clients: int | None,
+    quorum: int,
+    algorithm: Algorithm,
+    privacy: Privacy,
+    evaluation: Evaluation,
+    secure: SecureAggregation | None,
+) -> None:
+    """Refuse central noise whose promise, one client's whole participation, these terms cannot keep.
+
+    Args:
+        clients: of a simulated population; None: partners.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if privacy.kind != "central":
+        if quorum < 1:
+            raise ValueError("quorum must be 1 or more: only with central noise does a round count with nobody in it")
+        return
+    wrong = {
+        "privacy.kind central is for simulated populations only: between organisations the coordinator would have to be trusted with "
+        "every update": clients is None,
+        "quorum must be 0 with central noise: a cohort is a secret sample and may be empty, and giving up small ones would tell "
+        "their size": quorum != 0,
+        "algorithm.weighting must be uniform with central noise: no client's update may weigh more than another's": algorithm.weighting
+        != "uniform",
+        "evaluation.kind private charges records, and here the unit is a client: public or none": evaluation.kind
+        == "private",
+        "secure_aggregation hides the updates that central noise has to clip": secure is not None,
+    }
+    if told := next((words for words, is_so in wrong.items() if is_so), None):
+        raise ValueError(told)
+    check_delta(privacy.delta, clients or 0, "client")
+
+
+def check_delta(delta: float | None, size: int, unit: str = "record") -> None:
+    """Refuse δ ≥ 1/n: it would allow a mechanism that publishes a whole record (or client) now and then.
 
     Raises:
         ValueError: with the number allowed.
     """
-    if delta is not None and declared_records and delta >= 1 / declared_records:
+    if delta is not None and size and delta >= 1 / size:
         raise ValueError(
-            f"privacy.delta {delta:g} is not below 1/n = {1 / declared_records:.2g} for {declared_records} records; "
-            "such a delta allows publishing whole records"
+            f"privacy.delta {delta:g} is not below 1/n = {1 / size:.2g} for {size} {unit}s; "
+            f"such a delta allows publishing whole {unit}s"
         )
 
 

@@ -109,7 +109,7 @@ def simulated(
 def print_frontier(found: dict[str, Any]) -> None:
     """For a terminal."""
     out.print(
-        f"\nWhat each epsilon buys. Record level, add-or-remove-one, {placements_of(found)}.\n"
+        f"\nWhat each epsilon buys. {found['unit'].capitalize()} level, add-or-remove-one, {placements_of(found)}.\n"
         f"  {found['metric'].upper()} of simulated runs: mean ± standard deviation over {counted(found['seeds'], 'seed')}, each with a split, an "
         f"initial model and noise of its own;\n  {found['measured_on']}. Cap, filter and odometer are epsilons; noise is the noise multiplier, which the filter calibrates for the cap. A "
         "simulation is on the data of this configuration, and no promise for others."

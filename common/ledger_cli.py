@@ -439,9 +439,12 @@ def _words(kind: str, body: dict[str, Any]) -> str:
                 f"{i['count']} x {i['purpose']} {_cost(i['event'])}" for i in body["plan"]
             )
         case "debit" | "cohort-debit":
-            return f"round {body['round']} {body['purpose']}: {_cost(body['event'])}"
+            return f"round {body['round']} {body['purpose']}{_again(body.get('masked') or {})}: {_cost(body['event'])}"
         case "commit" | "public" | "cohort-commit" | "round":
             return f"round {body['round']}"
+        case "survivors":
+            listed = ", ".join(body["survivors"])
+            return f"round {body['round']}{_again(body)}: signed the list {listed}; agreement {body['agreement'][:8]}"
         case "refuse":
             return f"{body['reason']}: {body['detail']}"
         case "release":
@@ -453,12 +456,20 @@ def _words(kind: str, body: dict[str, Any]) -> str:
         case "ask" | "answers":
             names = body.get("requests") or body.get("replies") or {}
             told = ", ".join(n + ("" if kind == "ask" else f" {names[n]['outcome']}") for n in names)
-            return f"round {body['round']} {body['purpose']}: {told}"
+            return f"round {body['round']} {body['purpose']}{_again(body)}: {told}"
         case _:
             return ", ".join(f"{k} {v}" for k, v in body.items() if isinstance(v, str | int))[:100]
+
+
+def _again(body: dict[str, Any]) -> str:
+    """Which attempt at a round's sum it is, from the second on; the first is number 0."""
+    return f", attempt {body['attempt'] + 1}" if body.get("attempt") else ""
 
 
 def _cost(event: dict[str, Any]) -> str:
     if event.get("mechanism") == "none/1":
         return "UNPROTECTED"
-    return f"{counted(event['steps'], 'step')}, q {event['q']}, sigma {event['sigma']}"
+    told = f"{counted(event['steps'], 'step')}, q {event['q']}, sigma {event['sigma']}"
+    if event.get("mechanism") == "shared-gaussian/1":
+        told += f", shared (quorum {event['quorum']}, colluding {event['colluding']})"
+    return told

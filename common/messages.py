@@ -11,7 +11,6 @@ of more than 100 clients only.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -143,10 +142,10 @@ def as_they_are(arrays: Mapping[str, Array]) -> ArrayRecord:
 
 @dataclass(frozen=True)
 class Packed:
-    """Tensors made ready to cross: chunks (which read the tensors: change none of them meanwhile), or one block of bytes;
-    and as the manifest describes them."""
+    """Tensors made ready to cross: chunks (which read the tensors: change none of them meanwhile), or as they are; and as the manifest
+    describes them."""
 
-    content: ArrayRecord | bytes
+    content: ArrayRecord | Tensors
     specs: list[dict[str, Any]]
 
 
@@ -248,32 +247,34 @@ class SignedWire:
         return manifest, specs, sha256(envelope.payload)
 
 
+class Handed(ConfigRecord):
+    """A message as it is, from one part of this process to another: nothing is serialised."""
+
+    def __init__(self, manifest: Manifest, tensors: Tensors) -> None:
+        super().__init__()
+        self.manifest, self.tensors = manifest, tensors
+
+
 class PlainWire:
-    """Tensors as they are, in one block: nothing is hashed or signed. Both ends are this process."""
+    """Tensors as they are: nothing is copied, hashed or signed. Both ends are this process; who gets
+    them cannot write into them."""
 
     def pack(self, tensors: Tensors) -> Packed:
         """See `Wire`."""
-        specs = [{"name": n, "dtype": t.dtype.name, "shape": list(t.shape)} for n, t in tensors.items()]
-        return Packed(b"".join(_bytes(t) for t in tensors.values()), specs)
+        shown = {name: tensor.view() for name, tensor in tensors.items()}
+        for tensor in shown.values():
+            tensor.flags.writeable = False
+        return Packed(shown, [])
 
     def encode(self, manifest: Manifest, packed: Packed) -> tuple[RecordDict, str]:
         """See `Wire`."""
-        assert isinstance(packed.content, bytes)
-        text = json.dumps({**_plain(manifest), "tensors": packed.specs}).encode()
-        return RecordDict({"plain": ConfigRecord({"json": text, "block": packed.content})}), ""
+        assert not isinstance(packed.content, ArrayRecord)
+        return RecordDict({"plain": Handed(manifest, packed.content)}), ""
 
     def decode(self, records: RecordDict, sender: str) -> tuple[Manifest, dict[str, npt.NDArray[Any]], str]:
         """See `Wire`."""
-        record = _record(records, "plain", ConfigRecord)
-        body, block = json.loads(record["json"]), record["block"]
-        tensors: dict[str, npt.NDArray[Any]] = {}
-        at = 0
-        for spec in body.pop("tensors"):
-            count = math.prod(spec["shape"])
-            tensor = np.frombuffer(block, spec["dtype"], count, at) if count else np.zeros(0, spec["dtype"])
-            tensors[spec["name"]] = tensor.reshape(spec["shape"])
-            at += tensor.nbytes
-        return _manifest(body), tensors, ""
+        record = _record(records, "plain", Handed)
+        return record.manifest, dict(record.tensors), ""
 
 
 def is_finite(tensors: Tensors) -> bool:

@@ -16,7 +16,7 @@ from .masking import fixed_point_of
 from .plan import attempts, budget_of, calibrated, events_of, plan_of, training_of
 from .shared_noise import SharedGaussian
 
-Placement = Literal["shared", "local"]
+Placement = Literal["shared", "local", "central"]
 PLACEMENTS: tuple[Placement, ...] = ("shared", "local")
 
 
@@ -39,6 +39,7 @@ def secure_figures(federation: Federation) -> dict[str, Any] | None:
     known = bool(declared)
     return {
         "partners": federation.size,
+        "asked": federation.cohort,
         "quorum": federation.quorum,
         "colluding": secure.colluding,
         "threshold": threshold_of(federation.size, secure.colluding),
@@ -95,7 +96,7 @@ def _row(terms: Federation) -> dict[str, Any]:
     assert terms.privacy.delta is not None
     made = terms.with_noise(sigma)
     events, event = events_of(plan_of(made)), training_of(made)
-    everybody = terms.size
+    everybody = terms.cohort
     factor = event.factor(everybody) if isinstance(event, SharedGaussian) else math.sqrt(everybody)
     values = (sigma, budget_of(terms).spent(events), odometer(events, terms.privacy.delta), sigma * factor, factor)
     return {**row, **dict(zip(figures, values, strict=True))}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from .accounting import MAX_STEPS, Budget, PrivacyEvent
 from .config import Algorithm, Evaluation, Privacy, SecureAggregation
+from .errors import Refusal, Refused
 from .identity import canonical, sha256
 from .shared_noise import MECHANISM as SHARED
 from .shared_noise import SharedGaussian, charged_as, grid_for
@@ -110,8 +111,9 @@ def training_of(terms: Terms) -> Event | None:
     if privacy.kind == "none":
         return None
     assert privacy.noise_multiplier is not None
-    if privacy.kind == "local":
-        return PrivacyEvent(local.sampling_rate, privacy.noise_multiplier, local.steps)
+    if privacy.kind in ("local", "central"):
+        rate, steps = sampled(terms)
+        return PrivacyEvent(rate, privacy.noise_multiplier, steps)
     secure = terms.secure_aggregation
     assert secure is not None
     assert secure.dimension is not None
@@ -126,6 +128,13 @@ def training_of(terms: Terms) -> Event | None:
         colluding=secure.colluding,
         steps=1,
     )
+
+
+def sampled(terms: Terms) -> tuple[float, int]:
+    """With what probability one unit (a record, or a client) joins a step, and how many steps a round has."""
+    if terms.privacy.unit == "client":
+        return terms.algorithm.participation, 1
+    return terms.algorithm.local.sampling_rate, terms.algorithm.local.steps
 
 
 def charged_training(terms: Terms) -> PrivacyEvent:
@@ -187,7 +196,19 @@ def calibrated(terms: Terms) -> float | None:
     """
     if terms.privacy.kind == "none" or terms.privacy.noise_multiplier is not None:
         return terms.privacy.noise_multiplier
-    return least_noise(terms, {"": (budget_of(terms), evaluations_of(terms))})
+    budget, evaluations = budget_of(terms), evaluations_of(terms)
+    try:
+        return least_noise(terms, {"": (budget, evaluations)})
+    except Refused as err:
+        if err.reason is not Refusal.BUDGET or not evaluations:
+            raise
+        raise Refused(
+            Refusal.BUDGET,
+            f"no training fits into ε = {budget.epsilon:g} (δ = {budget.delta:g}), whatever its noise: the plan's private evaluations "
+            f"alone cost {budget.spent(evaluations):.4g}",
+            "Evaluate less often (evaluation.every) or with more noise (evaluation.noise_multiplier), plan fewer rounds, or agree on a "
+            "larger ε.",
+        ) from err
 
 
 def least_noise(terms: Terms, caps: Caps) -> float:
@@ -196,8 +217,8 @@ def least_noise(terms: Terms, caps: Caps) -> float:
     Raises:
         Refused: no noise is enough.
     """
-    steps = attempts(terms) * terms.algorithm.local.steps
-    needed = max(b.calibrate(terms.algorithm.local.sampling_rate, steps, taken) for b, taken in caps.values())
+    rate, steps = sampled(terms)
+    needed = max(b.calibrate(rate, attempts(terms) * steps, taken) for b, taken in caps.values())
     if terms.privacy.kind != "shared":
         return needed
     # Shared noise is charged as a little less than it is: the least of four significant digits that is charged as so much.
@@ -218,8 +239,8 @@ def evaluations_of(terms: Terms) -> list[PrivacyEvent]:
 
 def budget_of(terms: Terms) -> Budget:
     """The filter that a charter's ε and δ create, with branches that serve the charter's own plan."""
-    privacy, local = terms.privacy, terms.algorithm.local
+    privacy = terms.privacy
     assert privacy.epsilon is not None
     assert privacy.delta is not None
-    steps = min(attempts(terms) * local.steps, MAX_STEPS)
-    return Budget.create(privacy.epsilon, privacy.delta, (local.sampling_rate, steps))
+    rate, steps = sampled(terms)
+    return Budget.create(privacy.epsilon, privacy.delta, (rate, min(attempts(terms) * steps, MAX_STEPS)))

@@ -34,6 +34,7 @@ from .plan import (
     largest,
     least_noise,
     plan_of,
+    sampled,
     stopped_by,
     training_of,
 )
@@ -123,7 +124,7 @@ def _print_flags(config: Path, findings: tuple[Finding, ...]) -> None:
 
 
 def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any]:
-    """The numbers of `hansa plan`: everything per partner, record level, add-or-remove-one.
+    """The numbers of `hansa plan`: everything per partner (or client), at the configuration's unit, add-or-remove-one.
 
     The noise is what a charter made from this configuration fixes, whatever a ledger says: a node is asked for that run, and
     either its budget pays for it or it refuses.
@@ -144,7 +145,7 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
     fixed, spent, held = _taken_before(ledger)
     budget, before = fixed or agreed, [*spent, *held]  # the first run that a node accepts fixes its budget
     caps: Caps = {OWN: (agreed, [])} if ledger is None else {OWN: (agreed, []), LEDGER: (budget, before)}
-    steps, q = a.local.steps, a.local.sampling_rate
+    q, steps = sampled(federation)
 
     def asked(rounds: int, noise: float) -> list[PrivacyEvent]:
         terms = federation.with_noise(noise).model_copy(update={"algorithm": a.model_copy(update={"rounds": rounds})})
@@ -182,7 +183,7 @@ def planned(federation: Federation, ledger: Path | None = None) -> dict[str, Any
         fits = needed is not None and (ledger is None or budget.admits([*before, *asked(a.rounds, needed)]))
         others.append({"epsilon": epsilon, "noise_multiplier": needed, "fits": fits})
     return {
-        "privacy": p.kind, "unit": "record", "adjacency": "add-or-remove-one", "noise": p.kind,
+        "privacy": p.kind, "unit": p.unit, "adjacency": "add-or-remove-one", "noise": p.kind,
         "adversary": adversary_of(federation),
         "epsilon_cap": budget.epsilon, "delta": budget.delta, "noise_multiplier": sigma, "clip_norm": p.clip_norm,
         "sampling_rate": q, "steps_per_round": steps, "rounds": a.rounds,
@@ -332,7 +333,7 @@ def _print_plan(report: dict[str, Any], ledger: Path | None) -> None:
         return
     run = report["run"]
     out.print(
-        f"Each partner, record level, add-or-remove-one, {report['noise']} noise, delta {run['delta']:g},\n"
+        f"Each {_WHO[report['unit']]}, {report['unit']} level, add-or-remove-one, {report['noise']} noise, delta {run['delta']:g},\n"
         f"  against {report['adversary']}:\n"
         f"  {counted(report['rounds'], 'round')} x {counted(report['steps_per_round'], 'step')}, sampling rate {report['sampling_rate']:g}, "
         f"noise multiplier {report['noise_multiplier']:g}, clipping norm {report['clip_norm']:g}\n"
@@ -414,10 +415,13 @@ def _print_placements(report: dict[str, Any]) -> None:
     out.print(table)
     for kind, why in both["missing"].items():
         out.print(plain(f"no {kind} noise: {why}"))
-    partners = report["secure_aggregation"]["partners"]
+    secure = report["secure_aggregation"]
+    partners, asked = secure["partners"], secure["asked"]
+    who, n = (f"all {partners}", "n") if asked == partners else (f"the {asked} of {partners}", str(asked))
+    theirs, in_a_round = ("", "") if asked == partners else ("their ", " asked in a round")
     out.print(
-        f"sd on the sum: of the noise in one step of all {partners} partners, in clipping norms. factor: how many times that of all data pooled "
-        "in one place;\n  shared sqrt(n / (N_min - t)), local sqrt(n)."
+        f"sd on the sum: of the noise in one step of {who} partners{in_a_round}, in clipping norms. factor: how "
+        f"many times that of all {theirs}data pooled in one place;\n  shared sqrt({n} / (N_min - t)), local sqrt({n})."
     )
     for row in both["rows"]:
         out.print(f"{row['noise']} noise: against {row['adversary']}")
@@ -441,6 +445,7 @@ def _retried(report: dict[str, Any]) -> str:
     )
 
 
+_WHO = {"record": "partner", "client": "client"}
 _WITH_LEDGER = ", with what the ledger has spent and holds"
 
 

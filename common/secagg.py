@@ -53,6 +53,8 @@ from .identity import Identity, canonical, read_envelope, strict_json
 KEY_TYPE = "application/vnd.hansa.secagg-key+json"
 WORD_TYPE = "application/vnd.hansa.secagg-word+json"
 LIST_TYPE = "application/vnd.hansa.secagg-survivors+json"
+KEY = 32
+"""Bytes of a private key."""
 SEED = 16
 """Bytes of a mask's seed."""
 PRIME = 2**130 - 5

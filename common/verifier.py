@@ -31,7 +31,8 @@ What is checked, in this order; whatever fails is a violation that names file an
 13. `model.safetensors` is the model of the newest completed run; `result.json` says what was recomputed here, and of
     its run, rounds, refusals and terms what the ledgers and the charter say.
 
-Population bundles (above 100 simulated partners) have one ledger, the coordinator's, with every client's accounting.
+Population bundles (above 100 simulated partners) have one ledger, the coordinator's, with every client's accounting. Where the unit is
+one client (central noise), every round is one debit of all clients and names nobody.
 
 Input is hostile: any bytes give a violation or `Unreadable`; work is linear in the size of the files, and memory is
 bounded by the longest line allowed plus what must be remembered of each entry.
@@ -68,6 +69,7 @@ MAX_FILE = 64 * 2**20  # of a file that is read whole
 MAX_FOUND = 1000  # violations and warnings that are listed
 MAX_EVENTS = 2000  # different (q, sigma) in one ledger: each costs some milliseconds
 MAX_COPIES = 1000  # files of a folder that is given to compare with
+LISTED_CLIENTS = 1000  # of a population; of a larger one the verdict has an item for each history
 MAX_POINTS = 40  # of a trajectory at which the odometer is read
 ODOMETERS = 2e-3  # what two odometers may differ by, relative and absolute
 SLACK = 1e-9  # relative: what two honest implementations of the same formulas may differ by
@@ -98,6 +100,7 @@ MEANS = {
     "privacy_differs": "The charge in the signed header is not what the entry itself says: one of the two is untrue.",
     "lineage": "A data set was not declared as the rules ask: a used-up budget may have been escaped by it.",
     "hidden": "An entry is hidden that an auditor of this charter must be shown: part of what was done is kept back.",
+    "named": "Who takes part in a round is what is protected here, by being charged to all: a ledger that names some undoes it.",
     "not_held": "Privacy was spent or given back that no run had reserved: the node did not keep the rules.",
     "budget": "The budget is not the one that was agreed, or was set a second time: it may have been raised.",
     "no_budget": "Work was accepted on a budget that could not pay for it: none was set, or it had become unbounded.",
@@ -920,6 +923,7 @@ class Terms:
     declared: dict[str, int]  # of each partner; of a population's clients under ""
     clients: int | None  # of a population
     kind: str
+    unit: str  # "record", or "client": of central noise
     epsilon: float | None
     delta: float | None
     clip_norm: float | None
@@ -941,6 +945,16 @@ class Terms:
     def colluding(self) -> int | None:
         """How many partners may work with the coordinator before shared noise protects less; None: noise is not shared."""
         return self.secure.colluding if self.secure and self.kind == "shared" else None
+
+    @property
+    def adversary(self) -> str:
+        """Against whom an epsilon under this charter holds."""
+        return CENTRAL_ADVERSARY if self.kind == "central" else _adversary(self.colluding)
+
+    @property
+    def least(self) -> int:
+        """How many clients a round of a population commits: the quorum; where clients are the unit all, named or not."""
+        return (self.clients or 0) if self.unit == "client" else self.quorum
 
     def undone_by(self, colluding: int | None) -> bool:
         """Whether noise that is shared so, under any charter, holds against fewer than this charter's."""
@@ -972,10 +986,11 @@ class Terms:
                 and bool(members) == (population is None)
                 and all(_whole(size, 1) for size in sizes)
                 and (population is None or (_whole(population["clients"], 1, 10**6) and c["simulated"] is True))
-                and _is("local", "shared", "none")(privacy["kind"])
+                and _is("local", "shared", "central", "none")(privacy["kind"])
                 and _is("none", "public", "private")(evaluation["kind"])
-                and _is("record")(privacy["unit"])
-                and all(_whole(n, 1) for n in (c["algorithm"]["rounds"], local["steps"], c["quorum"]))
+                and privacy["unit"] == ("client" if privacy["kind"] == "central" else "record")
+                and all(_whole(n, 1) for n in (c["algorithm"]["rounds"], local["steps"]))
+                and _whole(c["quorum"], 0 if privacy["kind"] == "central" else 1)
                 and all(map(_text, (c["name"], c["expires"])))
                 and _flag(c["simulated"])
                 and all((n is None) == (privacy["kind"] == "none") for n in real.values())
@@ -996,6 +1011,8 @@ class Terms:
                 plan["train"] = _event(made | {"sigma": privacy["noise_multiplier"]})
             if privacy["kind"] == "shared":
                 plan["train"] = _shared_training(c, secure)
+            if privacy["kind"] == "central":
+                plan["train"] = _central_training(c, real["delta"] or 1.0)
             if evaluation["kind"] == "private":
                 made = {"mechanism": "poisson-gaussian/1", "q": "1", "steps": 1}
                 plan["evaluate"] = _event(made | {"sigma": evaluation["noise_multiplier"]})
@@ -1007,6 +1024,7 @@ class Terms:
                 declared=({"": sizes[0]} if population else {m["name"]: m["declared_records"] for m in members}),
                 clients=population["clients"] if population else None,
                 kind=privacy["kind"],
+                unit=privacy["unit"],
                 rounds=c["algorithm"]["rounds"],
                 quorum=c["quorum"],
                 evaluation=evaluation["kind"],
@@ -1050,6 +1068,24 @@ def _shared_training(c: dict[str, Any], secure: Secure | None) -> Event:
     made = {"mechanism": SHARED, "q": local["sampling_rate"], "sigma": privacy["noise_multiplier"], "steps": 1}
     made |= {"clip": privacy["clip_norm"], "grid": grid, "dimension": secure.dimension}
     return _event(made | {"quorum": c["quorum"], "colluding": secure.colluding})
+
+
+def _central_training(c: dict[str, Any], delta: float) -> Event:
+    """The one event that a round of central noise is to every client: it joins with the rate of participation, and noise is drawn once."""
+    population, algorithm = c["population"], c["algorithm"]
+    good = (
+        population is not None
+        and c["quorum"] == 0
+        and algorithm["weighting"] == "uniform"
+        and c["evaluation"]["kind"] != "private"
+        and "secure_aggregation" not in c
+        and delta * population["clients"] < 1
+    )
+    if not good:
+        what = "central noise between partners, of weighted or masked updates, with a quorum, or at a delta of 1/clients or more"
+        raise Bad("layout", what)
+    made = {"mechanism": LOCAL, "q": algorithm["participation"], "sigma": c["privacy"]["noise_multiplier"], "steps": 1}
+    return _event(made)
 
 
 def _load_charter(root: Path, report: Report) -> Terms:
@@ -2057,8 +2093,11 @@ def _cross_check(report: Report, coordinator: Coordinator, partners: dict[str, P
                 )
             elif kind != "debit":
                 seen = coordinator.runs[ask[0]].outcomes.get(ask[1:4], {}).get(name, {})
-                # A list that was signed can be asked for again, and refused then (a site that paused): nothing is answered twice.
-                if set(seen) <= {"timeout", "invalid"} or (kind == "survivors" and not set(seen) & set(DONE)):
+                refusals = [one.removeprefix("refused: ") for one in seen if one.startswith("refused: ")]
+                # Who was asked again may have refused before (a site that paused) or after (a run that is over), and said so.
+                said = act.body["request_id"], act.body["request_sha256"], act.body["run_id"]
+                own = all((*said, reason) in partner.refused for reason in refusals)
+                if not set(seen) & set(DONE) and own:
                     report.warn(
                         "unanswered", partner.file, act.line, f"a {called} whose answer the coordinator did not record"
                     )
@@ -2108,6 +2147,7 @@ def _check_attempts(report: Report, coordinator: Coordinator, partners: dict[str
 # -- a population: one ledger for every client ---------------------------------------------------------------
 
 Ranges = list[list[int]]
+Story = tuple[frozenset[tuple[Event, int]], int, int]  # a client's debits by event, its commits, its rounds
 
 
 class Population(Runs):
@@ -2115,7 +2155,7 @@ class Population(Runs):
 
     role = "population"
     events: ClassVar[dict[str, dict[str, Check]]] = Runs.running | {
-        "budget": BUDGET | {"clients": lambda v: _whole(v, 1)},
+        "budget": BUDGET | {"unit": _is("record", "client"), "clients": lambda v: _whole(v, 1)},
         "cohort-hold": {"run_id": _id, "plan": lambda v: isinstance(v, list)},
         "cohort-debit": COHORT | DEBIT | {"clients": lambda v: isinstance(v, list)},
         "cohort-commit": COHORT | {"clients": lambda v: isinstance(v, list)},
@@ -2141,6 +2181,8 @@ class Population(Runs):
             raise Bad("budget", "a second budget: it is fixed when it is created")
         self.budget, self.agreed = budget, b["budget"]
         self._agreed(budget)
+        if b["unit"] != self.terms.unit:
+            raise Bad("budget", f"of one {b['unit']}, the charter's unit is one {self.terms.unit}")
         if b["clients"] != self.clients:
             raise Bad("budget", f"for {b['clients']} clients, the charter has {self.clients}")
 
@@ -2173,6 +2215,11 @@ class Population(Runs):
                 raise Bad("layout", "ranges of clients that overlap or are not in order")
             last = pair[1]
         ranges: Ranges = value
+        if self.terms.unit == "client" and ranges != [[0, self.clients - 1]]:
+            raise Bad(
+                "named",
+                "not all clients: a part of them tells who was asked, and each is to be charged for every round",
+            )
         return ranges
 
     def _count(self, kind: str, b: dict[str, Any]) -> bool:
@@ -2221,8 +2268,8 @@ class Population(Runs):
             self.committed[b["run_id"], b["round"]] = sum(last - first + 1 for first, last in ranges)
 
     def _folded(self, run: Run, b: dict[str, Any]) -> None:
-        if b["partners"] is not None or self.committed[b["run_id"], b["round"]] < self.terms.quorum:
-            raise Bad("record", f"a round counts with {self.terms.quorum} committed clients or more")
+        if b["partners"] is not None or self.committed[b["run_id"], b["round"]] < self.terms.least:
+            raise Bad("record", f"a round counts with {self.terms.least} committed clients or more")
 
     def groups(self) -> dict[tuple[int, ...], Ranges]:
         """Clients by how often they stand in each of `steps`, in its order."""
@@ -2688,18 +2735,24 @@ def _check_result(
         privacy = result.get("privacy")
         if not isinstance(privacy, dict) or privacy.get("kind") != terms.kind:
             raise Bad("result", f"privacy is not the charter's, {terms.kind}")
-        for key, wanted in (("noise", terms.kind), ("adversary", _adversary(terms.colluding))):
-            if (key in privacy or terms.kind == "shared") and privacy.get(key) != wanted:
+        for key, wanted in (("noise", terms.kind), ("unit", terms.unit), ("adversary", terms.adversary)):
+            if (key in privacy or terms.kind in ("shared", "central")) and privacy.get(key) != wanted:
                 raise Bad("result", f"privacy: {key} is {_show(privacy.get(key))}, by the charter it is {wanted}")
         for key in ("epsilon", "delta", "noise_multiplier", "clip_norm"):
             _compare(report, f"privacy: {key}", privacy.get(key, ""), getattr(terms, key))
         said = result.get("partners")
-        if not isinstance(said, dict) or set(said) != set(partners):
+        if not isinstance(said, dict):
+            raise Bad("result", "partners are missing")
+        if not book.whole and (terms.clients or 0) > LISTED_CLIENTS:
+            said, partners = {}, {}  # histories that are not known to their end
+        if set(said) != set(partners):
             raise Bad("result", "does not name the partners of this bundle")
         for name, claims in said.items():
             for key in ("declared_records", "epsilon", "epsilon_filter", "epsilon_cap", "delta", "rounds"):
                 if not isinstance(claims, dict) or (key not in claims and key != "epsilon_filter"):
                     raise Bad("result", f"{name}: {key} is missing")
+                if claims.get("clients") != partners[name].get("clients"):
+                    raise Bad("result", f"{name}: not the number of clients with this history")
                 wanted = partners[name].get(key, terms.declared.get("" if terms.clients else name))
                 if key in claims and partners[name]["whole"] and not (key == "epsilon" and name in coarse):
                     within = {"within": ODOMETERS, "small": 0.0} if key == "epsilon" else {}
@@ -2710,6 +2763,10 @@ def _check_result(
         if not isinstance(listed, list):
             raise Bad("result", "refusals are missing")
         said = Counter(tuple(r[key] for key in ("partner", "run_id", "round", "reason")) for r in listed)
+        if terms.clients:
+            if said and terms.unit == "client":
+                raise Bad("result", "refusals name clients who were asked")
+            said = Counter()  # clients have no ledgers of their own: what they refused is the coordinator's word
         for one in {**said, **refusals}:
             if said[one] != refusals[one] and partners.get(one[0], {"whole": True})["whole"]:
                 name, run_id, number, reason = map(_show, one)
@@ -2759,6 +2816,12 @@ def _other_metrics(said: Any, metrics: dict[str, str]) -> str:
 # -- the verdict ---------------------------------------------------------------------------------------------
 
 
+CENTRAL_ADVERSARY = (
+    "whoever sees the models, of every round, and what is made from them; not the coordinator, who is trusted with each client's update "
+    "and knows who was asked"
+)
+
+
 def _adversary(colluding: int | None) -> str:
     """Against whom an epsilon holds; None: no noise was shared."""
     if colluding is None:
@@ -2777,6 +2840,8 @@ def _against(terms: Terms, events: Iterable[Event]) -> dict[str, Any]:
 
     Where nothing was, it is as the charter has it.
     """
+    if terms.kind == "central":
+        return {"noise": "central", "colluding": None, "adversary": CENTRAL_ADVERSARY}
     found = set(events) - {None} or {event for event in terms.plan.values() if event}
     shared = [event.colluding for event in found if isinstance(event, Shared)]
     local = any(not isinstance(event, Shared) for event in found)
@@ -2796,6 +2861,14 @@ def _claim(terms: Terms, partners: Mapping[str, Any]) -> str:
         "(epsilon, delta)-differentially private for one record of that partner under add-or-remove-one adjacency, with the partner's "
         f"epsilon and delta below (the charter's delta is {terms.delta!r}), "
     )
+    if terms.kind == "central":
+        return (
+            f"The models of all rounds, together, are (epsilon, delta)-differentially private for one client, with all it holds, under "
+            f"add-or-remove-one adjacency, with a client's epsilon and delta below (the charter's delta is {terms.delta!r}), by Gaussian "
+            "noise that the coordinator adds once a round to the sum of clipped updates (central noise) of a sample that it draws in "
+            f"secret, against {CENTRAL_ADVERSARY}"
+            + ("; scores and labels of rows declared public are outside it." if terms.evaluation == "public" else ".")
+        )
     public = "scores and labels of rows declared public are outside it" if terms.evaluation == "public" else ""
     if terms.colluding is None:
         claim = (
@@ -2962,22 +3035,35 @@ def _trajectory(used: Mapping[str, Account], bill: _Bill) -> list[dict[str, Any]
     return sorted(points, key=lambda point: int(point["entry"]))
 
 
+def _client_name(number: int, clients: int) -> str:
+    """Of as many digits as the last client's number has, four or more."""
+    return f"client-{number:0{max(4, len(str(clients - 1)))}d}"
+
+
 def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
-    """By client; clients with equal histories share one object. No trajectories: they would be clients x rounds."""
-    found: dict[int, dict[str, Any]] = {}
+    """By client, or of more than LISTED_CLIENTS by history. No trajectories: they would be clients x rounds."""
+    events: dict[Story, Counter[Event]] = {}
+    members: dict[Story, list[Ranges]] = {}
+    about = {}
     for counts, ranges in book.groups().items():
-        total = Counter[str]()
-        events: Counter[Event] = Counter()
+        total, debits = Counter[str](), Counter[Event]()
         for (kind, run_id, purpose), n in zip(book.steps, counts, strict=True):
             total[kind] += n
             total["rounds"] += n if (kind, purpose) == ("commit", "train") else 0
             if kind == "debit":
-                events[book.plans[run_id][purpose][1]] += n
-        members = [number for first, last in ranges for number in range(first, last + 1)]
-        names = [f"client-{number:04d}" for number in members]
-        about = (book.file, names, book.budget, book.unbounded is not None, book.spent(counts))
-        summary = bill.of(*about) | {
-            "charter_epsilon": bill.of_charter(*about),
+                debits[book.plans[run_id][purpose][1]] += n
+        # What tells one history from another: how often what was debited, and what came of it; not when, nor in which run.
+        story = frozenset((+debits).items()), total["commit"], total["rounds"]
+        events[story], about[story] = debits, (total, counts)
+        members.setdefault(story, []).append(ranges)
+    found: dict[int, dict[str, Any]] = {}
+    lost = 0
+    for story, (total, counts) in about.items():
+        first = min(ranges[0][0] for ranges in members[story])
+        size = sum(last - begin + 1 for ranges in members[story] for begin, last in ranges)
+        figures = (book.file, [_client_name(first, book.clients)], book.budget, book.unbounded is not None)
+        summary = bill.of(*figures, book.spent(counts)) | {
+            "charter_epsilon": bill.of_charter(*figures, book.spent(counts)),
             "debits": total["debit"],
             "uncommitted_debits": total["debit"] - total["commit"],
             "rounds": total["rounds"],
@@ -2987,17 +3073,24 @@ def _client_summaries(book: Population, bill: _Bill) -> dict[str, Any]:
             "undisclosed": 0,
             "whole": book.whole,
             "unread": book.unread,
-            **_against(bill.terms, events),
-            "events": _merged((event, True) for event in events.elements()),
+            **_against(bill.terms, events[story]),
+            "events": _merged((event, True) for event in events[story].elements()),
             "trajectory": [],
             "budget": book.agreed,
         }
-        found |= dict.fromkeys(members, summary)
-    lost = sum(1 for summary in found.values() if summary["uncommitted_debits"])
+        lost += size if summary["uncommitted_debits"] else 0
+        if book.clients > LISTED_CLIENTS:
+            found[first] = summary | {"clients": size}
+            continue
+        for ranges in members[story]:
+            for begin, last in ranges:
+                found |= dict.fromkeys(range(begin, last + 1), summary)
+        if bill.coarse.intersection(figures[1]):
+            bill.coarse.update(_client_name(n, book.clients) for n, one in found.items() if one is summary)
     if lost and book.whole:
         what = f"clients with a debit without a commit ({lost}): it stays charged"
         bill.report.warn("uncommitted", book.file, None, what)
-    return {f"client-{number:04d}": found[number] for number in sorted(found)}
+    return {_client_name(number, book.clients): found[number] for number in sorted(found)}
 
 
 def _secure_told(terms: Terms) -> dict[str, Any] | None:
@@ -3025,6 +3118,15 @@ def _secure_limits(terms: Terms) -> Iterator[str]:
         )
 
 
+def _central_limits(terms: Terms) -> Iterator[str]:
+    if terms.kind == "central":
+        yield (
+            "Central noise is the coordinator's word: that it drew each cohort in secret at this rate, clipped every update, added the noise "
+            "and divided by a fixed number, no ledger shows; nor did anything protect an update from the coordinator. How long rounds took, "
+            "and what else the coordinator shows of who was asked, is outside the epsilon."
+        )
+
+
 def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
     """The verdict on a bundle; `violations` is empty exactly when `verified`. JSON throughout.
 
@@ -3035,7 +3137,7 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
 
     Returns:
         `verified`, `bundle`, `charter_sha256`, `simulated`, `claim` (None unless verified), of the charter `noise` ("local",
-        "shared" or "none"), `colluding` (of shared noise: with how many partners working with the coordinator it still is enough;
+        "shared", "central" or "none"), `unit` ("record", or "client" with central noise), `colluding` (of shared noise: with how many partners working with the coordinator it still is enough;
         else None), `adversary` (the same in words) and `secure_aggregation` {quorum, colluding, retries, threshold, dimension} or None,
         `checked` {ledgers, entries, signatures, heads, proofs: signed statements and copies that ledgers were compared with},
         `partners` {name: {
@@ -3056,7 +3158,8 @@ def verify_bundle(folder: Path, against: Iterable[Path] = ()) -> dict[str, Any]:
             were not, from the first bad one on,
             witnessed {length, by [names], closing (run or None)}, tail: entries beyond `length`, missing: entries that its owner signed
             for and that were not read, beyond [names]: who else signed for more than were read}} (of a population's clients: no
-            lineages, trajectory, witnessed, tail, missing and beyond),
+            lineages, trajectory, witnessed, tail, missing and beyond; of more than LISTED_CLIENTS one item for each history, by the name
+            of the first who has it, and `clients`, how many do),
         `coordinator` {entries, undisclosed, whole, unread, witnessed, tail, missing, beyond},
         `heads` [{owner, holder, length, signers}], `closings` [{run_id, ledgers [{owner, length, root}]}], `open_runs` [run_id],
         `violations` and `warnings` [{code, file, line, what, means}], `limits` (sentences to show wherever a verdict is shown).
@@ -3141,8 +3244,9 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
         "charter_sha256": terms.sha256,
         "simulated": terms.simulated,
         "noise": terms.kind,
+        "unit": terms.unit,
         "colluding": terms.colluding,
-        "adversary": _adversary(terms.colluding),
+        "adversary": terms.adversary,
         "secure_aggregation": _secure_told(terms),
         "claim": None if report.violations else _claim(terms, bills),
         "checked": dict(report.checked),
@@ -3162,6 +3266,7 @@ def _verdict(folder: Path, against: Iterable[Path]) -> dict[str, Any]:
         "limits": [
             *LIMITS,
             *_secure_limits(terms),
+            *_central_limits(terms),
             complete,
             *([partly] if cut else []),
             *(simulated if terms.simulated else []),

@@ -27,7 +27,7 @@ class Checkpoint:
     Attributes:
         round: rounds that are complete.
         trained: the next round's updates are in `model` already, its evaluation is still to come.
-        accepted: who accepted the run; None until they were asked.
+        accepted: who accepted the run; None until they were asked, and where nobody is (a million names would stand here).
         folded: whose updates are in the last training.
         answers: purpose -> partner -> answer, of the last step; the ledger may not have them yet.
         witness: partner -> what the next request to train asks of it about heads; asked again, it is the same.

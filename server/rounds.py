@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,9 +36,11 @@ from ..common.plan import evaluated_rounds, first_averaged
 from ..common.secagg import read_keys
 from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
+from .central import CentralNoise, ClippedSum
 from .checkpoint import Checkpoint
 from .masked import MaskedRounds
 from .records import Answer, Records
+from .roster import Roster
 from .strategies import ServerOptimizer
 from .witness import Witnessing
 
@@ -52,6 +54,9 @@ ROWS_PER_RECORD = 10
 Scores of all partners are held in memory at once, several times over; an honest partner holds out fewer rows than it trains
 on, or one of the usual shared test sets. What a partner declared, everyone signed.
 """
+
+Trained = tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer] | None, dict[str, Mapping[str, Any]]]
+"""The mean of a round's updates (float64), who is in it, what everybody answered (None: recorded on the way), and their fields."""
 
 Sink = Callable[[str, Manifest, Mapping[str, npt.NDArray[Any]]], None]
 
@@ -102,7 +107,7 @@ class Coordinator:
     """Drives runs of one charter over any Grid.
 
     Args:
-        roster: partner name -> the Grid's node id, in the order in which updates are asked for.
+        roster: who can take part; or just name -> the Grid's node id, in the order in which updates are asked for.
         initial: makes the model to start from, float32 by name, the same one each time; it is not kept.
         folder: where the checkpoint is kept.
         closing: the folder of closing checkpoints.
@@ -116,7 +121,7 @@ class Coordinator:
         identity: Identity,
         task: Task,
         wire: Wire,
-        roster: Mapping[str, int],
+        roster: Roster | Mapping[str, int],
         records: Records,
         initial: Callable[[], Arrays],
         folder: Path,
@@ -129,8 +134,10 @@ class Coordinator:
         self._identity = identity
         self._task = task
         self._wire = wire
-        self._roster = dict(roster)
-        self._names = {node: name for name, node in roster.items()}
+        self._roster = roster if isinstance(roster, Roster) else Roster(roster)
+        uniform = signed.charter.algorithm.weighting == "uniform"
+        # From declared, public sizes; they apply after the noise. Clients of a population declare one size for all.
+        self._weights = {} if uniform else {m.name: float(m.declared_records) for m in signed.charter.partners}
         self._records = records
         self._initial = initial
         self._folder = folder
@@ -143,7 +150,7 @@ class Coordinator:
         """Run, or go on with, the run `run_id`, and close it.
 
         Args:
-            only: ask these partners for the run, not the whole roster.
+            only: ask these partners for the run, not the whole roster (one that is asked at all).
             give_up: begin nothing more and close it as it stands, so that what partners hold for the rest is free again.
 
         Raises:
@@ -159,9 +166,10 @@ class Coordinator:
             model = state.result if state.round else None
             outcome = Outcome(run_id, why, model, state.history, self._refusals)
             return self._close(grid, outcome, closed_before=True)
-        if state.accepted is None and give_up:
+        to_ask = self._roster.asked and state.accepted is None
+        if to_ask and give_up:
             return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
-        if state.accepted is None:
+        if to_ask:
             state.accepted, state.keys = self._open(grid, run_id, only or list(self._roster))
             if len(state.accepted) < self._charter.quorum:
                 return self._close(grid, Outcome(run_id, "refused", None, [], self._refusals))
@@ -184,14 +192,13 @@ class Coordinator:
             self._notify("round", round=number)
             metrics: dict[str, float] = {}
             if not state.trained:
-                work = self._train if self._charter.secure_aggregation is None else self._train_masked
-                mean, state.folded, answers, said = work(grid, run_id, number, state)
+                mean, state.folded, answers, said = self._work()(grid, run_id, number, state)
                 state.model = optimizer.step(number, state.model, mean)
                 if (which := number - first + 1) > 0:
                     state.average_in(which)
                 self._witness(state, number + 1, said)
                 state.strategy, state.trained = optimizer.state(), True
-                state.answers = {"train": answers} if answers else {}
+                state.answers = {} if answers is None else {"train": answers}
             if number in measured:
                 state.save(path)
                 self._record(state)
@@ -216,9 +223,8 @@ class Coordinator:
     def _witness(self, state: Checkpoint, number: int, said: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep what the replies say of heads, and what round `number` will ask about them; the checkpoint is saved after it."""
         if self._witnessing is not None:
-            assert state.accepted is not None
             self._witnessing.collect(state.witness, said)
-            state.witness = self._witnessing.next_round(self._cohort(number, state.accepted), said)
+            state.witness = self._witnessing.next_round(self._cohort(number, state), said)
 
     def _record(self, state: Checkpoint) -> None:
         """Write down what the checkpoint has: the answers of its last step and, at the end of a round, the round."""
@@ -266,13 +272,15 @@ class Coordinator:
             )
         return accepted, keys
 
-    def _train(
-        self, grid: Grid, run_id: str, number: int, state: Checkpoint
-    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer], dict[str, Mapping[str, Any]]]:
+    def _work(self) -> Callable[[Grid, str, int, Checkpoint], Trained]:
+        """How a round's mean comes about."""
+        if self._charter.privacy.kind == "central":
+            return self._train_central
+        return self._train if self._charter.secure_aggregation is None else self._train_masked
+
+    def _train(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:
         """The weighted mean of the cohort's updates (float64), who is in it, what everybody answered, and their fields."""
-        assert state.accepted is not None
         model, said = state.model, dict[str, Mapping[str, Any]]()
-        weights = self._weights()
         total = zeros_like(model, np.float64)
         expected = {name: value.shape for name, value in model.items()}
         folded: list[str] = []
@@ -288,13 +296,14 @@ class Coordinator:
             # The sum of squares bounds every value.
             if not all(squares(v) < MAX_UPDATE**2 for v in update.values()):
                 raise MessageError(f"{partner}'s update is not finite, or its norm is not below {MAX_UPDATE:g}")
+            weight = self._weights.get(partner, 1.0)
             for name, value in update.items():
-                _add(total[name], value, weights[partner])
-            mass += weights[partner]
+                _add(total[name], value, weight)
+            mass += weight
             folded.append(partner)
             said[partner] = reply.fields
 
-        cohort = self._cohort(number, state.accepted)
+        cohort = self._cohort(number, state)
         fields = _about_heads(state.witness)
         answers = self._exchange(grid, run_id, number, "train", "train", cohort, model, fold, fields)
         if len(folded) < self._charter.quorum:
@@ -304,11 +313,32 @@ class Coordinator:
             value /= mass
         return total, folded, answers, said
 
-    def _train_masked(
-        self, grid: Grid, run_id: str, number: int, state: Checkpoint
-    ) -> tuple[dict[str, npt.NDArray[np.float64]], list[str], dict[str, Answer], dict[str, Mapping[str, Any]]]:
+    def _train_central(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:
+        """As `_train`, of a secret sample, with noise: nothing that is written down tells who was in it, or how many.
+
+        Before the checkpoint that follows has its result nothing has left, so that a round that was interrupted is done again
+        under its debit: with a fresh sample and fresh noise.
+
+        Raises:
+            RunFailed: the deadline came first. Whose updates were in by then may depend on how slow one client was, and one client may
+                change the sum by its own update only: nothing of the round is used.
+        """
+        terms = CentralNoise.of(self._charter)
+        total = ClippedSum(terms, state.model)
+        requests, records = self._encoded("train", terms.cohort(self._roster), run_id, number, {}, state.model)
+        asked = {name: (manifest.request_id, digest) for name, (manifest, digest) in requests.items()}
+        self._records.asked(run_id, number, "train", asked)
+        answers = self._deliver(grid, "train", requests, records, lambda _, __, update: total.add(update))
+        if any(answer.outcome == "timeout" for answer in answers.values()):
+            raise RunFailed(
+                f"round {number} was not done within {self._charter.round_deadline_s:g} s, and nothing of it is used: one slow client may "
+                "not decide which others count",
+                "Nothing was released. Run again with --resume: the round is done again, with another sample, under the same debit.",
+            )
+        return total.noised(), [], {}, {}
+
+    def _train_masked(self, grid: Grid, run_id: str, number: int, state: Checkpoint) -> Trained:
         """As `_train`, but of the cohort only the sum is learned; its answers are recorded on the way."""
-        assert state.accepted is not None
 
         def exchange(
             purpose: str,
@@ -325,7 +355,7 @@ class Coordinator:
 
         keys = {name: base64.b64decode(key) for name, key in state.keys.items()}
         rounds = MaskedRounds(self._charter, self._signed.sha256, run_id, keys, self._records, self._notify)
-        cohort = self._cohort(number, state.accepted)
+        cohort = self._cohort(number, state)
         found = rounds.sum(number, cohort, state.model, state.witness, exchange)
         values = fixed_point(self._charter).from_grid(found.total)
         if self._charter.privacy.kind == "shared":
@@ -338,13 +368,12 @@ class Coordinator:
         for name, value in state.model.items():
             mean[name] = values[at : at + value.size].reshape(value.shape)
             at += value.size
-        return mean, found.survivors, {}, found.said
+        return mean, found.survivors, None, found.said
 
     def _evaluate(
         self, grid: Grid, run_id: str, number: int, state: Checkpoint
     ) -> tuple[dict[str, float], dict[str, Answer]]:
         """Metrics over all evaluated rows, pooled in the order of the roster; private ones from the summed histogram."""
-        assert state.accepted is not None
         # A node sees by its own last head that it was put back to an older copy, before it charges this either. The checkpoint
         # has what is asked here, so it is the same after a crash.
         shown = {name: {**asked, "since": [], "heads": []} for name, asked in state.witness.items()}
@@ -369,10 +398,12 @@ class Coordinator:
                     raise MessageError(f"{partner}'s histogram is not finite, or has counts not below {MAX_UPDATE:g}")
             parts[partner] = tensors
 
+        taking_part = self._taking_part(state)
+        asked = [name for name in self._roster.measuring if name in taking_part]
         answers = self._exchange(
-            grid, run_id, number, "evaluate", "evaluate", state.accepted, state.result, take, _about_heads(shown)
+            grid, run_id, number, "evaluate", "evaluate", asked, state.result, take, _about_heads(shown)
         )
-        ordered = [parts[name] for name in self._roster if name in parts]
+        ordered = [parts[name] for name in asked if name in parts]
         if not ordered:
             return {}, answers
         if self._charter.evaluation.kind == "private":
@@ -540,7 +571,7 @@ class Coordinator:
                 yield grid.create_message(
                     records.pop(name),
                     message_type,
-                    self._roster[name],
+                    self._roster.node(name),
                     str(manifest.round),
                     self._charter.round_deadline_s,
                 )
@@ -553,7 +584,7 @@ class Coordinator:
                     break  # it came too late
                 came = True
                 pending.discard(reply.metadata.reply_to_message_id)
-                name = self._names.get(reply.metadata.src_node_id, "")
+                name = self._roster.name(reply.metadata.src_node_id) or ""
                 # What is not signed by the partner must not keep its own answer out.
                 if name in requests and (name not in answers or answers[name].outcome == "invalid"):
                     manifest, digest = requests[name]
@@ -612,19 +643,19 @@ class Coordinator:
             fields=fields,
         )
 
-    def _weights(self) -> dict[str, float]:
-        """Weights from declared, public sizes; they apply after the noise."""
-        if self._charter.algorithm.weighting == "uniform" or not self._charter.partners:
-            return dict.fromkeys(self._roster, 1.0)
-        return {m.name: float(m.declared_records) for m in self._charter.partners}
+    def _taking_part(self, state: Checkpoint) -> Sequence[str]:
+        """Who accepted the run; where nobody is asked, everybody."""
+        return self._roster if state.accepted is None else state.accepted
 
-    def _cohort(self, number: int, accepted: list[str]) -> list[str]:
+    def _cohort(self, number: int, state: Checkpoint) -> list[str]:
+        """Who is asked to train in round `number`: the same after a crash."""
+        taking_part = self._taking_part(state)
         size = max(1, round(self._charter.algorithm.participation * len(self._roster)))
-        if size >= len(accepted):
-            return accepted
+        if size >= len(taking_part):
+            return list(taking_part)
         seed = int(sha256(f"cohort:{self._charter.model_seed}:{number}".encode())[:15], 16)
-        chosen = np.random.default_rng(seed).choice(len(accepted), size, replace=False)
-        return [accepted[i] for i in sorted(chosen)]
+        chosen = np.random.default_rng(seed).choice(len(taking_part), size, replace=False)
+        return [taking_part[i] for i in sorted(chosen)]
 
     def _no_quorum(self, number: int, folded: int, answers: Mapping[str, Answer]) -> RunFailed:
         told = "; ".join(

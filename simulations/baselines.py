@@ -48,7 +48,7 @@ def baselines(config: Federation, base: Path, task: Task, alone: bool = True) ->
 
 
 def _federated_without_privacy(config: Federation, base: Path) -> dict[str, float]:
-    """The same federation, the same code, `privacy: none` and no masks, in a folder that is thrown away."""
+    """The same federation, the same code, `privacy: none`, no masks and nobody missing, in a folder that is thrown away."""
     if config.privacy.kind == "none":
         return {}
     evaluation = config.evaluation
@@ -56,7 +56,13 @@ def _federated_without_privacy(config: Federation, base: Path) -> dict[str, floa
         evaluation = evaluation.model_copy(update={"kind": "public", "noise_multiplier": None})
     evaluation = evaluation.model_copy(update={"every": config.algorithm.rounds})
     open_config = config.model_copy(
-        update={"privacy": Privacy(kind="none"), "evaluation": evaluation, "secure_aggregation": None}
+        update={
+            "privacy": Privacy(kind="none"),
+            "evaluation": evaluation,
+            "secure_aggregation": None,
+            "system": None,
+            "quorum": max(1, config.quorum),
+        }
     )
     with tempfile.TemporaryDirectory(prefix="hansa-baseline-") as folder:
         simulation = Simulation(open_config, base, Path(folder) / "run")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from enum import StrEnum
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from .network import LocalNetwork
 
 _console = Console(highlight=False, soft_wrap=True, emoji=False)
+
+
+class Engine(StrEnum):
+    """Who runs a simulation's partners; see `federation.Simulation`."""
+
+    NODES = "nodes"
+    COHORT = "cohort"
 
 
 def commands(app: typer.Typer) -> None:
@@ -61,7 +69,7 @@ def demo(
         console.rule("2. Training", align="left")
         outcome, timings = _train(simulation, display)
         console.rule("3. A second run that the remaining budget cannot pay", align="left")
-        asked = next(iter(simulation.nodes))
+        asked = simulation.roster[0]
         second = simulation.run(simulation.another_run(), only=[asked])
         _must_be_refused(second.refusals, asked)
         console.print(f"{plain(asked)} read no data for it; the refusal is in its ledger.")
@@ -104,6 +112,26 @@ def simulate(
         ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="say where a round's time went")] = False,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            "--engine",
+            help="nodes: keys, gate and ledger for each partner (up to 100; default there). cohort: one ledger, and many clients of a "
+            "population computed at once (default above)",
+        ),
+    ] = None,
+    execution: Annotated[
+        Path | None,
+        typer.Option(
+            "--execution", help="a plan for cohort, as result.json has one: without noise its model repeats bit by bit"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=0, max=1024, help="processes beside this one for cohort; default: what is fastest"
+        ),
+    ] = None,
     form: FormatOption = Format.TEXT,
 ) -> int:
     """Run a federation on this machine, with real keys, charter, gates and ledgers, and audit it.
@@ -112,13 +140,22 @@ def simulate(
 
     Example: hansa simulate configs/heart.yaml --baselines --seeds 10 --out out/heart
 
+    Example: hansa simulate configs/fashion-clients.yaml --engine cohort --workers 2 --profile
+
     Example: hansa simulate configs/heart.yaml --sweep privacy.epsilon=0.5,1,2,8 --sweep algorithm.rounds=5,10 --seeds 5
     """
     target = folder or Path("out") / config.stem
     console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
+    how: dict[str, Any] = {"engine": engine.value if engine is not None else "", "workers": workers}
+    if execution is not None:
+        from .execution import load_execution
+
+        how["execution"] = load_execution(execution)
     if seeds > 1 or sweep:
-        return _sweep(config, target, sweep or [], seeds, resume, with_baselines, profile, console, form)
-    result, verdict = _one(load_config(config), config.parent, target, resume, with_baselines, console, profile=profile)
+        return _sweep(config, target, sweep or [], seeds, resume, with_baselines, profile, console, form, how)
+    result, verdict = _one(
+        load_config(config), config.parent, target, resume, with_baselines, console, profile=profile, how=how
+    )
     if form is Format.JSON:
         show_json({"result": result, "verdict": verdict})
     else:
@@ -236,10 +273,12 @@ def _one(
     private: Path | None = None,
     profile: bool = False,
     quietly: Callable[[int, int], None] | None = None,
+    how: Mapping[str, Any] = {},
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One run to its end: the content of its `result.json`, and the audit's verdict.
 
     Args:
+        how: engine, execution and workers, as `Simulation` has them.
         quietly: one of many, which tells this its rounds and shows nothing itself.
     """
     from .federation import Simulation
@@ -252,7 +291,7 @@ def _one(
         measured = Profile()
     display = _display(console, quietly)
     notify = display.notify if measured is None else measured.notify(display.notify)
-    simulation = Simulation(config, base, folder, resume=resume, notify=notify, private_root=private)
+    simulation = Simulation(config, base, folder, resume=resume, notify=notify, private_root=private, **how)
     try:
         if resume and simulation.fresh and quietly is None:
             _nothing_to_resume(folder)
@@ -278,6 +317,7 @@ def _sweep(
     profile: bool,
     console: Console,
     form: Format,
+    how: Mapping[str, Any],
 ) -> int:
     from .sweep import Sweep, planned, print_sweep
 
@@ -293,7 +333,7 @@ def _sweep(
 
     def one(config: Federation, own: Path, own_private: Path, told: Callable[[int, int], None]) -> Any:
         result, verdict = _one(
-            config, source.parent, own, resume, with_baselines, Console(quiet=True), own_private, profile, told
+            config, source.parent, own, resume, with_baselines, Console(quiet=True), own_private, profile, told, how
         )
         return result, bool(verdict["verified"])
 
@@ -330,6 +370,7 @@ def _finish(
     console: Console,
 ) -> dict[str, Any]:
     from .baselines import baselines
+    from .realism import in_words as in_words_of_clock
     from .result import make_result, rows_title, score_rows
 
     result = make_result(simulation, outcome, refusals, timings)
@@ -339,6 +380,8 @@ def _finish(
             result["baselines"] = baselines(simulation.config, simulation.base, simulation.task)
         timings["baselines_s"] = result["timings"]["baselines_s"] = time.perf_counter() - began
     _save(simulation.out, result)
+    if "system" in result:
+        console.print(plain(in_words_of_clock(result["system"])))
     rows = score_rows(result)
     if rows:
         table = Table(box=None, pad_edge=False, title=rows_title(result), title_justify="left")

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..common.cli import clean, plain
 from .federation import Simulation
+from .realism import VIRTUAL
 
 _SHOWN = 24
 _LAST = 5
@@ -62,7 +63,7 @@ class Display:
     def show(self, simulation: Simulation) -> None:
         """Whose run it is."""
         self._simulation = simulation
-        for name in list(simulation.nodes)[:_SHOWN]:
+        for name in simulation.roster[:_SHOWN]:
             self._measure(name)
         if self._live is None and not self._quiet and simulation.signed.charter.privacy.kind != "none":
             self._console.print(f"epsilon below: {self._meaning()}", markup=False)
@@ -105,6 +106,8 @@ class Display:
                 )
             case "liar":
                 self._say(f"{facts['partner']}: what it dealt or revealed does not fit", "bold red")
+            case "execution":
+                self._say(facts["crew"].words(), "dim")
             case "recovered":
                 self._say(
                     f"{facts['ledger']}: cut off a torn last line ({facts['torn_bytes']} bytes) left by a crash",
@@ -115,14 +118,25 @@ class Display:
 
     def _answer(self, facts: dict[str, Any]) -> None:
         name, answer = facts["partner"], facts["answer"]
+        if self._secret():
+            if answer.outcome != "ok" and not answer.outcome.startswith("refused"):
+                self._say(f"a client: {answer.outcome}: {answer.detail.replace(name, 'it')}", "yellow")
+            return
         if len(self._status) < _SHOWN or name in self._status:
-            self._status[name] = {"ok": "answered"}.get(answer.outcome, answer.outcome)
+            virtual = answer.detail.removesuffix(VIRTUAL) if answer.detail.endswith(VIRTUAL) else answer.outcome
+            self._status[name] = {"ok": "answered"}.get(answer.outcome, virtual)
             if facts["kind"] == "train" and answer.outcome == "ok":
                 self._rounds[name] = facts["round"]
             if facts["kind"] in ("train", "evaluate", "open"):
                 self._measure(name)
-        if answer.outcome in ("invalid", "timeout"):
+        if answer.outcome in ("invalid", "timeout") and not answer.detail.endswith(
+            VIRTUAL
+        ):  # those are counted, not named
             self._say(f"{name}: {answer.outcome}: {answer.detail}", "yellow")
+
+    def _secret(self) -> bool:
+        """Whether who is asked may not be shown: clients are the unit of privacy."""
+        return self._simulation is not None and self._simulation.signed.charter.privacy.unit == "client"
 
     def _measure(self, name: str) -> None:
         """ε spent so far by the filter that enforces the cap, from the partner's own ledger."""
@@ -166,8 +180,8 @@ class Display:
         """What an epsilon on this screen is about."""
         assert self._simulation is not None
         charter = self._simulation.signed.charter
-        delta, noise = charter.privacy.delta or 0.0, charter.privacy.kind
-        return f"filter, delta {delta:g}, record level, add-or-remove-one, {noise} noise, against {charter.adversary}"
+        delta, noise, unit = charter.privacy.delta or 0.0, charter.privacy.kind, charter.privacy.unit
+        return f"filter, delta {delta:g}, {unit} level, add-or-remove-one, {noise} noise, against {charter.adversary}"
 
     def _say(self, text: str, style: str) -> None:
         self._console.print(Text(clean(text), style=style))
@@ -181,7 +195,7 @@ class Display:
         table = Table(box=None, pad_edge=False)
         for title in ("partner", "round", "epsilon spent (filter)", "cap", ""):
             table.add_column(title, justify="left" if title in ("partner", "") else "right")
-        for name in list(simulation.nodes)[:_SHOWN]:
+        for name in simulation.roster[:_SHOWN]:
             done = f"{self._rounds.get(name, 0)}/{charter.algorithm.rounds}"
             spent = self._epsilon.get(name)
             table.add_row(
@@ -194,8 +208,8 @@ class Display:
         parts: list[Any] = [table]
         if cap is not None:
             parts.append(Text(f"epsilon: {self._meaning()}", style="dim", overflow="fold", no_wrap=False))
-        if len(simulation.nodes) > _SHOWN:
-            parts.append(Text(f"... and {len(simulation.nodes) - _SHOWN} more clients; round {self._round}"))
+        if len(simulation.roster) > _SHOWN:
+            parts.append(Text(f"... and {len(simulation.roster) - _SHOWN:,} more clients; round {self._round}"))
         if self._seconds:
             pace = (
                 f"round {self._done} of {charter.algorithm.rounds}   {statistics.median(self._seconds):.2f} s a round"

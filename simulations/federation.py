@@ -18,14 +18,14 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
-from ..clients.app import Node, make_client_app
-from ..clients.datasets import RegisteredDataset, Split, csv_source, split_rows
+from ..clients.app import Dataset, Node, make_client_app
+from ..clients.datasets import RegisteredDataset, Split, csv_source
 from ..clients.gate import Gate
 from ..clients.outbox import Outbox
 from ..clients.run_keys import RunKeys
@@ -33,23 +33,30 @@ from ..clients.training import check_model
 from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
 from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
-from ..common.flower import Context, RecordDict
+from ..common.flower import Context, Grid, RecordDict
 from ..common.heads import KeptHeads
 from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
 from ..common.ledger import Ledger
-from ..common.messages import PlainWire, SignedWire
+from ..common.messages import PlainWire, SignedWire, Wire
 from ..common.model import Arrays, write_model
 from ..common.plan import SOFTWARE, calibrated
 from ..common.tasks import Task, code_sha256, initial_model, load_task, sized
 from ..server.app import make_server_app
 from ..server.records import LedgerRecords, Records
+from ..server.roster import Roster
 from ..server.rounds import Coordinator, Outcome
 from ..server.witness import Witnessing
-from . import partitions, sources
-from .grid import InProcessGrid
-from .population import PopulationGate, PopulationRecords, client_name
+from . import sources
+from .clients import ClientDatasets, Dealt, Drawn, population_clients
+from .crew import Crew
+from .execution import Execution
+from .grid import CohortGrid, InProcessGrid
+from .population import PopulationGate, PopulationRecords, PopulationRoster, client_name
+from .realism import over_sampled, realistic
 
 COORDINATOR = "coordinator"
+NODES, COHORT = "nodes", "cohort"
+"""Engines."""
 LOCK = "hansa.lock"
 """In the private folder: who holds its lock works in both folders."""
 Notify = Callable[..., None]
@@ -155,36 +162,24 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
             source = csv_source(path, task, fraction, seed)
             parts[name] = Part(source, entry.declared_records, entry.allow_single_class)
         return parts
-    assert config.population is not None
-    rows, test = sources.population(config.population.dataset)
-    if config.population.clients > len(rows):
-        raise ConfigError(
-            f"population.clients is {config.population.clients}, the data set has {len(rows)} rows",
-            "Every client needs at least one row.",
+    clients = clients_of(config, base, task)
+    return {
+        client_name(number, len(clients)): Part(
+            partial(clients.open, number), clients.declared(number), allow_single_class=True
         )
-    rng = np.random.default_rng(seed)
-    chosen = config.population.partition
-    labels, clients = rows.y.numpy(), config.population.clients
-    match chosen.kind:
-        case "iid":
-            dealt = partitions.iid(labels, clients, rng)
-        case "dirichlet":
-            dealt = partitions.dirichlet(labels, clients, chosen.alpha or 1.0, rng, chosen.min_records)
-        case "quantity":
-            dealt = partitions.quantity_skew(labels, clients, chosen.alpha or 1.0, rng, chosen.min_records)
-    held = np.array_split(rng.permutation(len(test)), clients) if test is not None and fraction else None
-    parts = {}
-    for number, index in enumerate(dealt):
-        mine = rows.take(torch.from_numpy(index))
-        if held is not None and test is not None:
-            split = Split(mine, test.take(torch.from_numpy(held[number])))
-        else:
-            split = split_rows(mine, fraction, seed)
-        # Two significant digits: a declared size is agreed and public, and need not be exact.
-        size = len(split.train)
-        declared = round(size, 2 - len(str(size))) if size > 99 else size
-        parts[client_name(number)] = Part(lambda split=split: split, declared, allow_single_class=True)  # type: ignore[misc]
-    return parts
+        for number in range(len(clients))
+    }
+
+
+def clients_of(config: Federation, base: Path, task: Task) -> Dealt | Drawn:
+    """A population's clients.
+
+    Raises:
+        ConfigError, DataError: as `population_clients`.
+    """
+    assert config.population is not None
+    fraction = config.evaluation.test_fraction if config.evaluation.kind != "none" else 0.0
+    return population_clients(config.population, fraction, config.seed, task, base)
 
 
 @dataclass
@@ -194,8 +189,15 @@ class Simulation:
     Args:
         kind: which command's run it is. A "demo" replaces an earlier demo, and nothing else.
         private_root: the private folder, when it is not the one beside `out`.
+        engine: NODES (a node, keys and a ledger for each partner) or COHORT (a population's clients, with one ledger, many at once);
+            empty: NODES up to SIGNED_PARTNERS_MAX partners.
+        execution: how COHORT computes; None: what a short trial finds fastest.
+        workers: so many processes, whatever the plan says.
 
     Attributes:
+        roster: all partners or clients.
+        datasets: by name.
+        crew: who trains a population.
         fresh: there was no run to go on with.
 
     Raises (on creation):
@@ -210,14 +212,20 @@ class Simulation:
     notify: Notify = lambda *_, **__: None
     kind: str = "simulate"
     private_root: Path | None = None
+    engine: str = ""
+    execution: Execution | None = None
+    workers: int | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
-    _ledgers: list[Ledger | KeptHeads] = field(default_factory=list)
+    datasets: Mapping[str, Dataset] = field(default_factory=dict)
+    crew: Crew | None = None
+    _open: list[Ledger | KeptHeads | Crew] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.private = self.private_root or private_folder(self.out)
         self.config = sized(self.config)
         self.task = load_task(self.config.task)
+        self._choose_engine()
         self._refuse_foreign()  # before anything is written
         made = [folder for folder in (self.out, self.private) if not folder.exists()]
         self._held = _lock(self.private)
@@ -267,9 +275,25 @@ class Simulation:
 
     def close(self) -> None:
         """Let go of every ledger, and of the folders."""
-        for ledger in self._ledgers:
-            ledger.close()
+        for one in self._open:
+            one.close()
         self._held.close()
+
+    def _choose_engine(self) -> None:
+        if not self.engine:
+            few = self.config.size <= SIGNED_PARTNERS_MAX and self.config.privacy.kind != "central"
+            self.engine = NODES if few else COHORT
+        wrong = None
+        if self.engine == NODES and self.config.size > SIGNED_PARTNERS_MAX:
+            wrong = f"the engine nodes is for at most {SIGNED_PARTNERS_MAX} partners"
+        elif self.engine == NODES and self.config.privacy.kind == "central":
+            wrong = "the engine nodes has no central noise: a partner trusts nobody with its update"
+        elif self.engine == COHORT and self.config.population is None:
+            wrong = "the engine cohort is for a population"
+        elif self.engine == COHORT and self.config.secure_aggregation is not None:
+            wrong = "the engine cohort has no secure aggregation: its clients have no keys"
+        if wrong:
+            raise ConfigError(wrong, "Leave --engine out: it is chosen by the number of partners.")
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -308,8 +332,13 @@ class Simulation:
             raise OutputError(
                 f"{self.out}: holds a run of another configuration", "Give the configuration it began with."
             )
+        if state is not None and state.get("engine", NODES) != self.engine:
+            raise OutputError(
+                f"{self.out}: holds a run of the engine {state.get('engine', NODES)}",
+                "Give the --engine it began with.",
+            )
         if state is None:
-            state = {"kind": self.kind, "config_sha256": mine, "runs": [secrets.token_hex(8)]}
+            state = {"kind": self.kind, "engine": self.engine, "config_sha256": mine, "runs": [secrets.token_hex(8)]}
             self._state = state
             self._keep_state()
         return dict(state)
@@ -336,51 +365,113 @@ class Simulation:
         # than torch's threads waiting for one another (5 s against 28 s for configs/digits.yaml on two busy cores).
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
+        self._model = initial_model(self.task, self.config.seed)
+        check_model(self._model)
+        if self.engine == NODES:
+            self._set_up_nodes()
+        else:
+            self._set_up_population()
+        # The lock says that nobody else writes here, so these are a killed process's.
+        for path in (*self.out.rglob(".*"), *self.private.rglob(".*")):
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()
+
+    def _set_up_nodes(self) -> None:
+        """A node, its keys and its ledger for each partner."""
         parts = parts_of(self.config, self.base, self.task)
-        model = initial_model(self.task, self.config.seed)
-        check_model(model)
-        signed_form = len(parts) <= SIGNED_PARTNERS_MAX
         me = self._identity(COORDINATOR)
-        who = {name: self._identity(name) for name in parts} if signed_form else {}
-        self.signed = self._charter(parts, me, who)
+        who = {name: self._identity(name) for name in parts}
+        sizes = {name: part.declared_records for name, part in parts.items()}
+        self.signed = self._charter(max(sizes.values()), sizes, None, me, who)
         charter = self.signed.charter
-        self.datasets = {}
+        registered = {}
         for name, part in parts.items():
             try:
-                self.datasets[name] = RegisteredDataset.register(
+                registered[name] = RegisteredDataset.register(
                     self.task,
                     part.source,
-                    self.private / name if signed_form else None,
+                    self.private / name,
                     part.allow_single_class,
                     public=charter.evaluation.kind == "public",
                 )
             except DataError as err:
                 raise type(err)(f"{name}: {err.message}", err.hint) if type(err) is DataError else err from err
-        genesis = {"owner": COORDINATOR, "role": "coordinator" if signed_form else "population"}
-        ledger = self.run_ledger = self._ledger(self.out / "coordinator" / "ledger.jsonl", me, genesis)
+        self.datasets = registered
+        ledger = self._run_ledger(me, "coordinator")
+        for name, dataset in registered.items():
+            self._partner(name, who[name], dataset)
+        in_order = list(self.nodes.values())
+        grid = InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context)
+        wire = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
+        witnessing = Witnessing(me, ledger, self._kept_heads(me), charter.keys(), self.notify)
+        roster = Roster({name: number for number, name in enumerate(parts, start=1)})
+        by_node = list(sizes.values())
+        self.grid = self._in_real_time(grid, lambda node: by_node[node - 1])
+        self._coordinate(me, wire, roster, LedgerRecords(ledger, self.signed.sha256), witnessing)
+
+    def _set_up_population(self) -> None:
+        """Clients without keys, one ledger for all of them, and whoever trains many of them at once."""
+        clients = clients_of(self.config, self.base, self.task)
+        self.datasets = ClientDatasets(clients)
+        me = self._identity(COORDINATOR)
+        population = SimulatedClients(clients=len(clients), declared_records=clients.declared_records)
+        self.signed = self._charter(clients.largest, {}, population, me, {})
+        charter = self.signed.charter
+        records = PopulationRecords(self._run_ledger(me, "population"), self.signed)
+        wire = PlainWire()
+
+        def gate(number: int) -> PopulationGate:
+            return PopulationGate(client_name(number, len(clients)), charter, records)
+
+        def node(context: Context) -> Node:
+            number = context.node_id - 1
+            return Node(self.task, self._model, self.datasets[client_name(number, len(clients))], gate(number), wire)
+
+        crew = self.crew = Crew(
+            self.task, clients, charter, self.private / "execution.json", self.execution, self.workers
+        )
+        self._open.append(crew)
+        self.notify("execution", crew=crew)
+        grid = CohortGrid(
+            make_client_app(node),
+            len(clients),
+            _context,
+            crew.executor,
+            crew.plan.chunk,
+            crew.shapes,
+            wire,
+            gate,
+            COORDINATOR,
+        )
+        self.grid = self._in_real_time(grid, lambda node: clients.declared(node - 1))
+        self._coordinate(me, wire, PopulationRoster(len(clients), clients.evaluated), records, None)
+
+    def _in_real_time(self, grid: Grid, declared: Callable[[int], int]) -> Grid:
+        """The Grid as the configuration's system would have it, on a virtual clock; itself where there is none."""
+        shapes = {name: value.shape for name, value in self._initial().items()}
+        classes, clock = len(self.task.classes), self.private / "virtual-clock.jsonl"
+        return realistic(grid, self.config, self.signed.charter, shapes, classes, declared, clock)
+
+    def _run_ledger(self, me: Identity, role: str) -> Ledger:
+        ledger = self.run_ledger = self._ledger(
+            self.out / "coordinator" / "ledger.jsonl", me, {"owner": COORDINATOR, "role": role}
+        )
         if not ledger.of("charter"):
+            charter = self.signed.charter
             agreed = {"name": charter.name, "expires": charter.expires.isoformat()}
             ledger.append("charter", agreed, charter=self.signed.sha256)
-        if signed_form:
-            records: Records = LedgerRecords(ledger, self.signed.sha256)
-            for name in parts:
-                self._partner(name, who[name], model)
-            wire: Any = SignedWire(me, {m.name: m.key for m in charter.partners}, self.signed.sha256)
-            witnessing = Witnessing(me, ledger, self._kept_heads(me), charter.keys(), self.notify)
-        else:
-            population = PopulationRecords(ledger, self.signed)
-            records, wire, witnessing = population, PlainWire(), None
-            for name, dataset in self.datasets.items():
-                gate = PopulationGate(name, charter, population)
-                self.nodes[name] = Node(self.task, model, dataset, gate, wire)
-        in_order = list(self.nodes.values())
-        self.grid = InProcessGrid(make_client_app(lambda c: in_order[c.node_id - 1]), len(in_order), _context)
+        return ledger
+
+    def _coordinate(
+        self, me: Identity, wire: Wire, roster: Roster, records: Records, witnessing: Witnessing | None
+    ) -> None:
+        self.roster = roster
         self.coordinator = Coordinator(
             self.signed,
             me,
             self.task,
             wire,
-            {name: number for number, name in enumerate(parts, start=1)},
+            roster,
             records,
             self._initial,
             self.private / COORDINATOR,
@@ -388,17 +479,13 @@ class Simulation:
             self.notify,
             witnessing,
         )
-        # The lock says that nobody else writes here, so these are a killed process's.
-        for path in (*self.out.rglob(".*"), *self.private.rglob(".*")):
-            if _UNFINISHED.fullmatch(path.name) and path.is_file():
-                path.unlink()
 
     def _initial(self) -> Arrays:
         model = initial_model(self.task, self.config.seed)  # of its own: nodes train on theirs
         return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
 
-    def _partner(self, name: str, identity: Identity, model: torch.nn.Module) -> None:
-        charter, dataset = self.signed.charter, self.datasets[name]
+    def _partner(self, name: str, identity: Identity, dataset: RegisteredDataset) -> None:
+        charter = self.signed.charter
         genesis = {"owner": name, "role": "partner"}
         ledger = self._ledger(self.out / "partners" / name / "ledger.jsonl", identity, genesis)
         gate = Gate(
@@ -415,7 +502,7 @@ class Simulation:
         self.gates[name] = gate
         self.nodes[name] = Node(
             self.task,
-            model,
+            self._model,
             dataset,
             gate,
             SignedWire(identity, {COORDINATOR: charter.coordinator.key}, self.signed.sha256),
@@ -428,13 +515,13 @@ class Simulation:
 
     def _kept_heads(self, identity: Identity) -> KeptHeads:
         kept = KeptHeads(self.out / "heads" / f"{identity.name}.jsonl", identity, self.signed.charter.keys())
-        self._ledgers.append(kept)
+        self._open.append(kept)
         return kept
 
     def _ledger(self, path: Path, identity: Identity, genesis: Mapping[str, Any]) -> Ledger:
         about = {"ledger_id": secrets.token_hex(16), "simulated": True, "software": SOFTWARE}
         ledger = Ledger(path, identity, {**genesis, **about})
-        self._ledgers.append(ledger)
+        self._open.append(ledger)
         if ledger.recovered:
             self.notify("recovered", ledger=path, torn_bytes=ledger.recovered)
         return ledger
@@ -449,28 +536,36 @@ class Simulation:
         write_whole(self.out / "keys" / f"{name}.pem", public_pem(identity.key))
         return identity
 
-    def _charter(self, parts: Mapping[str, Part], me: Identity, who: Mapping[str, Identity]) -> SignedCharter:
-        """The charter of this folder, drafted and signed by everyone if there is none yet."""
+    def _charter(
+        self,
+        largest: int,
+        sizes: dict[str, int],
+        population: SimulatedClients | None,
+        me: Identity,
+        who: Mapping[str, Identity],
+    ) -> SignedCharter:
+        """The charter of this folder, drafted and signed by everyone if there is none yet.
+
+        Args:
+            largest: what any partner or client declares at most.
+            sizes: by partner, what it declares.
+        """
         path = self.out / "charter.json"
         if path.exists():
             signed = SignedCharter.load(path)
             signed.verify()
             return signed
-        sizes = {name: part.declared_records for name, part in parts.items()}
         try:
-            check_delta(self.config.privacy.delta, max(sizes.values()))
+            check_delta(self.config.privacy.delta, largest if self.config.privacy.unit == "record" else 0)
         except ValueError as err:
             raise ConfigError(str(err)) from err
-        population = None
-        if not who:
-            mean = max(1, round(float(np.mean(list(sizes.values())))))
-            population = SimulatedClients(clients=len(parts), declared_records=mean)
+        config = over_sampled(self.config)
         charter = draft(
-            self.config,
+            config,
             task_sha256=code_sha256(self.task.name),
             coordinator_key=me.key,
             partner_keys={name: identity.key for name, identity in who.items()},
-            noise_multiplier=calibrated(self.config),
+            noise_multiplier=calibrated(config),
             simulated=True,
             population=population,
             declared=sizes,

@@ -86,7 +86,7 @@ class Frontier:
                 label = name if len(rounds) == 1 else f"{name}, {count} rounds"
                 without[label] = {"rounds": count, **_spread(values)}
         return {
-            "unit": "record", "adjacency": "add-or-remove-one", "noise_placement": config.privacy.kind,
+            "unit": config.privacy.unit, "adjacency": "add-or-remove-one", "noise_placement": config.privacy.kind,
             "adversary": adversary_of(config),
             "delta": config.privacy.delta, "metric": metric or "auc", "seeds": seeds, "first_seed": config.seed,
             "measured_on": _MEASURED[config.evaluation.kind], "points": points, "without_privacy": without,
@@ -140,7 +140,7 @@ class Frontier:
         axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
         axes.minorticks_off()
         axes.set_xlabel(
-            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, record level, add-or-remove-one, {' or '.join(adversaries)} noise)",
+            f"epsilon: cap enforced by the filter (delta {report['delta']:g}, {report.get('unit', 'record')} level, add-or-remove-one, {' or '.join(adversaries)} noise)",
             fontsize=8,
         )
         axes.set_ylabel(f"{report['metric'].upper()}, mean ± sd of {counted(report['seeds'], 'simulated run')}")
@@ -179,7 +179,9 @@ def _agreed(config: Federation, cap: float | None, rounds: int) -> Federation:
     if cap is not None:
         privacy = privacy.model_copy(update={"epsilon": cap, "noise_multiplier": None})
     algorithm = config.algorithm.model_copy(update={"rounds": rounds})
-    return config.model_copy(update={"evaluation": evaluation, "privacy": privacy, "algorithm": algorithm})
+    # Noise is compared with noise: nobody is missing by the chances of a simulated system.
+    changed = {"evaluation": evaluation, "privacy": privacy, "algorithm": algorithm, "system": None}
+    return config.model_copy(update=changed)
 
 
 def _costs(agreed: Federation) -> tuple[dict[str, Any], float | None]:

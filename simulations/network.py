@@ -36,7 +36,7 @@ import yaml
 from torch import Tensor
 
 from ..clients.datasets import Rows, split_rows
-from ..common.config import load_config
+from ..common.config import load_config, without_system
 from ..common.errors import ConfigError, OutputError, RunFailed
 from ..common.identity import output_error, write_whole
 from ..common.tasks import Task, load_task
@@ -84,6 +84,7 @@ class LocalNetwork:
         host: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.config = load_config(config)
+        without_system(self.config, config)
         if self.config.partners is None:
             raise ConfigError(f"{config}: a population has no organisations", "Name partners, or use hansa simulate.")
         if taken := sorted({"logs", "bundle"} & set(self.config.partners)):

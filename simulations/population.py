@@ -2,12 +2,14 @@
 
 There are no identities and no outboxes here, and nothing that this ledger says can debit or vouch for a real dataset: its
 role is "population" and its genesis entry says simulated.
+
+What is kept of a client is its number: a million registered clients cost what a thousand cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 from ..common.charter import Charter, SignedCharter
 from ..common.errors import Refusal, Refused
@@ -18,11 +20,78 @@ from ..common.messages import Manifest
 from ..common.plan import budget_of, event_fields, events_of, plan_of
 from ..common.secagg import Agreement
 from ..server.records import Answer, LedgerRecords
+from ..server.roster import Roster
 
 
-def client_name(number: int) -> str:
-    """The name of client `number` (from 0)."""
-    return f"client-{number:04d}"
+def client_name(number: int, clients: int = 0) -> str:
+    """The name of client `number` (from 0) of `clients`: of as many digits as the last one needs, so that names sort as numbers do."""
+    return f"client-{number:0{max(4, len(str(clients - 1)))}d}"
+
+
+def client_number(name: str) -> int:
+    """Inverse of `client_name`.
+
+    Raises:
+        ValueError: no client's name.
+    """
+    prefix, _, digits = name.partition("-")
+    if prefix != "client" or not (digits.isascii() and digits.isdecimal()):
+        raise ValueError(f"{name!r} is no client's name")
+    return int(digits)
+
+
+class PopulationRoster(Roster):
+    """All clients of a population, without a list of them. Client n, from 0, is node n + 1 of the Grid.
+
+    Nobody is asked for a run: the run ledger's hold speaks for all.
+
+    Args:
+        measuring: how many, the first ones, hold rows to measure a model on.
+        numbers: of the clients that it is about; None: all of them.
+    """
+
+    asked = False
+
+    def __init__(self, clients: int, measuring: int = 1000, numbers: range | None = None) -> None:
+        self._clients, self._measuring = clients, measuring
+        self._numbers = range(clients) if numbers is None else numbers
+
+    def node(self, name: str) -> int:
+        """See `Roster`."""
+        if name not in self:
+            raise KeyError(name)
+        return client_number(name) + 1
+
+    def name(self, node: int) -> str | None:
+        """See `Roster`."""
+        return client_name(node - 1, self._clients) if node - 1 in self._numbers else None
+
+    @property
+    def measuring(self) -> Sequence[str]:
+        """See `Roster`."""
+        return self[: self._measuring]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return PopulationRoster(self._clients, self._measuring, self._numbers[index])
+        return client_name(self._numbers[index], self._clients)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return (client_name(number, self._clients) for number in self._numbers)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            number = client_number(name) if isinstance(name, str) else -1
+        except ValueError:
+            return False
+        return number in self._numbers and name == client_name(number, self._clients)
 
 
 class PopulationRecords:
@@ -48,7 +117,7 @@ class PopulationRecords:
             Refused: the plan does not fit.
         """
         why = self._own.run(run_id)
-        if self._charter.privacy.kind == "local" and not self.ledger.of("budget"):
+        if self._charter.privacy.kind != "none" and not self.ledger.of("budget"):
             budget = budget_of(self._charter)
             # A population's budget begins with its run, so nothing was spent before.
             if not budget.admits(events_of(self._plan)):
@@ -61,7 +130,7 @@ class PopulationRecords:
                 "budget",
                 {
                     "clients": self._population.clients,
-                    "unit": "record",
+                    "unit": self._charter.privacy.unit,
                     "adjacency": "add-or-remove-one",
                     "budget": budget.to_fields(),
                 },
@@ -78,7 +147,7 @@ class PopulationRecords:
         requests: Mapping[str, tuple[str, str]],
         attempt: int | None = None,
     ) -> None:
-        """Debit the whole cohort before any of it reads data."""
+        """Debit the whole cohort before any of it reads data; of a secret cohort, everybody who could be in it."""
         item = self._items.get(purpose)
         if item is None or (run_id, round_number, purpose) in self.debited:
             return  # opening and public evaluation cost nothing; after a crash the same debit pays
@@ -92,7 +161,7 @@ class PopulationRecords:
                 "event": event_fields(item.event),
                 "clip_norm": real(self._charter.privacy.clip_norm or 0.0) if protected_training else None,
                 "declared_records": self._population.declared_records,
-                "clients": _ranges(requests),
+                "clients": self._named(requests),
             },
         )
         self.debited.add((run_id, round_number, purpose))
@@ -111,8 +180,8 @@ class PopulationRecords:
     ) -> None:
         """Name the clients whose answers count."""
         if purpose in self._items:
-            good = [name for name, answer in replies.items() if answer.outcome == "ok"]
-            body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": _ranges(good)}
+            good = self._named(name for name, answer in replies.items() if answer.outcome == "ok")
+            body = {"run_id": run_id, "round": round_number, "purpose": purpose, "clients": good}
             if not any(e.body == body for e in self.ledger.of("cohort-commit")[-2:]):  # said again after a crash
                 self._append("cohort-commit", body)
 
@@ -130,6 +199,12 @@ class PopulationRecords:
     def close(self, run_id: str, rounds: int, model_sha256: str | None, why: str) -> dict[str, Any]:
         """See `Records`."""
         return self._own.close(run_id, rounds, model_sha256, why)
+
+    def _named(self, names: Iterable[str]) -> list[list[int]]:
+        """Who is named in an entry: with clients as the unit of privacy all, because being in a cohort is what is protected."""
+        if self._charter.privacy.unit == "client":
+            return [[0, self._population.clients - 1]]
+        return _ranges(names)
 
     def _append(self, kind: str, body: Mapping[str, Any]) -> None:
         self.ledger.append(kind, body, charter=self._sha256)
@@ -199,7 +274,7 @@ class PopulationGate:
 def _ranges(names: Iterable[str]) -> list[list[int]]:
     """Client names as inclusive ranges of their numbers."""
     found: list[list[int]] = []
-    for number in sorted(int(name.removeprefix("client-")) for name in names):
+    for number in sorted(map(client_number, names)):
         if found and found[-1][1] == number - 1:
             found[-1][1] = number
         else:

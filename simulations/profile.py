@@ -23,11 +23,11 @@ from typing import Any
 from rich.table import Table
 
 from ..clients import app as node_app
-from ..clients.noise import SecureNoise
 from ..common.cli import plain
 from ..common.flower import Message
 from ..common.heads import KeptHeads
 from ..common.ledger import Ledger
+from ..common.noise import SecureNoise
 from ..server.checkpoint import Checkpoint
 from ..server.rounds import Coordinator
 from ..server.strategies import ServerOptimizer
@@ -182,7 +182,7 @@ class Profile:
         scale = min(1.0, there_was / sum(told.values()))
         for phase, seconds in told.items():
             self._spent[TRAIN + phase] += seconds * scale
-        self._spent[WAIT] += there_was - scale * sum(told.values())
+        self._spent[WAIT] += max(0.0, there_was - scale * sum(told.values()))
 
     # -- what is measured --------------------------------------------------------------------------------------------
 

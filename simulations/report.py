@@ -9,6 +9,7 @@ places and rows; `templates/report.html.j2` draws them, autoescaped: names come 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import shlex
 from collections import Counter
@@ -19,6 +20,8 @@ from typing import Any
 from ..common.audit_report import BECAUSE
 from ..common.identity import write_whole
 from ..common.page import Axis, environment, exact, finite, number, short, spread, thin
+from .realism import LIMITS, duration, in_words, volume
+from .timelines import FATES
 
 _EACH = 30  # partners drawn and listed one by one; above this, their distribution
 _ALONE = 12  # "one partner alone" lines in the score chart; above this, a band
@@ -39,7 +42,9 @@ def write_report(path: Path, result: Mapping[str, Any], verdict: Mapping[str, An
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full. Nothing is left behind.
     """
-    page = environment("hansa.simulations").get_template("report.html.j2").render(_view(result, verdict, charter_words))
+    made = environment("hansa.simulations")
+    made.filters |= {"duration": duration, "volume": volume}
+    page = made.get_template("report.html.j2").render(_view(result, verdict, charter_words))
     write_whole(path, page.encode())
 
 
@@ -84,13 +89,15 @@ def _view(result: Mapping[str, Any], verdict: Mapping[str, Any], charter_words: 
         "mechanism": {k: number(privacy.get(k)) for k in ("noise_multiplier", "clip_norm")},
         "evaluation": _pick([result.get("evaluation") or {}], "kind", "rows")[0],
         "scores": _scores(result),
+        "system": _system(result),
         "budget": _budget(partners) if private else None,
         "trajectory": _trajectory(partners) if private else None,
         "partners": partners,
-        "listed": sorted(partners, key=_share, reverse=True)[:20] if len(partners) > _EACH else partners,
+        "total": _total(partners),
+        "listed": sorted(partners, key=_share, reverse=True)[:20] if _total(partners) > _EACH else partners,
         "differences": differences,
         "refusals": [(r, BECAUSE.get(r["reason"], r["reason"] or "of a reason not given")) for r in refusals],
-        "ledger_refusals": sum(p["refusals"] or 0 for p in partners),
+        "ledger_refusals": sum((p["refusals"] or 0) * p["clients"] for p in partners),
         "checked": [(k, checked.get(k)) for k in ("ledgers", "entries", "signatures")],
         "violations": violations,
         "warnings": warnings,
@@ -121,7 +128,7 @@ def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
         return {"sentence": None, "missing": missing}
     noise = stated["noise placement"]
     placed = _PLACED.get(str(noise), f"noise placement “{noise}”")
-    what = "The sums of all partners' updates" if noise == "shared" else "Each partner's updates"
+    what = _WHAT.get(str(noise), "Each partner's updates")
     sentence = (
         f"{what} are {stated['unit']}-level (ε = {exact(epsilon)}, δ = {exact(delta)})-"
         f"differentially private under {stated['adjacency']} adjacency, with {placed}; "
@@ -130,7 +137,12 @@ def _claim(privacy: Mapping[str, Any]) -> dict[str, Any]:
     return {"sentence": sentence, "missing": []}
 
 
+_WHAT = {
+    "shared": "The sums of all partners' updates",
+    "central": "The models of all rounds, together,",
+}
 _PLACED = {
+    "central": "noise added by the coordinator to the sum of clipped updates of a secret sample",
     "local": "noise added locally before anything leaves",
     "shared": "noise of which each partner adds a share before its update is masked",
 }
@@ -139,7 +151,7 @@ _PLACED = {
 def _partners(
     result: Mapping[str, Any], verdict: Mapping[str, Any], private: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row a partner, the audit's figures first, and what the result and the audit disagree about."""
+    """One row a partner (of a large population a history, which `clients` have), the audit's figures first; and where both disagree."""
     reported, audited = result.get("partners") or {}, verdict.get("partners") or {}
     privacy = result.get("privacy") or {}
     rows, differences = [], []
@@ -151,6 +163,7 @@ def _partners(
         if name not in reported:
             differences.append(f"{called} has a ledger, but is not in result.json.")
         row: dict[str, Any] = {"name": str(name), "unaudited": []}
+        row["clients"] = max(1, int(number(theirs.get("clients") or mine.get("clients")) or 1))
         # The odometer may be recomputed on another grid (1 % is its stated accuracy); the rest are sums.
         for key, words, tolerance in (
             ("epsilon", "ε by the odometer", 1e-2),
@@ -194,6 +207,10 @@ def _partners(
         row["trajectory"] = sorted(curve.items())
         rows.append(row)
     return rows, differences
+
+
+def _total(partners: Sequence[Mapping[str, Any]]) -> int:
+    return sum(p["clients"] for p in partners)
 
 
 def _share(row: Mapping[str, Any]) -> float:
@@ -257,6 +274,58 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     return view
 
 
+def _system(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The virtual clock: how long each round would last, and what became of whom it asked; None without one."""
+    system = result.get("system") or {}
+    # What is no round of ours is left out.
+    rows = [
+        row
+        for row in system.get("rounds") or []
+        if len(finite(row.get(key) for key in _ROUND_KEYS)) == len(_ROUND_KEYS)
+    ]
+    if not rows:
+        return None
+    shown = thin(rows, _BARS)
+    longest, most = max(r["seconds"] for r in rows), max(r["asked"] for r in rows)
+    unit, words = next(
+        ((u, w) for u, w in ((86400, "days"), (3600, "hours"), (60, "minutes")) if longest > 2 * u), (1, "seconds")
+    )
+    x = Axis(0, len(shown), 56, 740, 10, whole=True)
+    time, fates = Axis(0.0, longest / unit * 1.08, 150, 24, 4), Axis(0.0, most * 1.04, 330, 214, 4, whole=True)
+    step = (x.end - x.start) / len(shown)
+    bars = []
+    for index, row in enumerate(shown):
+        left, at = x.start + step * (index + 0.1), 0.0
+        stack = []
+        for fate in FATES:
+            top = fates(at + row[fate])
+            stack.append((fate.replace(" ", "-"), top, round(fates(at) - top, 1)))
+            at += row[fate]
+        height = round(time.start - time(row["seconds"] / unit), 1)
+        bars.append((round(left, 1), round(step * 0.8, 1), round(time.start - height, 1), height, stack))
+    every = max(1, len(shown) // 10)
+    ticks = [(round(x.start + step * (i + 0.5), 1), r["round"]) for i, r in enumerate(shown) if i % every == 0]
+    return {
+        "words": in_words({"rounds": rows, "totals": {key: sum(r[key] for r in rows) for key in _ROUND_KEYS}}),
+        "estimate": LIMITS,
+        "x": x,
+        "time": time,
+        "unit": words,
+        "fates": fates,
+        "bars": bars,
+        "ticks": ticks,
+        "of": len(rows),
+        "kinds": [(fate, fate.replace(" ", "-"), sum(r[fate] for r in rows)) for fate in FATES],
+        "table": [
+            (r["round"], r["seconds"], r["bytes_down"], r["bytes_up"], [r[f] for f in FATES]) for r in thin(rows, 12)
+        ],
+    }
+
+
+_BARS = 60
+_ROUND_KEYS = ("round", "seconds", "evaluate_s", "bytes_down", "bytes_up", "asked", *FATES)
+
+
 def _score_chart(
     curve: Sequence[tuple[int, float | None]], view: Mapping[str, Any], alone: Sequence[tuple[float, str]]
 ) -> dict[str, Any]:
@@ -311,21 +380,21 @@ def _caps(partners: Sequence[Mapping[str, Any]]) -> list[float]:
 def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """ε against its cap: two bars a partner, or two histograms and their quantiles when there are many."""
     keys = ("epsilon_filter", "epsilon", "epsilon_cap")
-    figures = {key: sorted(finite(p[key] for p in partners)) for key in keys}
-    top = max((values[-1] for values in figures.values() if values), default=0.0)
+    figures = {key: sorted((v, p["clients"]) for p in partners for v in finite([p[key]])) for key in keys}
+    top = max((values[-1][0] for values in figures.values() if values), default=0.0)
     if top <= 0:
         return None
     known = [p for p in partners if _share(p) >= 0]
     view: dict[str, Any] = {
-        "over": [p["name"] for p in partners if p["over"]],
-        "known": len(known),
+        "over": _total([p for p in partners if p["over"]]),
+        "known": _total(known),
         "closest": max(known, key=_share, default=None),
         "unaudited": any("epsilon" in p["unaudited"] or "epsilon_filter" in p["unaudited"] for p in partners),
         "bars": None,
         "histograms": None,
         "caps": _caps(partners),
     }
-    if len(partners) <= _EACH:
+    if _total(partners) <= _EACH:
         x = Axis(0.0, top * 1.04, 170, 590, 5)
         view["x"] = x
         view["bars"] = [
@@ -345,7 +414,9 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     x, width = Axis(0.0, top * 1.04, 56, 740, 8), max(cap, top / 5) / 20
     histograms = []
     for key, words in (("epsilon_filter", "ε by the filter"), ("epsilon", "ε by the odometer")):
-        counts = Counter(max(0, math.ceil(value / width - 1e-12) - 1) for value in figures[key])
+        counts = Counter[int]()
+        for value, n in figures[key]:
+            counts[max(0, math.ceil(value / width - 1e-12) - 1)] += n
         tallest = max(counts.values(), default=1)
         bars = [
             (
@@ -361,7 +432,7 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     view["x"], view["histograms"] = x, histograms
     # Nearest rank: every figure in the table is one partner's own.
     view["quantiles"] = [
-        (words, [v[round(q * (len(v) - 1))] if (v := figures[key]) else None for key in keys])
+        (words, [_quantile(figures[key], q) for key in keys])
         for words, q in (
             ("lowest", 0.0),
             ("quarter", 0.25),
@@ -371,6 +442,13 @@ def _budget(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         )
     ]
     return view
+
+
+def _quantile(values: Sequence[tuple[float, int]], share: float) -> float | None:
+    """Of (value, how many have it) in order."""
+    rank = round(share * (sum(n for _, n in values) - 1))
+    upto = list(itertools.accumulate(n for _, n in values))
+    return values[bisect.bisect_right(upto, rank)][0] if values else None
 
 
 def _trajectory(partners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

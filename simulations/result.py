@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..common.accounting import PrivacyEvent, odometer
 from ..common.charter import Charter
 from ..common.identity import write_whole
@@ -15,6 +17,7 @@ from ..common.plan import budget_of, event_from
 from ..server.rounds import Outcome, Refusing
 from .federation import Simulation
 from .population import client_name
+from .realism import told
 
 
 def make_result(
@@ -23,7 +26,7 @@ def make_result(
     """The contents of `result.json`, without baselines.
 
     ε is the odometer's (PLD, never below the truth), `epsilon_filter` what the enforcing filter counts; both over every
-    debit on the partner's dataset, at the charter's δ, record level, add-or-remove-one, with the charter's noise. None: unbounded.
+    debit on the partner's dataset, at the charter's δ and unit, add-or-remove-one, with the charter's noise. None: unbounded.
     """
     charter = simulation.signed.charter
     privacy = charter.privacy
@@ -51,6 +54,8 @@ def make_result(
         "partners": _partners(simulation),
         "refusals": _refusals(simulation, refusals),
         "timings": dict(timings),
+        "execution": crew.to_fields() if (crew := simulation.crew) is not None else None,
+        **told(simulation.grid),
     }
 
 
@@ -72,7 +77,7 @@ def score_rows(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         how = (
             "no privacy"
             if p["kind"] == "none"
-            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, record level, {p['noise']} noise"
+            else f"epsilon {p['epsilon']:g}, delta {p['delta']:g}, {p.get('unit', 'record')} level, {p['noise']} noise"
         )
         rows[f"federated, {how}"] = result["final"]
     for name, metrics in (found.get("local") or {}).items():
@@ -92,7 +97,7 @@ def _public_rows(simulation: Simulation) -> int | None:
     """How many public rows the scores are of; private held-out sizes are not told."""
     if simulation.signed.charter.evaluation.kind != "public":
         return None
-    return sum(len(d.open().held_out) for d in simulation.datasets.values())
+    return sum(len(simulation.datasets[name].open().held_out) for name in simulation.roster.measuring)
 
 
 def _refusals(simulation: Simulation, seen: list[Refusing]) -> list[dict[str, Any]]:
@@ -132,38 +137,46 @@ def _bill(charter: Charter, declared: int, spent: list[PrivacyEvent], rounds: in
     }
 
 
+LISTED = 1000
+"""Clients that are listed one by one; of more, those with one history are one item, under the name of the first."""
+
+
 def _population(simulation: Simulation) -> dict[str, Any]:
-    """Clients with the same history share the same bill, which is computed once."""
-    charter = simulation.signed.charter
+    """Clients with the same history share the same bill, which is computed once. `clients` says how many they are, above LISTED."""
+    charter, entries = simulation.signed.charter, simulation.run_ledger.of("cohort-debit", "cohort-commit")
     assert charter.population is not None
-    ledger = simulation.run_ledger
-    debits: list[list[Any]] = [[] for _ in range(charter.population.clients)]
-    rounds = [0] * charter.population.clients
-    for index, entry in enumerate(ledger.of("cohort-debit")):
-        for first, last in entry.body["clients"]:
-            for number in range(first, last + 1):
-                debits[number].append(index)
-    committed: set[tuple[int, str, int]] = set()
-    for entry in ledger.of("cohort-commit"):
-        for first, last in entry.body["clients"] if entry.body["purpose"] == "train" else ():
-            for number in range(first, last + 1):
-                key = (number, entry.body["run_id"], entry.body["round"])
-                rounds[number] += key not in committed
-                committed.add(key)
-    events = [event_from(e.body["event"]) for e in ledger.of("cohort-debit")]
-    bills: dict[tuple[Any, ...], dict[str, Any]] = {}
-    found = {}
-    for number in range(charter.population.clients):
-        # What counts is how often each event was debited, not when.
-        history = (*sorted(str(events[i]) for i in debits[number]), rounds[number])
-        if history not in bills:
-            mine = [events[i] for i in debits[number]]
-            bills[history] = _bill(
-                charter,
-                charter.population.declared_records,
-                [e for e in mine if e is not None],
-                rounds[number],
-                any(e is None for e in mine),
-            )
-        found[client_name(number)] = bills[history]
-    return found
+    clients = charter.population.clients
+    # What counts is how often each event was debited, how many rounds were trained, and what was committed; not when.
+    columns: dict[str, np.ndarray[Any, np.dtype[np.int32]]] = {}
+    events: dict[str, PrivacyEvent | None] = {}
+    seen = set()
+    for entry in entries:
+        body = entry.body
+        if (at := (entry.type, body["run_id"], body["round"], body["purpose"])) in seen:
+            continue  # the same again, after a crash
+        seen.add(at)
+        kinds = ["commits"] + ["rounds"] * (body["purpose"] == "train")
+        if entry.type == "cohort-debit":
+            kinds = [str(body["event"])]
+            events[kinds[0]] = event_from(body["event"])
+        ends = np.asarray(body["clients"], dtype=np.int64).reshape(-1, 2)
+        for kind in kinds:
+            # Differences between neighbours; ranges do not overlap.
+            steps = columns.setdefault(kind, np.zeros(clients + 1, np.int32))
+            steps[ends[:, 0]] += 1
+            steps[ends[:, 1] + 1] -= 1
+    histories = np.zeros(clients, np.int64)
+    counts = {kind: np.cumsum(steps)[:clients] for kind, steps in columns.items()}
+    for column in counts.values():
+        histories = np.unique(histories * (int(column.max()) + 1) + column, return_inverse=True)[1]
+    firsts, sizes = np.unique(histories, return_index=True, return_counts=True)[1:]
+    bills = []
+    for first in firsts:
+        mine = [events[kind] for kind in events for _ in range(counts[kind][first])]
+        rounds = int(counts["rounds"][first]) if "rounds" in counts else 0
+        bounded = [event for event in mine if event is not None]
+        bills.append(_bill(charter, charter.population.declared_records, bounded, rounds, len(bounded) < len(mine)))
+    if clients <= LISTED:
+        return {client_name(number, clients): bills[history] for number, history in enumerate(histories)}
+    found = sorted(zip(firsts, sizes, bills, strict=True), key=lambda one: int(one[0]))
+    return {client_name(int(first), clients): {**bill, "clients": int(size)} for first, size, bill in found}

@@ -7,6 +7,7 @@ import math
 import zlib
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,12 @@ import torch
 from ..clients.datasets import Rows
 from ..common.errors import DataError, counted
 
-__all__ = ["packaged", "population", "synthetic"]
+__all__ = ["arrays", "packaged", "population", "synthetic"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+Owners = npt.NDArray[np.int64]
 
 
 def population(name: str) -> tuple[Rows, Rows | None]:
@@ -36,7 +40,61 @@ def population(name: str) -> tuple[Rows, Rows | None]:
         return _fashion_mnist("train"), _fashion_mnist("t10k")
     if name == "synthetic":
         return synthetic(1000, 20, seed=0), None
-    raise DataError(f"no data set {name!r}", "Allowed are digits, fashion-mnist, synthetic.")
+    raise DataError(
+        f"no data set {name!r}",
+        "Allowed are digits, fashion-mnist, synthetic, and a folder of x.npy and y.npy: write its path with a /.",
+    )
+
+
+def arrays(folder: Path) -> tuple[Rows, Rows | None, Owners | None]:
+    """A folder of one's own as a data set: rows, public test rows if it has any, and whose each row is if it says so.
+
+    `x.npy` float32 [n, ...], `y.npy` integers [n], and, if they are there, `x_test.npy`, `y_test.npy` and `client.npy` (integers [n],
+    from 0). x is mapped, not read: of a large file only what a client asks for comes into memory.
+
+    Raises:
+        DataError: a file is missing, or is other than described.
+    """
+    rows = _mapped(folder / "x.npy", folder / "y.npy")
+    test = _mapped(folder / "x_test.npy", folder / "y_test.npy") if (folder / "x_test.npy").exists() else None
+    if test is not None and test.x.shape[1:] != rows.x.shape[1:]:
+        raise DataError(f"{folder}/x_test.npy: rows of another shape than those of x.npy", _ARRAYS)
+    if not (folder / "client.npy").exists():
+        return rows, test, None
+    owners = _integers(folder / "client.npy", len(rows))
+    if owners.min(initial=0) < 0:
+        raise DataError(f"{folder}/client.npy: {owners.min()} is no client", "Clients are numbered from 0.")
+    return rows, test, owners
+
+
+_ARRAYS = "docs/configuration.md says which arrays a population's folder has."
+
+
+def _mapped(x: Path, y: Path) -> Rows:
+    features = _array(x)
+    if features.dtype != np.float32 or features.ndim < 2:
+        raise DataError(
+            f"{x}: {features.dtype} with {counted(features.ndim, 'dimension')}, not float32 [n, ...]", _ARRAYS
+        )
+    return Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features))))
+
+
+def _integers(path: Path, n: int) -> npt.NDArray[np.int64]:
+    found = _array(path)
+    if found.dtype.kind not in "iu" or found.shape != (n,):
+        raise DataError(f"{path}: {found.dtype} {list(found.shape)}, not integers [{n}]", _ARRAYS)
+    return np.asarray(found, np.int64)
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    try:
+        # "c": pages that nobody writes stay the file's. Objects, which would be unpickled, are refused.
+        found: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")
+    except FileNotFoundError:
+        raise DataError(f"no file {path}", _ARRAYS) from None
+    except (OSError, ValueError, EOFError) as err:
+        raise DataError(f"{path}: cannot be read as an array: {err}", _ARRAYS) from err
+    return found
 
 
 def synthetic(rows: int, features: int, seed: int) -> Rows:

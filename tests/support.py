@@ -22,7 +22,7 @@ from hansa.clients.law import Control, SiteLaw
 from hansa.clients.outbox import Outbox
 from hansa.clients.settings import SiteSettings
 from hansa.common.charter import Charter, SignedCharter
-from hansa.common.config import Federation
+from hansa.common.config import SIGNED_PARTNERS_MAX, Federation
 from hansa.common.heads import KeptHeads
 from hansa.common.identity import Identity
 from hansa.common.ledger import Counter, Ledger
@@ -31,6 +31,7 @@ from hansa.common.tasks import Task
 from hansa.common.tasks.schema import ArraySchema
 from hansa.common.verifier import verify_bundle
 from hansa.server.rounds import Outcome
+from hansa.simulations.execution import Execution
 from hansa.simulations.federation import Simulation
 from hansa.simulations.result import make_result, save_result
 
@@ -277,7 +278,9 @@ def run(settings: Federation, out: Path, resume: bool = False, die_at: int | Non
         if count == die_at:
             raise Killed
 
-    simulation = Simulation(settings, Path(), out, resume=resume, notify=notify)
+    # What a trial finds fastest differs from time to time, and so would the last bits.
+    execution = Execution(batched=True, chunk=8, workers=0) if settings.size > SIGNED_PARTNERS_MAX else None
+    simulation = Simulation(settings, Path(), out, resume=resume, notify=notify, execution=execution)
     try:
         outcome = simulation.run()
         if outcome.model is not None:

@@ -50,8 +50,8 @@ from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext
 from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-from hansa.clients.noise import SecureNoise
 from hansa.common.identity import Identity
+from hansa.common.noise import SecureNoise
 from hansa.common.secagg import (
     Agreement,
     Revealed,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hansa.clients.datasets import Rows
-from hansa.clients.noise import SecureNoise
 from hansa.clients.training import LocalSettings, train_locally
+from hansa.common.noise import SecureNoise
 
 pytestmark = pytest.mark.bench
 

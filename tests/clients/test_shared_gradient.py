@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hansa.clients import training
 from hansa.clients.datasets import Rows
-from hansa.clients.noise import SecureNoise
 from hansa.clients.training import FINER, shared_gradient
 from hansa.common.errors import ConfigError, MessageError
+from hansa.common.noise import SecureNoise
 from hansa.common.shared_noise import SharedGaussian, grid_for
 
 SIZE = 5 * 8 + 8 + 8 * 3 + 3

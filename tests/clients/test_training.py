@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hansa.clients import training
 from hansa.clients.datasets import Rows
-from hansa.clients.noise import SecureNoise
-from hansa.clients.training import LocalSettings, check_model, train_locally
+from hansa.clients.training import Descent, LocalSettings, check_model, train_locally
 from hansa.common.errors import ConfigError, MessageError, Refusal, Refused, TaskError
+from hansa.common.noise import SecureNoise
 
 
 def loss(output: Tensor, labels: Tensor) -> Tensor:
@@ -130,9 +130,8 @@ def test_steps_taken_noise_drawn_and_event_agree(silent, monkeypatch, optimizer,
         momentum=momentum,
     )
     taken = []
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
-    step = kind.step
-    monkeypatch.setattr(kind, "step", lambda self: (taken.append(1), step(self))[1])
+    step = Descent.step
+    monkeypatch.setattr(Descent, "step", lambda self, *given: (taken.append(1), step(self, *given))[1])
     run(settings, rows(20))
     event = settings.event
     assert event is not None

@@ -361,7 +361,8 @@ def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
     names = [] if shape.clients else [f"hospital-{i}" for i in range(shape.partners)]
     people = {name: identity(name, shape.seed) for name in [*names, COORDINATOR]}
     numbers = {"epsilon": 1.0, "delta": 1e-4, "clip_norm": 0.5}
-    privacy = {"kind": "none"} if shape.kind == "none" else {"kind": shape.kind, **numbers}
+    privacy: dict[str, Any] = {"kind": "none"} if shape.kind == "none" else {"kind": shape.kind, **numbers}
+    central = shape.kind == "central"
     config: dict[str, Any] = {
         "name": "test",
         "task": "heart-disease",
@@ -374,6 +375,9 @@ def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
         | ({"noise_multiplier": 50.0, "every": 2} if shape.evaluation == "private" else {}),
         "quorum": shape.quorum,
     }
+    if central:
+        config["privacy"]["unit"], config["quorum"] = "client", 0
+        config["algorithm"] |= {"participation": shape.participation, "weighting": "uniform"}
     if shape.secure is not None:
         config["secure_aggregation"] = {"colluding": shape.secure, "retries": shape.retries, "dimension": 72}
     if shape.clients:
@@ -386,7 +390,8 @@ def signed_charter(shape: Shape) -> tuple[SignedCharter, dict[str, Identity]]:
         if shape.evaluation == "private":
             steps += 1
         more = 1.1 if shape.evaluation == "private" or shape.kind == "shared" else 1
-        sigma = Budget.create(1.0, 1e-4).calibrate(shape.q, steps) * more
+        q, steps = (shape.participation, shape.rounds) if central else (shape.q, steps)
+        sigma = Budget.create(1.0, 1e-4).calibrate(q, steps) * more
     charter = draft(
         Federation.model_validate(config),
         task_sha256=digest("task"),
@@ -826,7 +831,8 @@ def plan_fields(shape: Shape, signed: SignedCharter) -> list[dict[str, Any]]:
     sigma = signed.charter.privacy.noise_multiplier
     event: dict[str, Any] = dict(NONE)
     if sigma is not None:
-        event = {"mechanism": "poisson-gaussian/1", "q": real(shape.q), "sigma": real(sigma), "steps": shape.steps}
+        q, steps = (shape.participation, 1) if shape.kind == "central" else (shape.q, shape.steps)
+        event = {"mechanism": "poisson-gaussian/1", "q": real(q), "sigma": real(sigma), "steps": steps}
     if shape.kind == "shared":
         assert sigma is not None
         assert shape.secure is not None
@@ -859,9 +865,15 @@ def _population(made: Draft, shape: Shape) -> None:
     crash = random.Random(shape.crashes) if shape.crashes is not None else None
     plan = plan_fields(shape, made.signed)
     made.add(COORDINATOR, "run", run_id="run-1")
-    if charter.privacy.kind == "local":
+    everybody = [[0, shape.clients - 1]] if charter.privacy.unit == "client" else None
+    if charter.privacy.kind != "none":
         agreed = Budget.create(charter.privacy.epsilon, charter.privacy.delta).to_fields()
-        fields = {"clients": shape.clients, "unit": "record", "adjacency": "add-or-remove-one", "budget": agreed}
+        fields = {
+            "clients": shape.clients,
+            "unit": charter.privacy.unit,
+            "adjacency": "add-or-remove-one",
+            "budget": agreed,
+        }
         made.add(COORDINATOR, "budget", **fields)
     made.add(COORDINATOR, "cohort-hold", run_id="run-1", plan=plan)
     for number in range(1, shape.rounds + 1):
@@ -872,11 +884,12 @@ def _population(made: Draft, shape: Shape) -> None:
             "event": dict(plan[0]["event"]),
             "clip_norm": None if clip is None else real(clip),
             "declared_records": 100,
-            "clients": _ranges(cohort),
+            "clients": everybody or _ranges(cohort),
         }
         for _ in range(2 if crash and crash.random() < 0.4 else 1):
             made.add(COORDINATOR, "cohort-debit", **debit)
-            made.add(COORDINATOR, "cohort-commit", **at, clients=_ranges(cohort[: max(1, len(cohort) - 1)]))
+            good = everybody or _ranges(cohort[: max(1, len(cohort) - 1)])
+            made.add(COORDINATOR, "cohort-commit", **at, clients=good)
         last = number == shape.rounds
         model = sha256(MODEL) if last else digest("model", number)
         made.add(
@@ -909,7 +922,10 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
         "privacy": {
             key: getattr(charter.privacy, key) for key in ("kind", "epsilon", "delta", "noise_multiplier", "clip_norm")
         }
-        | {"noise": charter.privacy.kind, "adversary": charter.adversary},
+        | {"noise": charter.privacy.kind, "adversary": charter.adversary}
+        | (
+            {"unit": "client"} if charter.privacy.unit == "client" else {}
+        ),  # the golden bundle's bytes stay as they are
         "partners": {
             name: {"declared_records": declared.get(name, 100), **{key: p[key] for key in keys}}
             for name, p in verdict["partners"].items()

@@ -139,6 +139,10 @@ def test_shared_noise_is_never_called_local(audited: Callable[..., int], capsys:
         assert "noise: shared (each partner adds a share" in text, name
         assert adversary(0) in text, name
         assert "everyone but" not in text, name
+    # Of shared noise an ε is no bound on what anyone sees: a single vector leaves the node with its share alone.
+    assert "Whatever the adversary named above sees of the sums that that node's vectors are in, it is" in page.text
+    assert "Whatever anyone sees" not in page.text
+    assert "less that adversary can learn" in page.text
     assert "shared Gaussian noise (quorum 4, colluding 0) 1 (all records) 30.125" in page.section("partner-1")
     assert audited(made) == 0
     shown = _flat(capsys.readouterr().out)

@@ -240,7 +240,7 @@ def test_noise_is_another_word_for_kind_and_in_a_charter_there_is_one_word() -> 
     [
         ({"secure_aggregation": None}, "secure_aggregation is missing"),
         ({"secure_aggregation": {**SECURE, "dimension": None}}, "dimension is missing"),
-        ({"secure_aggregation": {**SECURE, "colluding": 2}}, "at least 4"),
+        ({"secure_aggregation": {**SECURE, "colluding": 2}}, "too many of 3 partners"),
         ({"quorum": 2}, "at least 3"),
         ({"algorithm__weighting": "uniform"}, "weighting must be declared"),
         ({"algorithm__local__steps": 2}, "steps must be 1"),
@@ -265,6 +265,10 @@ def test_words_for_shared_noise(colluding: int, words: str) -> None:
         "ask for 2 rounds again, each of which is paid for",
     ):
         assert one in said, one
+    together = "at most one partner works with it" if colluding else "no partner works with it"
+    assert f"this holds while {together}; {2 + colluding} partners' shares open a sum" in said
+    none = in_words(charter(privacy=SHARED, secure_aggregation={**SECURE, "retries": 0}, quorum=3))
+    assert "no round may be asked again" in none
     local = charter(secure_aggregation=SECURE, quorum=3).charter
     assert local.adversary.startswith("everyone but the partner itself")
 

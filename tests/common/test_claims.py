@@ -87,6 +87,23 @@ def test_shared_noise_is_right_under_secure_aggregation_only(tmp_path: Path) -> 
     assert (bare.code, bare.severity) == ("bare-epsilon", Severity.REFUSE)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("colluding", "coluding", "secure_aggregation.colluding is missing"),
+        ("{colluding: 0}", "true", "secure_aggregation.colluding is missing"),
+        ("noise: shared", "noise: sharde", "privacy.noise must be local, shared, central or none"),
+        ("noise: shared", "kind: {is: shared}", "privacy.kind must be local, shared, central or none"),
+    ],
+)
+def test_a_slip_in_our_own_configuration_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert SHARED.count(old) == 1
+    (bare,) = found(SHARED.replace(old, new), tmp_path)
+    assert bare.code == "bare-epsilon"
+    assert words in bare.what
+    assert "no unit" not in bare.what
+
+
 def test_no_protection_is_flagged_by_either_word(tmp_path: Path) -> None:
     for word in ("kind", "noise"):
         bare = OURS.replace("kind: local, epsilon: 1.0, delta: 1.0e-4, clip_norm: 1.0", f"{word}: none")

@@ -95,14 +95,15 @@ BAD: list[tuple[str, str, int, str, tuple[str, ...]]] = [
     ("  clip_norm: 1.0\n", "", 14, "privacy", ("needs clip_norm",)),
     ("clip_norm: 1.0", "clip_norm: 1.0\n  noise_multiplier: 0.29", 18, "privacy.noise_multiplier", ("0.29", "0.3")),
     ("clip_norm: 1.0", "clip_norm: 1.0\n  kind: none", 14, "privacy", ("kind none takes no epsilon",)),
-    ("clip_norm: 1.0", "clip_norm: 1.0\n  unit: client", 18, "privacy.unit", ("'client'", "'record'")),
+    ("clip_norm: 1.0", "clip_norm: 1.0\n  unit: client", 18, "privacy.unit", ("unit client goes with kind central",)),
     ("kind: public", "kind: secret", 18, "evaluation.kind", ("'secret'", "'none', 'public' or 'private'")),
     ("kind: public", "kind: private", 18, "evaluation", ("noise_multiplier goes with",)),
     ("kind: public", "kind: private, noise_multiplier: 0.1", 18, "evaluation.noise_multiplier", ("0.1", "0.3")),
     ("kind: public", "kind: public, test_fraction: 1", 18, "evaluation.test_fraction", ("1", "less than 1")),
     ("kind: public", "kind: public, bins: 7", 18, "evaluation.bins", ("7", "multiple of 2")),
     ("quorum: 2", "quorum: 3", 19, "quorum", ("quorum 3 is more than the 2 partners",)),
-    ("quorum: 2", "quorum: 0", 19, "quorum", ("0", "greater than or equal to 1")),
+    ("quorum: 2", "quorum: 0", 19, "quorum", ("quorum must be 1 or more",)),
+    ("quorum: 2", "quorum: -1", 19, "quorum", ("-1", "greater than or equal to 0")),
     ("participation: 1.0", "participation: 0.5", 19, "quorum", ("quorum 2 is more than the 1 partner",)),
     ("name: fedavg", "name: fedavg, eta: 0.1", 9, "algorithm.strategy", ("fedavg does not take eta", "no parameters")),
     ("name: fedavg", "name: fedprox", 9, "algorithm.strategy", ("needs proximal_mu above 0",)),
@@ -161,7 +162,7 @@ def test_secure_aggregation_goes_with_every_kind(tmp_path: Path, kind: str) -> N
 # (what stands in SHARED, what is put there, the key, what else the message says)
 BAD_SHARED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("noise: shared", "noise: shared\n  kind: shared", "privacy.noise", ("unknown key",)),
-    ("noise: shared", "noise: central", "privacy", ("'local', 'shared' or 'none'",)),
+    ("noise: shared", "noise: elsewhere", "privacy", ("'local', 'shared', 'central' or 'none'",)),
     ("  clip_norm: 1.0\n", "", "privacy", ("kind shared needs clip_norm",)),
     ("secure_aggregation: {colluding: 1, retries: 2}", "", "(whole file)", ("secure_aggregation is missing", "colluding")),
     ("colluding: 1, ", "", "secure_aggregation.colluding", ("missing",)),
@@ -170,12 +171,12 @@ BAD_SHARED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("retries: 2", "retries: 2, threshold: 2", "secure_aggregation.threshold", ("unknown key",)),
     ("retries: 2", "retries: 2, dimension: 0", "secure_aggregation.dimension", ("greater than or equal to 1",)),
     ("  cy: {data: c.csv, declared_records: 60}\n", "", "quorum", ("quorum 3 is more than the 2",)),
-    ("colluding: 1", "colluding: 2", "quorum", ("quorum 3", "colluding 2", "at least 4")),
+    ("colluding: 1", "colluding: 2", "secure_aggregation.colluding", ("2 is too many of 3 partners", "At most 1")),
     ("quorum: 3", "quorum: 2", "quorum", ("quorum 2", "colluding 1", "of 3 partners at least 3")),
     ("steps: 1", "steps: 2", "algorithm.local.steps", ("must be 1", "one gradient step")),
     ("name: sgd", "name: adam", "algorithm.local.optimizer", ("sgd without momentum", "server_momentum")),
     ("lr: 0.2", "lr: 0.2, momentum: 0.5", "algorithm.local.optimizer", ("sgd without momentum",)),
-    ("name: fedavg", "name: fedprox, proximal_mu: 0.1", "algorithm.strategy", ("fedprox",)),
+    ("name: fedavg", "name: fedprox, proximal_mu: 0.1", "algorithm.strategy", ("must not be fedprox", "fedavg does the same")),
     ("rounds: 10", "rounds: 10\n  weighting: uniform", "algorithm.weighting", ("must be declared",)),
 ]  # fmt: skip
 
@@ -190,6 +191,50 @@ def test_what_secure_aggregation_cannot_keep(
     assert f": {key}" in caught.value.message
     for word in words:
         assert word in caught.value.message
+
+
+CENTRAL = (
+    GOOD[: GOOD.index("partners:")]
+    + "population: {dataset: digits, clients: 500}\n"
+    + GOOD[GOOD.index("algorithm:") :]
+    .replace("participation: 1.0", "participation: 0.1\n  weighting: uniform")
+    .replace("  epsilon: 1.0", "  kind: central\n  unit: client\n  epsilon: 1.0")
+    .replace("quorum: 2", "quorum: 0")
+)
+
+
+def test_central_noise_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, CENTRAL)
+    assert (config.privacy.kind, config.privacy.unit, config.quorum) == ("central", "client", 0)
+
+
+# (what stands in CENTRAL, what is put there, the key at whose line it is said, what else the message says)
+BAD_CENTRAL: list[tuple[str, str, str, tuple[str, ...]]] = [
+    ("  unit: client\n", "", "privacy", ("unit client goes with kind central",)),
+    ("kind: central", "kind: local", "privacy.unit", ("unit client goes with kind central",)),
+    ("unit: client", "unit: user", "privacy.unit", ("'record' or 'client'",)),
+    ("population: {dataset: digits, clients: 500}", "partners: {ada: {data: a, declared_records: 9}, ben: {data: b, declared_records: 9}}",
+     "privacy.kind", ("simulated populations only", "trusted")),
+    ("quorum: 0", "quorum: 1", "quorum", ("must be 0", "secret")),
+    ("weighting: uniform", "weighting: declared", "algorithm.weighting", ("must be uniform",)),
+    ("kind: public", "kind: private, noise_multiplier: 5", "evaluation.kind", ("private charges records",)),
+    ("quorum: 0", "quorum: 0\nsecure_aggregation: {colluding: 0}", "secure_aggregation", ()),
+    ("delta: 1.0e-4", "delta: 0.002", "privacy.delta", ("not below 1/n", "0.002 for 500 clients")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "key", "words"), BAD_CENTRAL, ids=[b[1][-40:] for b in BAD_CENTRAL])
+def test_what_central_noise_cannot_keep(tmp_path: Path, old: str, new: str, key: str, words: tuple[str, ...]) -> None:
+    assert CENTRAL.count(old) == 1
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text := CENTRAL.replace(old, new))
+    first = key.split(".")[0]
+    line = next(n for n, one in enumerate(text.splitlines(), 1) if one.startswith(f"{first}:"))
+    places = [int(part.split(":")[1]) for part in caught.value.message.splitlines() if f": {key}: " in part]
+    assert places, caught.value.message
+    assert line <= places[0] <= line + 8
+    for word in words:
+        assert word in caught.value.message, caught.value.message
 
 
 def test_secure_aggregation_needs_three_partners_with_keys(tmp_path: Path) -> None:

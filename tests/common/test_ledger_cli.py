@@ -377,3 +377,29 @@ def test_an_entry_that_does_not_say_what_its_type_says_is_no_fault(place: Path, 
     key = identity("ada").key
     (place / "ledger.jsonl").write_bytes(redacted((place / "ledger.jsonl").read_bytes(), lambda e: e.seq == 0, key))
     assert said("show", "--type", UNDISCLOSED)[0] == 0
+
+
+def test_masked_rounds_in_words(place: Path, said: Said) -> None:
+    """Who is summed, at which attempt, and that the noise was shared."""
+    ledger = Ledger(place / "ledger.jsonl", identity("ada"), {})
+    event = {"mechanism": "shared-gaussian/1", "steps": 1, "q": "1.0", "sigma": "15.36", "quorum": 3, "colluding": 1}
+    debit = {"round": 4, "purpose": "train", "event": event}
+    names = ["ada", "ben", "cid"]
+    for attempt in (0, 1):
+        ledger.append("debit", {**debit, "masked": {"agreement": "c0ffee" * 8, "attempt": attempt}})
+        ledger.append("survivors", {"round": 4, "attempt": attempt, "agreement": "c0ffee" * 8, "survivors": names})
+        ledger.append("ask", {"round": 4, "attempt": attempt, "purpose": "agree", "requests": dict.fromkeys(names)})
+    ledger.close()
+    for line, words in zip(
+        said("show")[1].splitlines()[-6:],
+        (
+            "round 4 train: 1 step, q 1.0, sigma 15.36, shared (quorum 3, colluding 1)",
+            "round 4: signed the list ada, ben, cid; agreement c0ffeec0",
+            "round 4 agree: ada, ben, cid",
+            "round 4 train, attempt 2: 1 step, q 1.0, sigma 15.36, shared (quorum 3, colluding 1)",
+            "round 4, attempt 2: signed the list ada, ben, cid; agreement c0ffeec0",
+            "round 4 agree, attempt 2: ada, ben, cid",
+        ),
+        strict=True,
+    ):
+        assert line.endswith("  " + words), line

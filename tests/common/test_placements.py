@@ -45,6 +45,12 @@ def test_both_placements_are_calibrated_for_one_cap(kind: str, quorum: int, coll
     assert local["std_of_sum"] == 2 * local["noise_multiplier"]
 
 
+def test_the_sum_is_of_those_who_are_asked() -> None:
+    found = compared(agreed(algorithm={**ONE_STEP, "participation": 0.75}))
+    assert found is not None
+    assert [row["noise_factor"] for row in found["rows"]] == [1.0, math.sqrt(3)]
+
+
 def test_noise_that_was_given_is_set_aside_to_compare() -> None:
     given = agreed(privacy={**PRIVACY, "kind": "shared", "noise_multiplier": 50.0})
     assert compared(given) == compared(agreed())
@@ -83,7 +89,7 @@ def test_what_secure_aggregation_comes_to() -> None:
     wrap = figures.pop("log2_wrap")
     # C / (256 sqrt(d)) = 2 / 2172, and the next power of two below.
     assert figures == {
-        "partners": 4, "quorum": 3, "colluding": 0, "threshold": 3, "dimension": 72, "grid": 2.0**-11, "ring_bits": 32,
+        "partners": 4, "asked": 4, "quorum": 3, "colluding": 0, "threshold": 3, "dimension": 72, "grid": 2.0**-11, "ring_bits": 32,
         "vector_bytes": 288, "rounds": 20, "retries": 1, "rounds_paid_for": 21,
     }  # fmt: skip
     # 735 declared records, a tenth more, each with its clip of 4096 steps of the grid, and half a step of rounding a partner.

@@ -6,7 +6,7 @@ import pytest
 
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import Charter
-from hansa.common.errors import LedgerError
+from hansa.common.errors import LedgerError, Refused
 from hansa.common.plan import (
     PlanItem,
     budget_of,
@@ -148,3 +148,11 @@ def test_what_stops_a_run_is_every_cap_that_does_not_admit_it() -> None:
 @pytest.mark.parametrize("true", [0, 1, 2, 5, 7, 8, 9, 1000])
 def test_largest(true: int, most: int) -> None:
     assert largest(lambda n: n <= true, most) == min(true, most)
+
+
+def test_evaluations_that_alone_cost_too_much_are_named() -> None:
+    c = charter(algorithm__rounds=50, evaluation={**PRIVATE, "noise_multiplier": 1.0})
+    unknown = c.charter.privacy.model_copy(update={"noise_multiplier": None})
+    with pytest.raises(Refused, match="the plan's private evaluations alone cost") as caught:
+        calibrated(c.charter.model_copy(update={"privacy": unknown}))
+    assert "evaluation.every" in caught.value.hint

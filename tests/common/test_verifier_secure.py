@@ -23,7 +23,7 @@ from hansa.common.shared_noise import SharedGaussian, grid_for
 from hansa.common.verifier import Bad, Terms, verify_bundle
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bundles import OTHER, Draft, Shape, any_secure_shape, digest, honest, result_for, signed_charter
+from bundles import OTHER, Draft, Item, Shape, any_secure_shape, digest, honest, result_for, signed_charter
 from test_verifier import (
     COORD,
     L0,
@@ -543,6 +543,33 @@ def test_a_list_that_was_signed_may_be_refused_when_it_is_asked_for_again(tmp_pa
     assert [w["what"] for w in verdict["warnings"] if w["code"] == "unanswered"] == [
         "a list of survivors whose answer the coordinator did not record"
     ]
+
+
+def of_any(made: Draft, kind: str, number: int, purpose: str) -> Item:
+    """The first question or answer of that round, with an attempt or without."""
+    return next(
+        i for i in made.books[C] if i.kind == kind and (i.data["round"], i.data["purpose"]) == (number, purpose)
+    )
+
+
+@pytest.mark.parametrize("first", ["refused", "done"])
+@pytest.mark.parametrize(("purpose", "kind"), [("open", "hold"), ("train", "commit"), ("evaluate", "public")])
+def test_what_was_done_may_be_refused_before_or_after(tmp_path: Path, purpose: str, kind: str, first: str) -> None:
+    """A site that paused is asked again later, and its answer is lost; or it is asked again when its run is over, and its key gone."""
+    number, silent = (0, ((1, 0, "train", P2),)) if purpose == "open" else (1, ())
+    made = fresh(Shape(partners=3, rounds=1, quorum=2, silent=silent))
+    if purpose == "train":
+        made.entry(C, "round")["partners"].remove(P2)
+    asks, replies = (of_any(made, kind, number, purpose).data for kind in ("ask", "answers"))
+    asked = asks["requests"][P2]
+    replies["replies"][P2] |= {"outcome": "refused: paused", "reply_sha256": digest("no")}
+    books = made.books[P2]
+    (at_act,) = (n for n, i in enumerate(books) if i.kind == kind and i.data["request_id"] == asked["request_id"])
+    about = {"run_id": "run-1", "round": number or None, "reason": "paused", "detail": "x"}
+    made.add(P2, "refuse", None, at_act if first == "refused" else at_act + 1, **asked, **about)
+    verdict = verdict_of(made.write(tmp_path / "b"))
+    assert verdict["violations"] == []
+    assert [w["what"] for w in verdict["warnings"]] == [f"a {kind} whose answer the coordinator did not record"]
 
 
 # -- result.json ------------------------------------------------------------------------------------------------

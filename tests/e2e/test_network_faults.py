@@ -367,7 +367,7 @@ NODE_POINTS = {
         "hansa.clients.gate:Gate.debit:before:1:kill",
         "hansa.clients.gate:Gate.debit:after:1:kill",
         "hansa.clients.app:train_locally:before:1:kill",
-        "hansa.clients.noise:SecureNoise.gaussian:before:2:kill",
+        "hansa.common.noise:SecureNoise.gaussian:before:2:kill",
     ],
     "switzerland": [  # after training
         "hansa.clients.app:train_locally:after:1:kill",

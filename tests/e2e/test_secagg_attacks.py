@@ -24,15 +24,15 @@ import torch
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.gate import Gate
 from hansa.clients.law import Control
-from hansa.clients.noise import SecureNoise
 from hansa.clients.outbox import Outbox
 from hansa.common import secagg
 from hansa.common.certificates import check_peer, read_certificate
-from hansa.common.errors import IdentityError, MessageError, Refusal, RunFailed
+from hansa.common.errors import ConfigError, IdentityError, MessageError, Refusal, RunFailed
 from hansa.common.flower import Message
 from hansa.common.identity import Envelope, Identity, canonical, read_envelope, write_envelope
 from hansa.common.masking import revealed_from
 from hansa.common.messages import Manifest, to_bytes
+from hansa.common.noise import SecureNoise
 from hansa.common.secagg import KEY_TYPE, LIST_TYPE, Ring, agree, new_key, signed_key
 from hansa.simulations.federation import Simulation
 from masked_support import (
@@ -720,6 +720,24 @@ def test_after_a_run_was_signed_for_but_not_closed(plot: Plot) -> None:
             plot.refused(ask, Refusal.NOT_HELD, "this run is not open here", tensors)
 
 
+@pytest.mark.parametrize("how", ["signed for", "ended"])
+def test_a_key_is_forgotten_when_its_run_is_over(town: Town, how: str) -> None:
+    """Also without a request to close: at a checkpoint that is to be signed, or at the next run where a run ended by itself."""
+    plot = town.plot()
+    attempt = plot.attempt().train().agree()
+    if how == "signed for":
+        closing = base64.b64encode(b"{}").decode()  # the run is over before it is looked at
+        with pytest.raises(MessageError):
+            plot.send(plot.ask("sign", ROUNDS + 1, "ada", fields={"closing": closing}))
+    else:
+        town.sites["ada"].gate.close_run(plot.run, plot.signed.sha256)
+        town.plot("none").close()
+    assert plot.kinds("ada") == ["hold", "debit", "commit", "survivors", "release"]
+    assert not (masks(town, "ada") / _file(plot)).exists()
+    plot.refused(attempt.ask_agree("ada", NAMES), Refusal.NOT_HELD, "no key for secure aggregation")
+    plot.close()
+
+
 def test_while_the_site_is_paused(plot: Plot) -> None:
     attempt = plot.attempt().train().agree()
     control = Control(plot.town.keys.home("ada").path / "state" / "control")
@@ -744,6 +762,19 @@ def test_after_a_partner_left_the_charter(town: Town) -> None:
     plot.close()
 
 
+def test_a_run_whose_sums_fit_no_ring_is_not_held(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each of its rounds would fail, unsigned and unrecorded, and the budget stay held for it."""
+
+    def none(_: object) -> None:
+        raise ConfigError("secure aggregation: no ring", "Declare fewer records.")
+
+    plot = Plot(town, town.charters["one"], next(town.run_ids))
+    with monkeypatch.context() as patch, town.nothing_spent():
+        patch.setattr("hansa.clients.app.fixed_point", none)
+        plot.refused(plot.ask("open", 0, "ada"), Refusal.NUMERIC, "no ring")
+    assert not (masks(town, "ada") / _file(plot)).exists()
+
+
 # -- keys that are lost ------------------------------------------------------------------------------------------------------
 
 
@@ -760,6 +791,14 @@ def test_a_lost_key_is_not_replaced(plot: Plot) -> None:
         for ask, tensors in asked_again(attempt, "lost"):
             plot.refused(ask, Refusal.NOT_HELD, "no key for secure aggregation in this run", tensors)
     assert not (masks(plot.town, "ada") / _file(plot)).exists()
+
+
+@pytest.mark.parametrize("left", [b"", bytes(31)], ids=["empty", "short"])
+def test_a_damaged_key_is_refused_in_words(plot: Plot, left: bytes) -> None:
+    (masks(plot.town, "ada") / _file(plot)).write_bytes(left)
+    attempt = plot.attempt()
+    with plot.town.nothing_spent():
+        plot.refused(attempt.ask("train", "ada"), Refusal.NOT_HELD, "is damaged", attempt.model)
 
 
 @pytest.mark.parametrize("how", ["lost", "closed"])

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from hansa.clients.noise import SecureNoise
 from hansa.common import secagg
 from hansa.common.errors import RunFailed
 from hansa.common.flower import Message
 from hansa.common.ledger import Ledger
+from hansa.common.noise import SecureNoise
 from hansa.server.rounds import Outcome
 from hansa.server.strategies import ServerOptimizer
 from hansa.simulations.federation import Simulation

@@ -21,7 +21,7 @@ SECURE = {"colluding": 1, "dimension": 8}
 
 def shown(signed: SignedCharter, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, record=True)
-    simulation: Any = SimpleNamespace(nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
     display = Display(console)
     with display:
         display.show(simulation)
@@ -55,7 +55,7 @@ def told(rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.M
     """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other."""
     console = Console(file=io.StringIO(), width=200, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": of, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
-    simulation: Any = SimpleNamespace(nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
     now = 0.0
     monkeypatch.setattr(display_module.time, "monotonic", lambda: now)
     display = Display(console)
@@ -93,7 +93,7 @@ def test_the_time_left_is_by_the_median_of_the_last_rounds(monkeypatch: pytest.M
 def test_the_screen_has_the_time_left_too() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": 9, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
-    simulation: Any = SimpleNamespace(nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
     with (display := Display(console)):
         display.show(simulation)
         for number in (1, 2):

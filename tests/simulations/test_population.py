@@ -13,8 +13,18 @@ from hansa.common.errors import Refusal, Refused
 from hansa.common.ledger import Ledger, read_ledger
 from hansa.server.checkpoint import Checkpoint
 from hansa.server.records import Answer
+from hansa.simulations.clients import EVALUATED
 from hansa.simulations.federation import private_folder
-from hansa.simulations.population import PopulationGate, PopulationRecords, _ranges, client_name
+from hansa.simulations.population import (
+    PopulationGate,
+    PopulationRecords,
+    PopulationRoster,
+    _ranges,
+    client_name,
+    client_number,
+)
+from population_support import population as in_memory
+from population_support import same_update, terms_of
 from support import NO_PRIVACY, Killed, charter, config, identity, request, run, same_arrays, verified
 
 CLIENTS = 101
@@ -61,6 +71,23 @@ def test_it_runs_and_verifies(tmp_path: Path) -> None:
     assert entries(out)[0].body["simulated"] is True
     assert entries(out)[0].body["role"] == "population"
     assert not (out / "partners").exists()
+    assert [p.name for p in (out / "keys").iterdir()] == ["coordinator.pem"]
+
+
+@pytest.mark.parametrize("clients", [40, CLIENTS])
+def test_with_clients_as_the_unit_there_are_no_identities_however_few(tmp_path: Path, clients: int) -> None:
+    """Up to 100 clients, too: partners with keys have local or shared noise."""
+    out = tmp_path / "out"
+    algorithm = {**population().model_dump()["algorithm"], "weighting": "uniform"}
+    settings = population(
+        privacy={**LOCAL, "kind": "central", "unit": "client"},
+        population={"dataset": "digits", "clients": clients, "partition": {"kind": "iid", "min_records": 2}},
+        algorithm=algorithm,
+        quorum=0,
+    )
+    run(settings, out)
+    verdict = verified(out)
+    assert (verdict["unit"], len(verdict["partners"])) == ("client", clients)
     assert [p.name for p in (out / "keys").iterdir()] == ["coordinator.pem"]
 
 
@@ -122,7 +149,7 @@ def test_killed_before_the_checkpoint_it_verifies(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Checkpoint, "save", save)
     out, settings = tmp_path / "out", population(privacy=LOCAL, evaluation={"kind": "none"})
-    for attempt in range(3):  # who accepted, then one step a round: nothing is measured
+    for attempt in range(2):  # one step a round: nobody is asked, nothing is measured
         with pytest.raises(Killed):
             run(settings, out, resume=attempt > 0)
     run(settings, out, resume=True)
@@ -164,6 +191,69 @@ def records(ledger: Ledger, **changes: Any) -> PopulationRecords:
     if not ledger.of("charter"):
         ledger.append("charter", {"name": "c"}, charter=signed.sha256)
     return PopulationRecords(ledger, signed)
+
+
+@pytest.mark.parametrize("clients", [101, 9999, 10_000, 10_001, 1_000_000])
+def test_names_are_unique_and_sort_as_numbers(clients: int) -> None:
+    numbers = sorted({0, 1, 9, 10, 99, 100, clients // 2, clients - 2, clients - 1})
+    names = [client_name(n, clients) for n in numbers]
+    assert names == sorted(set(names))
+    assert [client_number(name) for name in names] == numbers
+    assert len({len(name) for name in names}) == 1
+
+
+@pytest.mark.parametrize("clients", [1, 101, 1_000_000])
+def test_a_roster_is_a_list_of_names_without_the_list(clients: int) -> None:
+    roster = PopulationRoster(clients)
+    assert (len(roster), roster.asked) == (clients, False)
+    for number in {0, clients // 2, clients - 1}:
+        name = roster[number]
+        assert name == client_name(number, clients)
+        assert roster.name(roster.node(name)) == name
+        assert roster.node(name) == number + 1
+        assert name in roster
+    assert roster.name(0) is None
+    assert roster.name(clients + 1) is None
+    for stranger in (
+        "coordinator",
+        "client-",
+        "client--001",
+        "client-1",
+        client_name(clients, clients),
+        "client-٣٣٣٣",
+        3,
+    ):
+        assert stranger not in roster
+        if isinstance(stranger, str):
+            with pytest.raises(KeyError):
+                roster.node(stranger)
+    with pytest.raises(IndexError):
+        roster[clients]
+    assert list(roster.measuring) == [roster[n] for n in range(min(clients, EVALUATED))]
+    assert client_name(clients - 1, clients) in roster.measuring or clients > EVALUATED
+
+
+def test_of_many_clients_bills_are_by_history(tmp_path: Path) -> None:
+    """Nobody is asked to open, only the first measure, and no list of all names is anywhere."""
+    signed, out = terms_of(20_000, rounds=4, cohort=2000), tmp_path / "out"
+    with in_memory(out, signed, same_update(0.01)) as made:
+        made.run()
+    assert {int(n.removeprefix("client-")) for n in made.datasets.opened} == set(range(EVALUATED))
+    debits = [0] * 20_000
+    for entry in made.run_ledger.of("cohort-debit"):
+        for first, last in entry.body["clients"]:
+            for number in range(first, last + 1):
+                debits[number] += 1
+    bills = made.result["partners"]
+    assert {bill["rounds"]: bill["clients"] for bill in bills.values()} == {n: debits.count(n) for n in set(debits)}
+    assert all(debits[client_number(name)] == bill["rounds"] for name, bill in bills.items())
+    verdict = verified(out)
+    assert {n: (b["clients"], b["debits"]) for n, b in verdict["partners"].items()} == {
+        n: (b["clients"], b["rounds"]) for n, b in bills.items()
+    }
+    state = Checkpoint.load(made.folder / "run-1.checkpoint")
+    assert state is not None
+    assert state.accepted is None
 
 
 def test_ranges() -> None:

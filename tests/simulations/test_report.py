@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -563,3 +564,26 @@ def test_target_is_a_folder(tmp_path: Path, result: Any, verdict: Any) -> None:
     with pytest.raises(OutputError):
         report.write_report(tmp_path / "report.html", result, verdict, WORDS)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_virtual_clock_is_drawn_and_called_an_estimate(write: Write, result: Any, verdict: Any) -> None:
+    assert "How long would it take?" not in write(result, verdict).html
+    fates = {"answered": 20, "unavailable": 3, "dropped out": 4, "too late": 1, "not needed": 2}
+    row = {"seconds": 100.0, "evaluate_s": 0.0, "bytes_down": 1_000_000, "bytes_up": 2_500_000, "asked": 30, **fates}
+    rounds = [{"round": r, **row, "seconds": 100.0 * r} for r in range(1, 101)]
+    result["system"] = {"rounds": [*rounds, {"round": 101}, {**row, "round": 102, "seconds": math.nan}]}
+    page = write(result, verdict)
+    text = " ".join(page.words)
+    assert "100 rounds in 5.84 days (median 84.2 min, longest 2.78 h), 100 MB down, 250 MB up" in text, (
+        "what is no round is left out"
+    )
+    assert "not a measurement" in text
+    assert ["1", "100 s", "1 MB", "2.5 MB", "20", "3", "4", "1", "2"] in [row for table in page.tables for row in table]
+    bars = re.findall(
+        r'<rect class="f-([a-z-]+)" x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', page.html
+    )
+    stacked = [(kind, float(y), float(h)) for kind, x, y, h in bars if x == bars[0][1]]
+    assert [kind for kind, _, _ in stacked] == ["answered", "unavailable", "dropped-out", "too-late", "not-needed"]
+    assert stacked[0][2] == pytest.approx(20 / 3 * stacked[1][2], rel=0.05), "heights are counts"
+    for (_, below, _), (_, above, tall) in pairwise(stacked):
+        assert above + tall == pytest.approx(below, abs=0.15), "one on the other"

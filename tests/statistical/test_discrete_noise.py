@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chi2, chisquare
 
-from hansa.clients import noise
-from hansa.clients.noise import SecureNoise
+from hansa.common import noise
 from hansa.common.errors import ConfigError
+from hansa.common.noise import SecureNoise
 
 FALSE_ALARM = 1e-7
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hansa.clients import noise
-from hansa.clients.noise import SecureNoise
+from hansa.common import noise
 from hansa.common.errors import ConfigError
+from hansa.common.noise import SecureNoise
 
 ALPHA = 1e-6
 N = 200_000

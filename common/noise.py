@@ -18,9 +18,10 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from ..common.errors import ConfigError
+from .errors import ConfigError
 
 _DRAWS = 4
+_QUICK = 2**15
 _BLOCK = 4096  # values worked on at a time; even, and small enough for the temporaries to stay in the cache
 
 
@@ -70,6 +71,37 @@ class SecureNoise:
             part = flat[start : start + _BLOCK]
             part[:] = _block(words, part.size + part.size % 2)[: part.size]
         values *= std / math.sqrt(_DRAWS)
+        return values
+
+    def quick_gaussian(self, shape: int | Sequence[int], std: float) -> NDArray[np.float32]:
+        """As `gaussian`, in float32 and one draw a value: a sixth of the time, for simulations.
+
+        Nobody's records are protected by it: low bits of float32 leak (see the class), and tails end at 6.7 standard deviations
+        (probability 2e-11). Still no seed tells the noise, and no two calls or processes draw the same.
+
+        Raises:
+            ConfigError: std is negative or not finite.
+        """
+        if not (math.isfinite(std) and std >= 0):
+            raise ConfigError(f"the standard deviation of noise is {std}", "It must be finite and not negative.")
+        values = np.empty(shape, dtype=np.float32)
+        flat = values.reshape(-1)
+        words = _keystream()
+        for start in range(0, flat.size, _QUICK):
+            part = flat[start : start + _QUICK]
+            half = -(-part.size // 2)
+            bits = words(half).view(np.uint32)
+            radius = bits[:half].astype(np.float32)
+            radius += np.float32(0.5)
+            radius *= np.float32(2.0**-32)  # in (0, 1]
+            np.log(radius, out=radius)
+            radius *= np.float32(-2 * std * std)
+            np.sqrt(radius, out=radius)
+            angle = bits[half:].astype(np.float32)
+            angle *= np.float32(2 * math.pi * 2.0**-32)
+            np.multiply(radius, np.cos(angle), out=part[:half])
+            rest = part.size - half
+            np.multiply(radius[:rest], np.sin(angle[:rest]), out=part[half:])
         return values
 
     def discrete_gaussian(self, n: int, std: float) -> NDArray[np.int64]:

@@ -1,0 +1,243 @@
+"""Many clients' local work at once: what `clients.training.train_locally` does for one, for all clients of a chunk.
+
+Sampling, clipping, noise and the optimiser are the functions of `clients/training.py`; only forward and backward passes are others
+(`stacked.py`). Without noise the updates are the same up to rounding. With noise each client draws its own.
+
+Simulation only: clipping and noise are in float32 here, and in float64 at a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..clients.datasets import Rows
+from ..clients.training import Batch, Descent, LocalSettings, clip_factors, plain_batches
+from ..common.noise import SecureNoise
+from ..common.tasks import cross_entropy
+from .stacked import Groups, Pass, Program, StackedConv, compiled
+
+_PIECE_ROWS = 1024
+_PIECE_BYTES = 128 * 2**20
+_CALL_S, _FLOPS = 15e-6, 5e10
+"""What three products of a layer cost for being asked for, and how many operations a second products are worth: both roughly."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client's round.
+
+    Attributes:
+        settings: of all members of a chunk the same but for steps and sampling rate.
+        seed, batches: as `train_locally` has them.
+    """
+
+    rows: Rows
+    settings: LocalSettings
+    declared_records: int
+    seed: int | None
+    batches: Sequence[NDArray[np.int64]] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of this round."""
+        return self.settings.steps if self.batches is None else len(self.batches)
+
+
+class _NotFinite(Exception):
+    def __init__(self, finite: Tensor) -> None:
+        self.finite = finite
+
+
+class Cohort:
+    """Clients of one task, trained many at a time. One at a time will do, too.
+
+    Args:
+        model: passes `clients.training.check_model`.
+        private: records are clipped.
+
+    Raises:
+        Unsupported: the model cannot be computed for many clients at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], record: Tensor, *, private: bool
+    ) -> None:
+        model.train()
+        self._loss = loss
+        self.program: Program = compiled(model, loss, record.shape, record.dtype, private)
+        self._apart = any(isinstance(layer, StackedConv) for layer in self.program.layers)
+        self._noise = SecureNoise()
+
+    @torch.no_grad()
+    def train(self, weights: Tensor, members: Sequence[Member], out: Tensor) -> None:
+        """Write each member's update, w_after − w_before.
+
+        Args:
+            weights: [parameters], what everybody starts from.
+            out: [members, parameters]; an update that is not finite is written as it is.
+        """
+        order = sorted(range(len(members)), key=lambda i: -members[i].steps)
+        sorted_already = order == list(range(len(members)))
+        params = out if sorted_already else torch.empty_like(out)
+        params[:] = weights
+        self._steps([members[i] for i in order], params, weights)
+        params -= weights
+        if not sorted_already:
+            out[order] = params
+
+    def _steps(self, members: list[Member], params: Tensor, weights: Tensor) -> None:
+        settings = members[0].settings
+        start = weights.expand_as(params)
+        x, y = (
+            torch.cat(parts) if len(parts) > 1 else parts[0]
+            for parts in zip(*((m.rows.x, m.rows.y) for m in members), strict=True)
+        )
+        first = np.cumsum([0, *(len(m.rows) for m in members)])
+        generators = [torch.Generator().manual_seed(m.seed) if m.seed is not None else _unseeded() for m in members]
+        descent = Descent(settings)
+        draws = _private_draws(members, self._noise) if settings.event else _plain_draws(members)
+        grads = torch.zeros_like(params)
+        run = Pass(params, grads, settings.event is not None, generators)
+        for drawn in draws:
+            if (active := len(drawn)) < len(params):
+                params, grads, start = params[:active], grads[:active], start[:active]
+                run = Pass(params, grads, settings.event is not None, generators)
+            counts = [len(m.rows) if rows is None else len(rows) for m, (rows, _) in zip(members, drawn, strict=False)]
+            divisors = [divisor for _, divisor in drawn]
+            taken = [
+                (np.arange(begin, begin + n) if rows is None else rows + begin)
+                for (rows, _), begin, n in zip(drawn, first, counts, strict=False)
+            ]
+            for part in self._pieces(counts):
+                rows = [t[s] for t, s in zip(taken, part, strict=True)]
+                self._add(run, x, y, rows, divisors, settings)
+            if settings.event is not None and settings.clip_norm is not None:
+                std = settings.event.noise_multiplier * settings.clip_norm
+                grads += torch.from_numpy(self._noise.quick_gaussian(tuple(grads.shape), std))
+                grads /= torch.from_numpy(np.asarray(divisors)).to(grads.dtype).unsqueeze(1)
+            descent.step([params], [grads], [start])
+            grads.zero_()
+
+    def _pieces(self, counts: Sequence[int]) -> Iterator[list[slice]]:
+        """A step's rows, so many at a time that they fit: a slice of each client's."""
+        most = max(counts, default=0)
+        by_record = 4 * self.program.size if self._apart else 4096
+        rows = max(1, min(_PIECE_ROWS, _PIECE_BYTES // (by_record * len(counts))))
+        for begin in range(0, most, rows):
+            yield [slice(begin, begin + rows)] * len(counts)
+
+    def _add(
+        self,
+        run: Pass,
+        x: Tensor,
+        y: Tensor,
+        rows: list[NDArray[np.int64]],
+        divisors: Sequence[float],
+        settings: LocalSettings,
+    ) -> None:
+        """Add the gradient of these rows (the sum of the clipped ones; without protection, the sum over the divisor)."""
+        clip_norm, dtype = settings.clip_norm, self.program.dtype
+        sizes = [len(r) for r in rows]
+        most = max(sizes)
+        counted: Tensor | None = None
+        if len(sizes) > 1 and self._padded(sizes, most):
+            index = np.zeros((len(rows), most), np.int64)
+            real = np.zeros((len(rows), most), np.float32)
+            for i, r in enumerate(rows):
+                index[i, : len(r)] = r
+                real[i, : len(r)] = 1
+            counted = torch.from_numpy(real.reshape(-1)).to(dtype)
+            groups, chosen = Groups([most] * len(rows)), torch.from_numpy(index.reshape(-1))
+        else:
+            groups, chosen = Groups(sizes), torch.from_numpy(np.concatenate(rows))
+        labels = y.index_select(0, chosen)
+        if run.private:
+            each = None
+        else:
+            shares = np.repeat(1 / np.asarray(divisors), groups.sizes)
+            each = torch.from_numpy(shares if counted is None else shares * real.reshape(-1)).to(dtype)
+
+        def factors(norms: Tensor) -> Tensor:
+            assert clip_norm is not None
+            finite = norms.isfinite()
+            if not bool(finite.all()):
+                raise _NotFinite(finite)
+            found = clip_factors(norms, clip_norm)
+            return found if counted is None else found * counted
+
+        run.groups, run.real = groups, sizes
+        try:
+            self.program.gradients(run, x.index_select(0, chosen), self._seed(labels, each), factors)
+        except _NotFinite as found:
+            # What is not finite contributes zero; times zero it would still be NaN. Nothing was added yet: again without it.
+            parts = np.split(found.finite.numpy(), np.cumsum(groups.sizes)[:-1])
+            kept = [r[good[: len(r)]] for r, good in zip(rows, parts, strict=True)]
+            if sum(map(len, kept)) == sum(sizes):  # a row that only filled up
+                raise
+            run.late.clear()
+            self._add(run, x, y, kept, divisors, settings)
+
+    def _seed(self, labels: Tensor, each: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The gradient of the summed losses with respect to the model's output."""
+
+        def seed(output: Tensor) -> Tensor:
+            if self._loss is cross_entropy and output.dim() == 2:
+                found = torch.softmax(output, 1)
+                found[torch.arange(len(labels)), labels] -= 1
+                return found if each is None else found.mul_(each[:, None])
+            with torch.enable_grad():
+                output = output.detach().requires_grad_()
+                return torch.autograd.grad(
+                    self._loss(output, labels),
+                    output,
+                    torch.ones(len(labels), dtype=output.dtype) if each is None else each,
+                )[0]
+
+        return seed
+
+    def _padded(self, sizes: Sequence[int], most: int) -> bool:
+        """Whether one product over all clients, with rows that count nothing, is cheaper than a product a client."""
+        idle = len(sizes) * most - sum(sizes)
+        if not idle:
+            return True
+        return idle * self.program.work * 6 / _FLOPS < len(sizes) * len(self.program.layers) * _CALL_S
+
+
+def _unseeded() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def _plain_draws(members: Sequence[Member]) -> Iterator[list[Batch]]:
+    """Each step's batches, of the members that still have one; those with more steps come first."""
+    each = [
+        plain_batches(m.settings, len(m.rows), m.settings.sampling_rate * m.declared_records, m.seed, m.batches)
+        for m in members
+    ]
+    for step in range(members[0].steps):
+        yield [next(batches) for m, batches in zip(members, each, strict=True) if m.steps > step]
+
+
+def _private_draws(members: Sequence[Member], noise: SecureNoise) -> Iterator[list[Batch]]:
+    """The same of protected work: Poisson batches that no seed tells."""
+    rates = {m.settings.sampling_rate for m in members}
+    for step in range(members[0].steps):
+        active = [m for m in members if m.steps > step]
+        if len(rates) == 1:  # one key for everybody's coins: each coin is as good
+            coins = np.split(
+                noise.bernoulli(sum(len(m.rows) for m in active), next(iter(rates))),
+                np.cumsum([len(m.rows) for m in active])[:-1],
+            )
+        else:
+            coins = [noise.bernoulli(len(m.rows), m.settings.sampling_rate) for m in active]
+        yield [
+            (np.flatnonzero(c), m.settings.sampling_rate * m.declared_records)
+            for m, c in zip(active, coins, strict=True)
+        ]

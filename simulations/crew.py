@@ -1,0 +1,83 @@
+"""Who trains a population's clients, and by which plan: the one of an earlier start, the one that was given, or what a trial finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..clients.app import local_settings
+from ..common.charter import Charter
+from ..common.errors import ConfigError
+from ..common.identity import write_whole
+from ..common.tasks import Task, initial_model
+from .clients import Clients
+from .execution import Execution, Tried, cores, fields, load_execution, probe
+from .trainer import Trainer
+from .workers import Here, Workers, can_fork
+
+
+class Crew:
+    """Trains a population's clients.
+
+    Args:
+        kept: where the plan is kept, so that a run that goes on goes on by it.
+        given: a plan; None: an earlier start's, or what a trial finds.
+        workers: so many processes, whatever the plan says.
+
+    Attributes:
+        plan: what is done.
+        tried: what the trial found, if there was one.
+        why_not: why clients are not computed many at once; None where they could be.
+        shapes: names and shapes of the model's tensors.
+        executor: does it.
+
+    Raises:
+        ConfigError: the plan does not fit the model.
+    """
+
+    def __init__(
+        self, task: Task, clients: Clients, charter: Charter, kept: Path, given: Execution | None, workers: int | None
+    ) -> None:
+        model = initial_model(task, charter.model_seed)
+        settings = local_settings(charter)
+        assert charter.population is not None
+        trainer = Trainer(task, model, clients, settings, charter.population.declared_records, charter.model_seed)
+        self.shapes, self.why_not = trainer.shapes(), trainer.why_not
+        self.tried: Tried | None = None
+        plan = given or (load_execution(kept) if kept.exists() else None)
+        if plan is None:
+            weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
+            cohort = max(1, round(charter.algorithm.participation * len(clients)))
+            plan, self.tried = probe(trainer, weights, cohort, range(min(len(clients), 256)), settings.steps, cores())
+        if workers is not None:
+            plan = plan.model_copy(update={"workers": workers})
+        if plan.workers and not can_fork():
+            plan = plan.model_copy(update={"workers": 0})
+        if plan.batched and trainer.why_not is not None:
+            raise ConfigError(
+                f"the execution plan has many clients at once, but the model cannot: {trainer.why_not}",
+                "Set batched to false, or leave --execution out.",
+            )
+        self.plan: Execution = plan
+        write_whole(kept, json.dumps(plan.model_dump()).encode())
+        self.executor: Here | Workers = (
+            Workers(trainer, plan.workers, plan.chunk, batched=plan.batched)
+            if plan.workers
+            else Here(trainer, batched=plan.batched)
+        )
+
+    def words(self) -> str:
+        """The plan, for the screen."""
+        why = "" if self.why_not is None else f" (many at once is not possible: {self.why_not})"
+        return f"execution: {self.plan.words()}{why}"
+
+    def to_fields(self) -> dict[str, Any]:
+        """As `result.json` has it."""
+        return fields(self.plan, self.tried, self.why_not)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.executor.close()

@@ -1,0 +1,992 @@
+"""Many clients' models as one program: parameters in a matrix [clients, parameters], forward and backward written by hand.
+
+The user's model is an ordinary `nn.Module`. It is traced (torch.fx) into its layers; a layer with parameters is a class here that
+computes with each client's own ones, everything else works on records and does not care whose they are. Rows of all clients stand one
+behind the other, each client's together (`Groups`). Two ways of multiplying: clients with the same number of rows in one batched
+product, which is what small layers need; or client by client, which wastes nothing where large layers have rows of unequal numbers.
+
+Clipping needs each record's norm before gradients are summed. It is computed from what a layer gets and what flows back into it
+(Goodfellow 1510.01799; Li et al. 2110.05679, section 4); only convolutions and normalisations make gradients by record.
+
+`compiled` tries the program on made-up records against autograd before it gives it out; a model that is not made of known layers, or
+mixes records, is `Unsupported`, and is trained client by client by `clients/training.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+
+class Unsupported(Exception):
+    """The model cannot be stacked; the text says why."""
+
+
+class Groups:
+    """Whose rows they are: `sizes[i]` rows of client i, one client behind the other.
+
+    Attributes:
+        sizes: rows by client.
+        each: the number of rows of every client, where all have the same; else None.
+        client: int64 [rows], the client of each row.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = list(sizes)
+        self.rows = sum(self.sizes)
+        self.each = self.sizes[0] if len(set(self.sizes)) == 1 else None
+        self._client: Tensor | None = None
+
+    @property
+    def client(self) -> Tensor:
+        """See the class."""
+        if self._client is None:
+            self._client = torch.from_numpy(np.repeat(np.arange(len(self.sizes)), self.sizes))
+        return self._client
+
+    def slices(self, of: int = 1) -> list[tuple[int, int, int]]:
+        """(client, begin, end) of every client that has rows; in units of `of` a row."""
+        found, at = [], 0
+        for client, size in enumerate(self.sizes):
+            if size:
+                found.append((client, at * of, (at + size) * of))
+            at += size
+        return found
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[rows, ...] -> [clients, ...], added up by client."""
+        if self.each is not None:
+            return values.view(len(self.sizes), self.each, *values.shape[1:]).sum(1)
+        return values.new_zeros(len(self.sizes), *values.shape[1:]).index_add_(0, self.client, values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[clients, k] -> [rows, k], each client's to its rows."""
+        if len(self.sizes) == 1:
+            return values.expand(self.rows, -1)
+        return values.index_select(0, self.client)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter stands in a row of the matrix."""
+
+    at: int
+    shape: tuple[int, ...]
+
+
+class Pass:
+    """Forward and backward passes of some clients.
+
+    Args:
+        params: [clients, parameters].
+        grads: the same, of the gradient; added to.
+        private: gradients wait until every record's norm is known.
+        generators: of each client's dropout.
+
+    Attributes:
+        groups: whose rows are in the pass.
+        real: how many rows of each client are records; those behind them only fill up.
+        late: of each layer: squared norms of its part of each record's gradient, and what adds the gradient of records that count so much.
+    """
+
+    def __init__(self, params: Tensor, grads: Tensor, private: bool, generators: Sequence[torch.Generator]) -> None:
+        self.private, self.generators = private, generators
+        self.groups, self.real = Groups([0] * len(params)), [0] * len(params)
+        self.late: list[tuple[Callable[[], Tensor], Callable[[Tensor | None], None]]] = []
+        self._params, self._grads = params, grads
+        self._views = dict[tuple[int, str], Any]()  # making one takes 5 µs, a step needs dozens
+
+    def values(self, place: Place) -> Tensor:
+        """A parameter of all clients, [clients, *shape]."""
+        made: Tensor = self._kept(place, "values", lambda: _view(self._params, place))
+        return made
+
+    def value(self, place: Place) -> tuple[Tensor, ...]:
+        """A parameter of each client, [*shape]."""
+        made: tuple[Tensor, ...] = self._kept(place, "value", lambda: self.values(place).unbind())
+        return made
+
+    def grads(self, place: Place) -> Tensor:
+        """The gradient of a parameter of all clients, [clients, *shape]."""
+        made: Tensor = self._kept(place, "grads", lambda: _view(self._grads, place))
+        return made
+
+    def grad(self, place: Place) -> tuple[Tensor, ...]:
+        """The gradient of a parameter of each client, [*shape]."""
+        made: tuple[Tensor, ...] = self._kept(place, "grad", lambda: self.grads(place).unbind())
+        return made
+
+    def _kept(self, place: Place, what: str, make: Callable[[], Any]) -> Any:
+        key = place.at, what
+        if (found := self._views.get(key)) is None:
+            found = self._views[key] = make()
+        return found
+
+
+def _view(matrix: Tensor, place: Place) -> Tensor:
+    return matrix[:, place.at : place.at + math.prod(place.shape)].view(-1, *place.shape)
+
+
+class Layer:
+    """One layer with parameters.
+
+    Attributes:
+        weight, bias: where they stand.
+        places: how often a record uses them, as it was last seen.
+    """
+
+    def __init__(self, name: str, module: nn.Module, places: dict[str, Place]) -> None:
+        self.name, self.module = name, module
+        weight = places.get("weight")
+        assert weight is not None
+        self.weight, self.bias = weight, places.get("bias")
+        self.places = 1
+
+    @property
+    def products(self) -> int:
+        """Multiplications of a record."""
+        return math.prod(self.weight.shape) * self.places
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        """[rows, ...] in, [rows, ...] out, and what `backward` needs."""
+        raise NotImplementedError
+
+    def backward(self, run: Pass, kept: Any, dy: Tensor, wanted: bool) -> Tensor | None:
+        """The gradient with respect to x, when it is wanted; those of parameters go to run.grads, now or late."""
+        raise NotImplementedError
+
+    def finish(self, run: Pass, norms: Callable[[], Tensor], add: Callable[[Tensor | None], None]) -> None:
+        """Add the gradient now, or when it is known how much each record counts."""
+        if run.private:
+            run.late.append((norms, add))
+        else:
+            add(None)
+
+
+def _times(groups: Groups, x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each client's rows times its own matrix: [rows, places, k] and [clients, k, m] (and [clients, m]) -> [rows, places, m]."""
+    clients, (rows, places) = len(groups.sizes), x.shape[:2]
+    if groups.each is not None:
+        rows_of = x.reshape(clients, -1, x.shape[2])
+        y = torch.bmm(rows_of, weights) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows_of, weights)
+        return y.view(rows, places, -1)
+    flat = x.reshape(rows * places, -1)
+    y = flat.new_empty(len(flat), weights.shape[2])
+    for c, begin, end in groups.slices(places):
+        if bias is None:
+            torch.mm(flat[begin:end], weights[c], out=y[begin:end])
+        else:
+            torch.addmm(bias[c], flat[begin:end], weights[c], out=y[begin:end])
+    return y.view(rows, places, -1)
+
+
+def _add_products(groups: Groups, dy: Tensor, x: Tensor, into: Tensor) -> None:
+    """Added up over each client's rows and places: [rows, places, m] and [rows, places, k] -> into [clients, m, k]."""
+    rows, places = x.shape[:2]
+    if groups.each is not None:
+        clients = len(groups.sizes)
+        back = dy.reshape(clients, -1, dy.shape[2]).transpose(1, 2)
+        into.baddbmm_(back, x.reshape(clients, -1, x.shape[2]))
+        return
+    a, b = dy.reshape(rows * places, -1), x.reshape(rows * places, -1)
+    for c, begin, end in groups.slices(places):
+        into[c].addmm_(a[begin:end].t(), b[begin:end])
+
+
+def _squared_norms(dy: Tensor, x: Tensor, biased: bool) -> Tensor:
+    """Of each record's gradient of a matrix (and of its bias), squared: [rows, places, m] and [rows, places, k] -> [rows]."""
+    _, places, k = x.shape
+    m, extra = dy.shape[2], int(biased)
+    if places == 1:
+        return (x[:, 0].square().sum(1) + extra) * dy[:, 0].square().sum(1)
+    if places * (k + m) < 2 * k * m:
+        gram = torch.bmm(x, x.transpose(1, 2)) + extra
+        return (gram * torch.bmm(dy, dy.transpose(1, 2))).sum((1, 2))
+    found = torch.bmm(dy.transpose(1, 2), x).square().sum((1, 2))
+    return found + dy.sum(1).square().sum(1) if biased else found
+
+
+class StackedLinear(Layer):
+    """nn.Linear."""
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:  # noqa: D102
+        _, into = self.weight.shape
+        seen = x.reshape(len(x), -1, into)
+        self.places = seen.shape[1]
+        if len(run.groups.sizes) == 1:
+            return F.linear(x, run.value(self.weight)[0], None if self.bias is None else run.value(self.bias)[0]), seen
+        bias = None if self.bias is None else run.values(self.bias)
+        return _times(run.groups, seen, run.values(self.weight).transpose(1, 2), bias).view(*x.shape[:-1], -1), seen
+
+    def backward(self, run: Pass, kept: Any, dy: Tensor, wanted: bool) -> Tensor | None:  # noqa: D102
+        seen, back = kept, dy.reshape(len(dy), -1, self.weight.shape[0])
+
+        def add(factors: Tensor | None) -> None:
+            used = back if factors is None else back * factors.view(-1, 1, 1)
+            _add_products(run.groups, used, seen, run.grads(self.weight))
+            if self.bias is not None:
+                run.grads(self.bias).add_(run.groups.sums(used.sum(1)))
+
+        self.finish(run, lambda: _squared_norms(back, seen, self.bias is not None), add)
+        if not wanted:
+            return None
+        return _times(run.groups, back, run.values(self.weight)).view(*dy.shape[:-1], -1)
+
+
+class StackedConv(Layer):
+    """nn.Conv1d and nn.Conv2d.
+
+    A small one is a product of what each place sees with each client's matrix, all clients at once. A large one is computed client by
+    client: the library's convolutions are faster than any product.
+    """
+
+    def __init__(self, name: str, module: nn.Conv1d | nn.Conv2d, places: dict[str, Place]) -> None:
+        super().__init__(name, module, places)
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise Unsupported(f"layer '{name}' pads by {module.padding_mode!r} or {module.padding!r}")
+        self.stride, self.padding = list(module.stride), list(module.padding)
+        self.dilation, self.group = list(module.dilation), module.groups
+        if isinstance(module, nn.Conv1d):  # as an image one pixel high
+            self.stride, self.padding, self.dilation = [1, *self.stride], [0, *self.padding], [1, *self.dilation]
+            self.weight = Place(self.weight.at, (*self.weight.shape[:2], 1, self.weight.shape[2]))
+        self.lines = isinstance(module, nn.Conv1d)
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:  # noqa: D102
+        if self.lines:
+            x = x.unsqueeze(2)
+        x = _channels_last(x)
+        out = self._out(x)
+        self.places = out[0] * out[1]
+        clients = len(run.groups.sizes)
+        small = clients > 1 and self.group == 1 and len(x) * self.products < _SMALL * clients
+        y, kept = self._at_once(run, x, out) if small else self._client_by_client(run, x)
+        return y.squeeze(2) if self.lines else y, (small, x, kept)
+
+    def backward(self, run: Pass, kept: Any, dy: Tensor, wanted: bool) -> Tensor | None:  # noqa: D102
+        small, x, patches = kept
+        dy = _channels_last(dy.unsqueeze(2) if self.lines else dy)
+        dx = (self._at_once_back if small else self._client_by_client_back)(run, x, patches, dy, wanted)
+        return dx.squeeze(2) if dx is not None and self.lines else dx
+
+    def _out(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output."""
+        kernel = self.weight.shape[2:]
+        high, wide = (
+            (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+            for size, pad, dilation, k, stride in zip(
+                x.shape[2:], self.padding, self.dilation, kernel, self.stride, strict=True
+            )
+        )
+        return high, wide
+
+    # -- all clients at once
+
+    def _matrix(self, run: Pass) -> Tensor:
+        """[clients, out, height * width * channels], as patches lie."""
+        return run.values(self.weight).permute(0, 1, 3, 4, 2).flatten(2)
+
+    def _at_once(self, run: Pass, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        patches = self._patches(x, out)[:, 0]
+        bias = None if self.bias is None else run.values(self.bias)
+        y = _times(run.groups, patches, self._matrix(run).transpose(1, 2), bias)
+        return y.view(len(x), *out, -1).permute(0, 3, 1, 2), patches
+
+    def _at_once_back(self, run: Pass, x: Tensor, patches: Tensor, dy: Tensor, wanted: bool) -> Tensor | None:
+        out, into, high, wide = self.weight.shape
+        back = dy.permute(0, 2, 3, 1).reshape(len(dy), -1, out)
+
+        def add(factors: Tensor | None) -> None:
+            used = back if factors is None else back * factors.view(-1, 1, 1)
+            made = patches.new_zeros(len(run.groups.sizes), out, high * wide * into)
+            _add_products(run.groups, used, patches, made)
+            run.grads(self.weight).add_(made.view(-1, out, high, wide, into).permute(0, 1, 4, 2, 3))
+            if self.bias is not None:
+                run.grads(self.bias).add_(run.groups.sums(used.sum(1)))
+
+        self.finish(run, lambda: _squared_norms(back, patches, self.bias is not None), add)
+        if not wanted:
+            return None
+        seen = _times(run.groups, back, self._matrix(run)).view(len(dy), *dy.shape[2:], high, wide, into)
+        rows, channels, *size = x.shape
+        (up, left), (down, right) = self.padding, dy.shape[2:]
+        dx = x.new_zeros(rows, size[0] + 2 * up, size[1] + 2 * left, channels)
+        for i in range(high):
+            for j in range(wide):
+                at, by = (i * self.dilation[0], j * self.dilation[1]), self.stride
+                dx[:, at[0] : at[0] + by[0] * down : by[0], at[1] : at[1] + by[1] * right : by[1]] += seen[
+                    :, :, :, i, j
+                ]
+        return dx[:, up : up + size[0], left : left + size[1]].permute(0, 3, 1, 2)
+
+    def _patches(self, x: Tensor, places: Sequence[int]) -> Tensor:
+        """What each place of the output saw: [rows, group, places, height * width * channels of the group]."""
+        if any(self.padding):
+            x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        x = x.permute(0, 2, 3, 1).contiguous()
+        rows, _, _, channels = x.shape
+        r, h, w, c = x.stride()
+        _, into, high, wide = self.weight.shape
+        shape = (rows, *places, high, wide, channels)
+        stride = (r, h * self.stride[0], w * self.stride[1], h * self.dilation[0], w * self.dilation[1], c)
+        seen = x.as_strided(shape, stride).reshape(rows, places[0] * places[1], high * wide, self.group, into)
+        return seen.permute(0, 3, 1, 2, 4).reshape(rows, self.group, places[0] * places[1], -1)
+
+    # -- client by client
+
+    def _client_by_client(self, run: Pass, x: Tensor) -> tuple[Tensor, None]:
+        weight, bias = run.value(self.weight), None if self.bias is None else run.value(self.bias)
+        how = self.stride, self.padding, self.dilation, self.group
+        made = [
+            F.conv2d(x[begin:end], weight[c], None if bias is None else bias[c], *how)
+            for c, begin, end in run.groups.slices()
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made), None
+
+    def _client_by_client_back(self, run: Pass, x: Tensor, _: None, dy: Tensor, wanted: bool) -> Tensor | None:
+        weight, grads = run.value(self.weight), run.grad(self.weight)
+        bias = None if self.bias is None else run.grad(self.bias)
+        parts = []
+        for c, begin, end in run.groups.slices() if wanted or not run.private else ():
+            dx, dw, db = aten.convolution_backward(
+                dy[begin:end],
+                x[begin:end],
+                weight[c],
+                None if bias is None else [len(weight[c])],
+                self.stride,
+                self.padding,
+                self.dilation,
+                False,
+                [0, 0],
+                self.group,
+                [wanted, not run.private, not run.private and bias is not None],
+            )
+            parts.append(dx)
+            if not run.private:
+                grads[c].add_(dw)
+                if bias is not None:
+                    bias[c].add_(db)
+        if run.private:
+            self._by_record(run, x, dy)
+        if not wanted:
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _by_record(self, run: Pass, x: Tensor, dy: Tensor) -> None:
+        """Each record's own gradient: cheaper here than to find its norm by another way and to multiply again."""
+        out, into, high, wide = self.weight.shape
+        rows = len(x)
+        across = dy.permute(0, 2, 3, 1).reshape(rows, -1, self.group, out // self.group).transpose(1, 2)
+        by_record = torch.matmul(across.transpose(2, 3), self._patches(x, dy.shape[2:])).view(rows, -1)
+        biases = None if self.bias is None else dy.sum((2, 3))
+
+        def norms() -> Tensor:
+            found: Tensor = torch.linalg.vector_norm(by_record, dim=1).square()
+            return found if biases is None else found + biases.square().sum(1)
+
+        def add(factors: Tensor | None) -> None:
+            assert factors is not None
+            for c, begin, end in run.groups.slices():
+                made = factors[begin:end] @ by_record[begin:end]
+                run.grad(self.weight)[c].add_(made.view(out, high, wide, into).permute(0, 3, 1, 2))
+            if biases is not None:
+                assert self.bias is not None
+                run.grads(self.bias).add_(run.groups.sums(biases * factors[:, None]))
+
+        run.late.append((norms, add))
+
+
+_SMALL = 1_000_000
+"""Multiplications of a client's step in a convolution, below which asking for it takes longer than computing it."""
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[rows, channels, height, width] with the channels of a place together, which pooling is several times faster on."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.shape[1] > 1 or x.stride(1) == 1:
+        return x
+    # One channel lies the same either way; only strides tell the library which way its answer is to lie.
+    _, _, high, wide = x.shape
+    return x.as_strided(x.shape, (high * wide, 1, wide, 1))
+
+
+class StackedNorm(Layer):
+    """nn.GroupNorm and nn.LayerNorm: the library normalises, scale and shift are each client's own."""
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:  # noqa: D102
+        x = x.contiguous()
+        module = self.module
+        if isinstance(module, nn.GroupNorm):
+            rows, channels = x.shape[:2]
+            plain, mean, rstd = aten.native_group_norm(
+                x, None, None, rows, channels, x[0, 0].numel(), module.num_groups, module.eps
+            )
+        else:
+            assert isinstance(module, nn.LayerNorm)
+            plain, mean, rstd = aten.native_layer_norm(x, list(module.normalized_shape), None, None, module.eps)
+        y = plain * self._spread(run, self.weight, x)
+        return y if self.bias is None else y + self._spread(run, self.bias, x), (x, plain, mean, rstd)
+
+    def backward(self, run: Pass, kept: Any, dy: Tensor, wanted: bool) -> Tensor | None:  # noqa: D102
+        x, plain, mean, rstd = kept
+        dy, groups = dy.contiguous(), run.groups
+        scales, shifts = self._gather(dy * plain), None if self.bias is None else self._gather(dy)
+
+        def norms() -> Tensor:
+            found = scales.square().sum(1)
+            return found if shifts is None else found + shifts.square().sum(1)
+
+        def add(factors: Tensor | None) -> None:
+            for place, values in ((self.weight, scales), (self.bias, shifts)):
+                if place is not None and values is not None:
+                    used = values if factors is None else values * factors[:, None]
+                    run.grads(place).add_(groups.sums(used).view(-1, *place.shape))
+
+        self.finish(run, norms, add)
+        if not wanted:
+            return None
+        inner, module = dy * self._spread(run, self.weight, x), self.module
+        if isinstance(module, nn.GroupNorm):
+            rows, channels = x.shape[:2]
+            size = x[0, 0].numel()
+            made = aten.native_group_norm_backward(
+                inner, x, mean, rstd, None, rows, channels, size, module.num_groups, [True, False, False]
+            )
+        else:
+            assert isinstance(module, nn.LayerNorm)
+            shape = list(module.normalized_shape)
+            made = aten.native_layer_norm_backward(inner, x, shape, mean, rstd, None, None, [True, False, False])
+        dx: Tensor = made[0]
+        return dx
+
+    def _spread(self, run: Pass, place: Place, x: Tensor) -> Tensor:
+        """A parameter as it applies to x: its values lie along the channels (GroupNorm) or the last dimensions (LayerNorm)."""
+        values = run.groups.spread(run.values(place).flatten(1))
+        if isinstance(self.module, nn.GroupNorm):
+            return values.view(*values.shape, *[1] * (x.dim() - 2))
+        return values.view(len(values), *[1] * (x.dim() - 1 - len(place.shape)), *place.shape)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """[rows, ...] summed over everything that shares a parameter: [rows, parameters]."""
+        if isinstance(self.module, nn.GroupNorm):
+            return values.flatten(2).sum(2)
+        size = math.prod(self.weight.shape)
+        return values.reshape(len(values), -1, size).sum(1)
+
+
+class StackedEmbedding(Layer):
+    """nn.Embedding."""
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:  # noqa: D102
+        if len(x) != run.groups.rows:
+            raise Unsupported(f"layer '{self.name}' looks up something else than records")
+        client = run.groups.client.view(-1, *[1] * (x.dim() - 1))
+        return run.values(self.weight)[client, x], (x, client)
+
+    def backward(self, run: Pass, kept: Any, dy: Tensor, wanted: bool) -> Tensor | None:  # noqa: D102
+        x, client = kept
+        size = self.weight.shape[1]
+
+        def norms() -> Tensor:
+            words, flat = x.reshape(len(x), -1), dy.reshape(len(x), -1, size)
+            same = (words[:, :, None] == words[:, None, :]).to(dy.dtype)
+            found: Tensor = (same * torch.bmm(flat, flat.transpose(1, 2))).sum((1, 2))
+            return found
+
+        def add(factors: Tensor | None) -> None:
+            used = dy if factors is None else dy * factors.view(-1, *[1] * (dy.dim() - 1))
+            run.grads(self.weight).index_put_((client.expand_as(x), x), used, accumulate=True)
+
+        self.finish(run, norms, add)
+        return None
+
+
+_LAYERS: dict[type[nn.Module], type[Layer]] = {
+    nn.Linear: StackedLinear,
+    nn.Conv1d: StackedConv,
+    nn.Conv2d: StackedConv,
+    nn.GroupNorm: StackedNorm,
+    nn.LayerNorm: StackedNorm,
+    nn.Embedding: StackedEmbedding,
+}
+
+# Without parameters, the same for every record.
+_PLAIN_MODULES = tuple(
+    getattr(nn, name)
+    for name in [
+        "ReLU",
+        "LeakyReLU",
+        "ELU",
+        "SELU",
+        "CELU",
+        "GELU",
+        "SiLU",
+        "Mish",
+        "Tanh",
+        "Sigmoid",
+        "Hardtanh",
+        "Hardsigmoid",
+        "Hardswish",
+        "ReLU6",
+        "Softplus",
+        "Softsign",
+        "Tanhshrink",
+        "Softshrink",
+        "Hardshrink",
+        "LogSigmoid",
+        "Softmax",
+        "LogSoftmax",
+        "Identity",
+        "Flatten",
+        "Unflatten",
+        "MaxPool1d",
+        "MaxPool2d",
+        "AvgPool1d",
+        "AvgPool2d",
+        "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d",
+        "AdaptiveMaxPool1d",
+        "AdaptiveMaxPool2d",
+        "ZeroPad2d",
+        "ConstantPad1d",
+        "ConstantPad2d",
+        "ReflectionPad2d",
+        "Upsample",
+        "GroupNorm",
+        "LayerNorm",
+        "Linear",
+        "Conv1d",
+        "Conv2d",
+        "Embedding",
+    ]
+)
+_PLAIN_FUNCTIONS = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem, operator.pow),
+    *(operator.floordiv, operator.iadd, operator.imul, operator.isub, getattr),
+    *(torch.flatten, torch.cat, torch.stack, torch.add, torch.mul, torch.sub, torch.div, torch.relu, torch.tanh, torch.sigmoid),
+    *(torch.mean, torch.sum, torch.max, torch.amax, torch.exp, torch.log, torch.sqrt, torch.square, torch.abs, torch.clamp),
+    *(torch.softmax, torch.log_softmax, torch.transpose, torch.permute, torch.reshape, torch.squeeze, torch.unsqueeze),
+    *(torch.matmul, torch.bmm, torch.split, torch.chunk, torch.arange),
+    *(F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.tanh, F.sigmoid, F.softmax, F.log_softmax, F.softplus, F.hardtanh),
+    *(F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+    *(F.pad, F.normalize, F.scaled_dot_product_attention, F.interpolate),
+}  # fmt: skip
+_PLAIN_METHODS = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "pow",
+        "view",
+        "reshape",
+        "flatten",
+        "size",
+        "dim",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "mean",
+        "sum",
+        "amax",
+        "max",
+        "relu",
+        "tanh",
+        "sigmoid",
+        "softmax",
+        "log_softmax",
+        "exp",
+        "log",
+        "sqrt",
+        "square",
+        "abs",
+        "clamp",
+        "float",
+        "long",
+        "to",
+        "expand",
+        "repeat",
+        "chunk",
+        "split",
+        "matmul",
+        "bmm",
+        "type_as",
+    ]
+)
+
+
+class Program:
+    """A model that was compiled; see `compiled`.
+
+    Attributes:
+        names: of the trainable parameters, in the order of their places in a row.
+        shapes: theirs.
+        size: numbers in a row.
+        layers: those with parameters, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.shapes = tuple(parameters), tuple(tuple(p.shape) for p in parameters.values())
+        self.size = sum(p.numel() for p in parameters.values())
+        self.dtype = next(iter(parameters.values())).dtype if parameters else torch.float32
+        places, at = {}, 0
+        for name, p in parameters.items():
+            places[name] = Place(at, tuple(p.shape))
+            at += p.numel()
+        if next(model.buffers(), None) is not None:
+            raise Unsupported("it has buffers")
+        whole = nn.Sequential(model)  # or what is one layer itself would be traced into
+        try:
+            graph = fx.Tracer().trace(whole)
+        except Exception as error:  # whatever a model does that cannot be traced
+            raise Unsupported(f"it cannot be traced: {error}") from error
+        self._modules = dict(whole.named_modules())
+        self.layers = dict[str, Layer]()
+        self._nodes = [node for node in graph.nodes if node.op == "output" or node.users or node.op == "placeholder"]
+        self.once = (
+            True  # every layer is used once: only then a record's gradient is the sum of what `late` has of its layers
+        )
+        placed: set[str] = set()
+        for node in self._nodes:
+            self._check(node, places, placed)
+        if missing := set(places) - placed:
+            raise Unsupported(f"parameter '{min(missing)}' is used outside of a known layer")
+        self._pool_first()
+        self._needed = self._depending()
+
+    def _check(self, node: fx.Node, places: dict[str, Place], placed: set[str]) -> None:
+        if node.op in ("placeholder", "output"):
+            if node.op == "output" and not isinstance(node.args[0], fx.Node):
+                raise Unsupported("it returns more than one tensor")
+            return
+        if node.op == "call_function" and (node.target in _PLAIN_FUNCTIONS or node.target is F.dropout):
+            return
+        if node.op == "call_method" and node.target in _PLAIN_METHODS:
+            return
+        if node.op != "call_module":
+            raise Unsupported(f"it uses {node.target}")
+        name, module = str(node.target), self._modules[str(node.target)]
+        own = {n: f"{name}.{n}".removeprefix("0.") for n, _ in module.named_parameters(recurse=False)}
+        trainable = {n: places[full] for n, full in own.items() if full in places}
+        if not trainable:
+            if not isinstance(module, (*_PLAIN_MODULES, nn.Dropout)):
+                raise Unsupported(f"layer '{name}' ({type(module).__name__}) is not known")
+            if getattr(module, "inplace", False):
+                raise Unsupported(f"layer '{name}' works in place")
+            return
+        kind = _LAYERS.get(type(module))
+        if kind is None or len(trainable) != len(own):
+            raise Unsupported(f"layer '{name}' ({type(module).__name__}) is not known, or trainable in parts only")
+        if isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.max_norm or module.sparse):
+            raise Unsupported(f"layer '{name}' has padding_idx, max_norm or sparse")
+        self.once = self.once and name not in self.layers
+        self.layers[name] = kind(name, module, trainable)
+        placed |= {own[n] for n in trainable}
+
+    def _pool_first(self) -> None:
+        """The largest of some values, then ReLU: the same as the other way round, gradient and all, on a quarter of the values."""
+        for relu in list(self._nodes):
+            pool = next(iter(relu.users), None)
+            if relu.op == "call_module" and type(self._modules[str(relu.target)]) is nn.ReLU and len(relu.users) == 1:
+                assert pool is not None
+                if pool.op == "call_module" and type(self._modules[str(pool.target)]) is nn.MaxPool2d:
+                    relu.target, pool.target = pool.target, relu.target
+
+    def _depending(self) -> set[str]:
+        """Nodes whose gradient is wanted: those that depend on a parameter."""
+        wanted: set[str] = set()
+        for node in self._nodes:
+            if any(n.name in wanted for n in node.all_input_nodes) or str(node.target) in self.layers:
+                wanted.add(node.name)
+        return wanted
+
+    @property
+    def work(self) -> int:
+        """Multiplications of one record's way through it, about."""
+        return sum(layer.products for layer in self.layers.values())
+
+    def gradients(
+        self,
+        run: Pass,
+        x: Tensor,
+        seed: Callable[[Tensor], Tensor],
+        factors: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """One forward and backward pass; gradients are added to run.grads.
+
+        Args:
+            x: [rows, ...], in the order of run.groups.
+            seed: output [rows, k] -> its gradient, of the sum over records of the loss of each (times its weight).
+            factors: norms of the records' gradients [rows] -> what each counts [rows]; asked when run.private.
+        """
+        values: dict[str, Any] = {}
+        pulls: dict[str, tuple[list[str], Callable[[Tensor], Sequence[Tensor | None]]]] = {}
+        for node in self._nodes:
+            if node.op == "placeholder":
+                values[node.name] = x
+                continue
+            if node.op == "output":
+                break
+            values[node.name] = self._forward(run, node, values, pulls)
+        last = self._nodes[-1].args[0]
+        assert isinstance(last, fx.Node)
+        flowing: dict[str, Tensor] = {last.name: seed(values[last.name])}
+        for node in reversed(self._nodes):
+            if (dy := flowing.pop(node.name, None)) is None or node.name not in pulls:
+                continue
+            sources, pull = pulls.pop(node.name)
+            for source, dx in zip(sources, pull(dy), strict=True):
+                if dx is not None and source in self._needed:
+                    flowing[source] = flowing[source] + dx if source in flowing else dx
+        if run.private:
+            assert factors is not None
+            squares = run.late[0][0]()
+            for norms, _ in run.late[1:]:
+                squares = squares + norms()
+            counted = factors(squares.sqrt())
+            for _, add in run.late:
+                add(counted)
+            run.late.clear()
+
+    def _forward(self, run: Pass, node: fx.Node, values: dict[str, Any], pulls: dict[str, Any]) -> Any:
+        args: Any = fx.node.map_arg(node.args, lambda n: values[n.name])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: values[n.name])
+        name = str(node.target)
+        first = node.all_input_nodes[0].name if node.all_input_nodes else ""
+        if node.op == "call_module":
+            module = self._modules[name]
+            layer = self.layers.get(name)
+            wanted = first in self._needed
+            if layer is not None:
+                y, kept = layer.forward(run, args[0])
+                pulls[node.name] = [first], lambda dy: [layer.backward(run, kept, dy, wanted)]
+                return y
+            if isinstance(module, nn.Dropout):
+                return self._dropout(run, node.name, first, args[0], module.p, pulls)
+            if type(module) in _FAST:
+                y, back = _FAST[type(module)](module, args[0])
+                if wanted:
+                    pulls[node.name] = [first], lambda dy: [back(dy)]
+                return y
+            function: Callable[..., Any] = module
+        elif node.op == "call_method":
+            # What is contiguous there need not be here: images lie channels last.
+            name = "reshape" if name == "view" else name
+            function = getattr(torch.Tensor, name) if isinstance(args[0], Tensor) else getattr(type(args[0]), name)
+        else:
+            assert callable(node.target)
+            function = node.target
+            if function is F.dropout:
+                p, training = _dropout_terms(*args, **kwargs)
+                return self._dropout(run, node.name, first, args[0], p, pulls) if training else args[0]
+            if function in (F.relu, torch.relu):
+                y, back = _relu(None, args[0])
+                if first in self._needed:
+                    pulls[node.name] = [first], lambda dy: [back(dy)]
+                return y
+        sources = [n for n in node.all_input_nodes if n.name in self._needed and _differentiable(values[n.name])]
+        if not sources:
+            return function(*args, **kwargs)
+        return self._by_autograd(function, node, values, sources, pulls)
+
+    def _by_autograd(
+        self,
+        function: Callable[..., Any],
+        node: fx.Node,
+        values: dict[str, Any],
+        sources: list[fx.Node],
+        pulls: dict[str, Any],
+    ) -> Any:
+        """Anything that has no parameters: autograd knows its backward."""
+        with torch.enable_grad():
+            own = {n.name: values[n.name].detach().requires_grad_() for n in sources}
+            given = {n.name: own.get(n.name, values[n.name]) for n in node.all_input_nodes}
+            y = function(
+                *fx.node.map_arg(node.args, lambda n: given[n.name]),
+                **fx.node.map_arg(node.kwargs, lambda n: given[n.name]),
+            )
+        if not isinstance(y, Tensor):
+            if isinstance(y, tuple | list) and any(isinstance(part, Tensor) for part in y):
+                raise Unsupported(f"{node.target} gives more than one tensor")
+            return y
+        if not y.requires_grad:
+            return y
+
+        def pull(dy: Tensor) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(y, list(own.values()), dy, allow_unused=True)
+
+        pulls[node.name] = list(own), pull
+        return y.detach()
+
+    def _dropout(self, run: Pass, name: str, first: str, x: Tensor, p: float, pulls: dict[str, Any]) -> Tensor:
+        """Each client's from its own generator, as `nn.Dropout` draws it for that client alone."""
+        if p == 0:
+            pulls[name] = [first], lambda dy: [dy]
+            return x
+        mask = torch.zeros(x.shape, dtype=x.dtype)
+        for c, begin, _ in run.groups.slices():
+            if run.real[c]:
+                mask[begin : begin + run.real[c]].bernoulli_(1 - p, generator=run.generators[c])
+        mask /= 1 - p
+        pulls[name] = [first], lambda dy: [dy * mask]
+        return x * mask
+
+
+def _dropout_terms(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple[float, bool]:
+    if inplace:
+        raise Unsupported("dropout works in place")
+    return p, training
+
+
+def _differentiable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+Fast = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+
+def _relu(_: object, x: Tensor) -> Fast:
+    y = x.clamp_min(0)
+    return y, lambda dy: aten.threshold_backward(dy, y, 0)
+
+
+def _tanh(_: object, x: Tensor) -> Fast:
+    y = torch.tanh(x)
+    return y, lambda dy: aten.tanh_backward(dy, y)
+
+
+def _sigmoid(_: object, x: Tensor) -> Fast:
+    y = torch.sigmoid(x)
+    return y, lambda dy: aten.sigmoid_backward(dy, y)
+
+
+def _flatten(module: nn.Flatten, x: Tensor) -> Fast:
+    shape = x.shape
+    return x.flatten(module.start_dim, module.end_dim), lambda dy: dy.view(shape)
+
+
+def _max_pool(module: nn.MaxPool2d, x: Tensor) -> Fast:
+    def two(value: Any) -> list[int]:
+        return list(value) if isinstance(value, tuple | list) else [value, value]
+
+    size, padding, dilation = two(module.kernel_size), two(module.padding), two(module.dilation)
+    stride = two(module.stride) if module.stride is not None else size
+    y, which = aten.max_pool2d_with_indices(x, size, stride, padding, dilation, module.ceil_mode)
+    return y, lambda dy: aten.max_pool2d_with_indices_backward(
+        dy, x, size, stride, padding, dilation, module.ceil_mode, which
+    )
+
+
+_FAST: dict[type[nn.Module], Callable[[Any, Tensor], Fast]] = {
+    nn.ReLU: _relu,
+    nn.Tanh: _tanh,
+    nn.Sigmoid: _sigmoid,
+    nn.Flatten: _flatten,
+    nn.MaxPool2d: _max_pool,
+}
+
+
+# -- making one ----------------------------------------------------------------------------------------------------------
+
+
+def compiled(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype, private: bool
+) -> Program:
+    """The model as a program, tried on made-up records against autograd.
+
+    Args:
+        model: in train mode; passes `clients.training.check_model`.
+        loss: (output, labels [n]) -> losses [n].
+        shape, dtype: of one record.
+        private: gradients are to be clipped by record.
+
+    Raises:
+        Unsupported: it is not made of known layers, mixes records, or comes out otherwise than by autograd.
+    """
+    program = Program(model)
+    if private and not program.once:
+        raise Unsupported("a layer is used more than once")
+    sizes = (3, 1, 2)
+    generator = torch.Generator().manual_seed(0)
+    records = torch.randint(0, 2, (sum(sizes), *shape), generator=generator).to(dtype)  # 0 and 1: also valid as tokens
+    labels = torch.zeros(sum(sizes), dtype=torch.int64)
+    params = torch.randn(len(sizes), program.size, generator=generator, dtype=program.dtype) * 0.3
+    for groups in (Groups(sizes), Groups([2, 2, 2]), Groups([sum(sizes)])):
+        params = params[: len(groups.sizes)]
+        try:
+            made = _tried(program, loss, params, records, labels, groups, private)
+        except Unsupported:
+            raise
+        except Exception as error:  # a shape that only one record or one client at a time has, say
+            raise Unsupported(f"it cannot be computed for many clients at once: {error}") from error
+        for c, begin, end in groups.slices():
+            one_by_one = [slice(i, i + 1) for i in range(begin, end)] if private else [slice(begin, end)]
+            expected = sum(
+                _by_autograd(model, program, loss, params[c], records[s], labels[s], private) for s in one_by_one
+            )
+            assert isinstance(expected, Tensor)
+            if not torch.allclose(made[c], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                raise Unsupported("gradients for many clients at once differ from those of each alone")
+    return program
+
+
+def _tried(
+    program: Program,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    params: Tensor,
+    records: Tensor,
+    labels: Tensor,
+    groups: Groups,
+    private: bool,
+) -> Tensor:
+    grads = torch.zeros_like(params)
+    generators = [torch.Generator().manual_seed(0) for _ in groups.sizes]
+    run = Pass(params, grads, private, generators)
+    run.groups, run.real = groups, groups.sizes
+
+    def seed(output: Tensor) -> Tensor:
+        with torch.enable_grad():
+            output = output.detach().requires_grad_()
+            return torch.autograd.grad(loss(output, labels).sum(), output)[0]
+
+    with torch.no_grad():
+        program.gradients(run, records, seed, lambda norms: 1 / norms)
+    return grads
+
+
+def _by_autograd(
+    model: nn.Module,
+    program: Program,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    params: Tensor,
+    records: Tensor,
+    labels: Tensor,
+    private: bool,
+) -> Tensor:
+    """The gradient of the sum of losses, of length 1 if private."""
+    at, own = 0, {}
+    for name, shape in zip(program.names, program.shapes, strict=True):
+        own[name] = params[at : at + math.prod(shape)].view(shape).clone().requires_grad_()
+        at += math.prod(shape)
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(0)
+    try:
+        total = loss(torch.func.functional_call(model, own, (records,)), labels).sum()
+        parts = torch.autograd.grad(total, list(own.values()), materialize_grads=True)
+    finally:
+        torch.default_generator.set_state(state)
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    return flat / flat.norm() if private else flat
