@@ -162,6 +162,7 @@ class RayExecutor:
 
     def _read(self, number: int, reply: Message, clients: Sequence[int]) -> tuple[Floats, list[Outcome]]:
         if reply.has_error():
+            self._runtime.check()  # or is it that a machine is gone?
             raise RunFailed(
                 f"round {number}: Ray's workers died over the same clients again and again",
                 "Out of memory, perhaps: fewer workers or smaller chunks (--workers, --execution). Go on with --resume.",

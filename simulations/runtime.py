@@ -95,6 +95,8 @@ class Runtime:
         env = {"OMP_NUM_THREADS": "1", "FLWR_HOME": f"{self._folder}/flower", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         env |= {name: os.environ[name] for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK")}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # A worker's death is four long lines of Ray's, whatever log_to_driver says.
+        ray._private.worker._worker_logs_enabled = False
         cluster = os.environ.get(ADDRESS)
         if not cluster:  # what is importable here; another machine has its own
             env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -166,6 +168,7 @@ class Runtime:
             self._thread.join()
             self._thread = None
         ray.shutdown()
+        ray._private.worker._worker_logs_enabled = True
         logging.getLogger("flwr").setLevel(self._log_level)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -214,8 +217,7 @@ class _Backend(RayBackend):
 
 
 class RuntimeGrid(InMemoryGrid):
-    """Flower's Grid of a simulation, made to keep a Grid's promises: a reply that was taken, or that comes too late, is no KeyError,
-    and a message to nobody has its place among the identifiers: "".
+    """Flower's Grid of a simulation; it says when a message was sent, and a message to nobody has its place among the identifiers: "".
 
     Args:
         sent: called for each message.
@@ -238,11 +240,3 @@ class RuntimeGrid(InMemoryGrid):
             pushed.append(next(iter(super().push_messages([message])), ""))
             self._sent()
         return pushed
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there, each once."""
-        state = cast(InMemoryLinkState, self.state)
-        with state.lock:
-            state._check_stored_messages(wanted := set(message_ids))  # forgets what is too late
-            here = [name for name in wanted if name in state.message_ins_id_to_message_res_id]
-            return super().pull_messages(here) if here else []
