@@ -1,4 +1,4 @@
-"""The one module that touches Flower's private parts; everything else of ours imports Flower, and gRPC, from here.
+"""The one module, with simulations/runtime.py, that touches Flower's private parts; everything else of ours imports Flower, and gRPC, from here.
 
 Telemetry and update checks are switched off before Flower is imported: nothing leaves this machine unasked.
 """

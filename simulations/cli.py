@@ -35,6 +35,7 @@ class Engine(StrEnum):
 
     NODES = "nodes"
     COHORT = "cohort"
+    RAY = "ray"
 
 
 def commands(app: typer.Typer) -> None:
@@ -117,7 +118,7 @@ def simulate(
         typer.Option(
             "--engine",
             help="nodes: keys, gate and ledger for each partner (up to 100; default there). cohort: one ledger, and many clients of a "
-            "population computed at once (default above)",
+            "population computed at once (default above). ray: the same on Flower's simulation runtime, on this machine or a Ray cluster",
         ),
     ] = None,
     execution: Annotated[

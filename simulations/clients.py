@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ..clients.datasets import Rows, Split, held_out, split_rows
-from ..common.config import Population
+from ..common.config import Federation, Population
 from ..common.errors import ConfigError, DataError, counted
 from ..common.tasks import Task
 from . import partitions, sources
@@ -173,6 +173,17 @@ class Drawn:
         share = len(self.test) / max(1, self.evaluated)
         begin, end = (round(share * at) if number < self.evaluated else 0 for at in (number, number + 1))
         return Split(mine, Rows(self.test.x[begin:end], self.test.y[begin:end]))
+
+
+def clients_of(config: Federation, base: Path, task: Task) -> Dealt | Drawn:
+    """A population's clients.
+
+    Raises:
+        ConfigError, DataError: as `population_clients`.
+    """
+    assert config.population is not None
+    fraction = config.evaluation.test_fraction if config.evaluation.kind != "none" else 0.0
+    return population_clients(config.population, fraction, config.seed, task, base)
 
 
 def population_clients(config: Population, fraction: float, seed: int, task: Task, base: Path) -> Dealt | Drawn:

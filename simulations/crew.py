@@ -15,6 +15,7 @@ from ..common.identity import write_whole
 from ..common.tasks import Task, initial_model
 from .clients import Clients
 from .execution import Execution, Tried, cores, fields, load_execution, probe
+from .ray_engine import RayEngine, RayExecutor
 from .trainer import Trainer
 from .workers import Here, Workers, can_fork
 
@@ -26,6 +27,7 @@ class Crew:
         kept: where the plan is kept, so that a run that goes on goes on by it.
         given: a plan; None: an earlier start's, or what a trial finds.
         workers: so many processes, whatever the plan says.
+        ray: whose processes train, instead of this machine's.
 
     Attributes:
         plan: what is done.
@@ -39,7 +41,14 @@ class Crew:
     """
 
     def __init__(
-        self, task: Task, clients: Clients, charter: Charter, kept: Path, given: Execution | None, workers: int | None
+        self,
+        task: Task,
+        clients: Clients,
+        charter: Charter,
+        kept: Path,
+        given: Execution | None,
+        workers: int | None,
+        ray: RayEngine | None = None,
     ) -> None:
         model = initial_model(task, charter.model_seed)
         settings = local_settings(charter)
@@ -51,10 +60,13 @@ class Crew:
         if plan is None:
             weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
             cohort = max(1, round(charter.algorithm.participation * len(clients)))
-            plan, self.tried = probe(trainer, weights, cohort, range(min(len(clients), 256)), settings.steps, cores())
-        if workers is not None:
+            some, most = range(min(len(clients), 256)), cores() if ray is None else ray.count
+            plan, self.tried = probe(trainer, weights, cohort, some, settings.steps, most, ray=ray is not None)
+        if ray is not None:
+            plan = plan.model_copy(update={"workers": ray.count})
+        elif workers is not None:
             plan = plan.model_copy(update={"workers": workers})
-        if plan.workers and not can_fork():
+        if ray is None and plan.workers and not can_fork():
             plan = plan.model_copy(update={"workers": 0})
         if plan.batched and trainer.why_not is not None:
             raise ConfigError(
@@ -63,16 +75,19 @@ class Crew:
             )
         self.plan: Execution = plan
         write_whole(kept, json.dumps(plan.model_dump()).encode())
-        self.executor: Here | Workers = (
-            Workers(trainer, plan.workers, plan.chunk, batched=plan.batched)
-            if plan.workers
-            else Here(trainer, batched=plan.batched)
-        )
+        self._ray = ray is not None
+        self.executor: Here | Workers | RayExecutor
+        if ray is not None:
+            self.executor = ray.executor(trainer.size, plan)
+        elif plan.workers:
+            self.executor = Workers(trainer, plan.workers, plan.chunk, batched=plan.batched)
+        else:
+            self.executor = Here(trainer, batched=plan.batched)
 
     def words(self) -> str:
         """The plan, for the screen."""
         why = "" if self.why_not is None else f" (many at once is not possible: {self.why_not})"
-        return f"execution: {self.plan.words()}{why}"
+        return f"execution: {self.plan.words()}{' of Ray' if self._ray else ''}{why}"
 
     def to_fields(self) -> dict[str, Any]:
         """As `result.json` has it."""

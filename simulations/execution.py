@@ -28,6 +28,8 @@ _CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CHUNK_BYTES = 64 * 2**20
 _HAND_OVER_S = 0.0004
 """What it costs about to give a worker a chunk and to get it back; less work than that is done here."""
+_HAND_OVER_RAY_S = 0.01
+"""The same with Flower's messages over Ray."""
 
 
 class Execution(Section):
@@ -82,7 +84,14 @@ def cores() -> int:
 
 
 def probe(
-    trainer: Trainer, weights: npt.NDArray[np.float32], cohort: int, clients: Sequence[int], steps: int, processes: int
+    trainer: Trainer,
+    weights: npt.NDArray[np.float32],
+    cohort: int,
+    clients: Sequence[int],
+    steps: int,
+    processes: int,
+    *,
+    ray: bool = False,
 ) -> tuple[Execution, Tried]:
     """Try, and choose.
 
@@ -91,6 +100,7 @@ def probe(
         clients: some that may be tried, as many as a chunk may have.
         steps: of a client's round.
         processes: how many may compute at a time.
+        ray: they are Ray's; else this process is one that may do it all.
     """
     began = time.perf_counter()
     tried_steps = min(steps, 2)
@@ -122,30 +132,34 @@ def probe(
     tried = Tried(
         None if alone is None else 1000 * alone, {c: 1000 * s for c, s in found.items()}, time.perf_counter() - began
     )
-    return choose(alone, found, cohort, processes), tried
+    return choose(alone, found, cohort, processes, ray=ray), tried
 
 
-def choose(alone_s: float | None, batched_s: dict[int, float], cohort: int, processes: int) -> Execution:
+def choose(
+    alone_s: float | None, batched_s: dict[int, float], cohort: int, processes: int, *, ray: bool = False
+) -> Execution:
     """The fastest plan, by seconds a client.
 
     Args:
         alone_s: one by one; None: not to be considered.
         batched_s: by chunk.
         cohort: clients a round.
-        processes: how many this machine can run at a time.
+        processes: how many this machine can run at a time, or Ray.
+        ray: they are Ray's, and have to do it all.
     """
     best: tuple[float, Execution] | None = None
     ways = [(True, chunk, s) for chunk, s in batched_s.items()]
     if alone_s is not None:
         ways.append((False, _alone_chunk(alone_s, cohort), alone_s))
-    for workers in {0, min(processes, cohort)} if processes > 1 else {0}:
+    hand_over_s = _HAND_OVER_RAY_S if ray else _HAND_OVER_S
+    for workers in {processes} if ray else {0, min(processes, cohort)} if processes > 1 else {0}:
         for batched, chunk, each in ways:
             jobs = math.ceil(cohort / chunk)
             if not workers:
                 round_s = cohort * each
             else:
                 # The last ones to finish decide: whole chunks a worker, and handing over.
-                round_s = math.ceil(jobs / workers) * (min(chunk, cohort) * each + _HAND_OVER_S)
+                round_s = math.ceil(jobs / workers) * (min(chunk, cohort) * each + hand_over_s)
             if best is None or round_s < best[0]:
                 best = round_s, Execution(batched=batched, chunk=min(chunk, cohort), workers=workers)
     assert best is not None

@@ -47,15 +47,16 @@ from ..server.roster import Roster
 from ..server.rounds import Coordinator, Outcome
 from ..server.witness import Witnessing
 from . import sources
-from .clients import ClientDatasets, Dealt, Drawn, population_clients
+from .clients import ClientDatasets, clients_of
 from .crew import Crew
 from .execution import Execution
 from .grid import CohortGrid, InProcessGrid
 from .population import PopulationGate, PopulationRecords, PopulationRoster, client_name
+from .ray_engine import RayEngine
 from .realism import over_sampled, realistic
 
 COORDINATOR = "coordinator"
-NODES, COHORT = "nodes", "cohort"
+NODES, COHORT, RAY = "nodes", "cohort", "ray"
 """Engines."""
 LOCK = "hansa.lock"
 """In the private folder: who holds its lock works in both folders."""
@@ -171,17 +172,6 @@ def parts_of(config: Federation, base: Path, task: Task) -> dict[str, Part]:
     }
 
 
-def clients_of(config: Federation, base: Path, task: Task) -> Dealt | Drawn:
-    """A population's clients.
-
-    Raises:
-        ConfigError, DataError: as `population_clients`.
-    """
-    assert config.population is not None
-    fraction = config.evaluation.test_fraction if config.evaluation.kind != "none" else 0.0
-    return population_clients(config.population, fraction, config.seed, task, base)
-
-
 @dataclass
 class Simulation:
     """A federation set up in `out`; `run` it, then `close` it. Until then nobody else can work in its folders.
@@ -189,9 +179,9 @@ class Simulation:
     Args:
         kind: which command's run it is. A "demo" replaces an earlier demo, and nothing else.
         private_root: the private folder, when it is not the one beside `out`.
-        engine: NODES (a node, keys and a ledger for each partner) or COHORT (a population's clients, with one ledger, many at once);
-            empty: NODES up to SIGNED_PARTNERS_MAX partners.
-        execution: how COHORT computes; None: what a short trial finds fastest.
+        engine: NODES (a node, keys and a ledger for each partner), COHORT (a population's clients, with one ledger, many at once) or
+            RAY (the same, trained by Ray's processes, on this machine or on a cluster); empty: NODES up to SIGNED_PARTNERS_MAX partners.
+        execution: how COHORT and RAY compute; None: what a short trial finds fastest.
         workers: so many processes, whatever the plan says.
 
     Attributes:
@@ -219,7 +209,7 @@ class Simulation:
     gates: dict[str, Gate] = field(default_factory=dict)
     datasets: Mapping[str, Dataset] = field(default_factory=dict)
     crew: Crew | None = None
-    _open: list[Ledger | KeptHeads | Crew] = field(default_factory=list)
+    _open: list[Ledger | KeptHeads | Crew | RayEngine] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.private = self.private_root or private_folder(self.out)
@@ -275,7 +265,7 @@ class Simulation:
 
     def close(self) -> None:
         """Let go of every ledger, and of the folders."""
-        for one in self._open:
+        for one in reversed(self._open):
             one.close()
         self._held.close()
 
@@ -288,10 +278,10 @@ class Simulation:
             wrong = f"the engine nodes is for at most {SIGNED_PARTNERS_MAX} partners"
         elif self.engine == NODES and self.config.privacy.kind == "central":
             wrong = "the engine nodes has no central noise: a partner trusts nobody with its update"
-        elif self.engine == COHORT and self.config.population is None:
-            wrong = "the engine cohort is for a population"
-        elif self.engine == COHORT and self.config.secure_aggregation is not None:
-            wrong = "the engine cohort has no secure aggregation: its clients have no keys"
+        elif self.engine != NODES and self.config.population is None:
+            wrong = f"the engine {self.engine} is for a population"
+        elif self.engine != NODES and self.config.secure_aggregation is not None:
+            wrong = f"the engine {self.engine} has no secure aggregation: its clients have no keys"
         if wrong:
             raise ConfigError(wrong, "Leave --engine out: it is chosen by the number of partners.")
 
@@ -427,8 +417,12 @@ class Simulation:
             number = context.node_id - 1
             return Node(self.task, self._model, self.datasets[client_name(number, len(clients))], gate(number), wire)
 
+        ray = None
+        if self.engine == RAY:
+            ray = RayEngine(self.signed, self.config, clients, self.base, self.workers)
+            self._open.append(ray)
         crew = self.crew = Crew(
-            self.task, clients, charter, self.private / "execution.json", self.execution, self.workers
+            self.task, clients, charter, self.private / "execution.json", self.execution, self.workers, ray
         )
         self._open.append(crew)
         self.notify("execution", crew=crew)

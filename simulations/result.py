@@ -54,6 +54,7 @@ def make_result(
         "partners": _partners(simulation),
         "refusals": _refusals(simulation, refusals),
         "timings": dict(timings),
+        "engine": simulation.engine,
         "execution": crew.to_fields() if (crew := simulation.crew) is not None else None,
         **told(simulation.grid),
     }

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,12 @@ class Outcome:
 
     refused: tuple[str, str] | None = None
     failed: bool = False
+
+    @classmethod
+    def from_fields(cls, said: dict[str, Any]) -> Outcome:
+        """Inverse of `asdict`, as JSON gives it back."""
+        refused = said["refused"]
+        return cls(None if refused is None else (refused[0], refused[1]), said["failed"])
 
 
 class Trainer:

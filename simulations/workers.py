@@ -117,7 +117,7 @@ class Workers:
                     for worker in self._ready(busy):
                         job, place = worker.job or (0, 0)
                         if (said := worker.receive()) is not None:
-                            finished[job] = place, [_outcome(one) for one in said["outcomes"]]
+                            finished[job] = place, [Outcome.from_fields(one) for one in said["outcomes"]]
                             for phase, seconds in said["spent_s"].items():
                                 self._spent[phase] = self._spent.get(phase, 0.0) + seconds
                             continue
@@ -241,8 +241,3 @@ class _Worker:
         self.pipe.close()
         self.process.kill()
         self.process.join()
-
-
-def _outcome(said: dict[str, Any]) -> Outcome:
-    refused = said["refused"]
-    return Outcome(None if refused is None else (refused[0], refused[1]), said["failed"])

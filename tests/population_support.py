@@ -70,6 +70,8 @@ class Population:
         train: called instead of local training: client name, model -> update.
     """
 
+    engine, crew = "cohort", None  # as result.json asks
+
     def __init__(
         self,
         out: Path,
