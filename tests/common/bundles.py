@@ -924,7 +924,7 @@ def result_for(made: Draft, verdict: dict[str, Any]) -> dict[str, Any]:
         }
         | {"noise": charter.privacy.kind, "adversary": charter.adversary}
         | (
-            {"unit": "client"} if charter.privacy.unit == "client" else {}
+            {"unit": charter.privacy.unit} if charter.privacy.kind in ("central", "shared") else {}
         ),  # the golden bundle's bytes stay as they are
         "partners": {
             name: {"declared_records": declared.get(name, 100), **{key: p[key] for key in keys}}

@@ -251,7 +251,12 @@ def test_a_real_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["result.json", "report.html", "result.json again", "sweep.csv", "sweep.json", "sweep.png"]
+    "moment",
+    [
+        "result.json",
+        "result.json again",
+        *(pytest.param(m, marks=pytest.mark.soak) for m in ("report.html", "sweep.csv", "sweep.json", "sweep.png")),
+    ],
 )
 @pytest.mark.parametrize("mode", ["before", "after"])
 def test_killed_as_a_run_is_finished(mode: str, moment: str, forked: Forked, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from link_support import net, plain_app
 NAMES = ("ada", "ben", "cy")
 
 
-@pytest.fixture(scope="module", params=["in process", "cohort", "virtual clock", "grpc"])
+@pytest.fixture(
+    scope="module", params=["in process", "cohort", pytest.param("virtual clock", marks=pytest.mark.soak), "grpc"]
+)
 def grid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
 
     def context(n: int) -> Context:
