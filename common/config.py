@@ -330,10 +330,9 @@ class Federation(Section):
             raise ValueError(f"quorum {self.quorum} is more than the {counted(cohort, 'partner')} asked in a round")
         largest = max((p.declared_records for p in (self.partners or {}).values()), default=0)
         check_delta(self.privacy.delta, largest)
-        if self.privacy.kind == "central" and self.system is not None and self.system.over_sampling:
+        if self.privacy.kind == "central" and self.system is not None:
             raise ValueError(
-                "system.over_sampling must be 0 with central noise: a round that ends with the first answers lets one client displace "
-                "another, and none may change more than its own"
+                "system does not go with central noise: what it tells of a round tells how many were asked, and the sample is secret"
             )
         check_central(
             self.population.clients if self.population is not None else None,

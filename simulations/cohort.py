@@ -146,12 +146,16 @@ class Cohort:
         sizes = [len(r) for r in rows]
         most = max(sizes)
         counted: Tensor | None = None
+        nobody: list[int] = []
         if len(sizes) > 1 and self._padded(sizes, most):
+            # Rows that only fill up count zero, but zero times NaN is NaN: so a client's are its own first one, which counts anyhow.
             index = np.zeros((len(rows), most), np.int64)
             real = np.zeros((len(rows), most), np.float32)
             for i, r in enumerate(rows):
+                index[i] = r[0] if len(r) else 0
                 index[i, : len(r)] = r
                 real[i, : len(r)] = 1
+            nobody = [i for i, size in enumerate(sizes) if not size]
             counted = torch.from_numpy(real.reshape(-1)).to(dtype)
             groups, chosen = Groups([most] * len(rows)), torch.from_numpy(index.reshape(-1))
         else:
@@ -165,23 +169,24 @@ class Cohort:
 
         def factors(norms: Tensor) -> Tensor:
             assert clip_norm is not None
-            finite = norms.isfinite()
+            finite = norms.isfinite() if counted is None else norms.isfinite() | (counted == 0)
             if not bool(finite.all()):
                 raise _NotFinite(finite)
             found = clip_factors(norms, clip_norm)
             return found if counted is None else found * counted
 
         run.groups, run.real = groups, sizes
+        before = run.gradient[nobody] if nobody else None
         try:
             self.program.gradients(run, x.index_select(0, chosen), self._seed(labels, each), factors)
         except _NotFinite as found:
-            # What is not finite contributes zero; times zero it would still be NaN. Nothing was added yet: again without it.
+            # What is not finite contributes zero, and is left out. Nothing was added yet: again without it.
             parts = np.split(found.finite.numpy(), np.cumsum(groups.sizes)[:-1])
-            kept = [r[good[: len(r)]] for r, good in zip(rows, parts, strict=True)]
-            if sum(map(len, kept)) == sum(sizes):  # a row that only filled up
-                raise
             run.late.clear()
-            self._add(run, x, y, kept, divisors, settings)
+            self._add(run, x, y, [r[good[: len(r)]] for r, good in zip(rows, parts, strict=True)], divisors, settings)
+            return
+        if before is not None:  # whoever has no rows in this pass was filled up with somebody else's
+            run.gradient[nobody] = before
 
     def _seed(self, labels: Tensor, each: Tensor | None) -> Callable[[Tensor], Tensor]:
         """The gradient of the summed losses with respect to the model's output."""

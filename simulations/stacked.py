@@ -94,6 +94,7 @@ class Pass:
         generators: of each client's dropout.
 
     Attributes:
+        gradient: `grads`.
         groups: whose rows are in the pass.
         real: how many rows of each client are records; those behind them only fill up.
         late: of each layer: squared norms of its part of each record's gradient, and what adds the gradient of records that count so much.
@@ -103,7 +104,8 @@ class Pass:
         self.private, self.generators = private, generators
         self.groups, self.real = Groups([0] * len(params)), [0] * len(params)
         self.late: list[tuple[Callable[[], Tensor], Callable[[Tensor | None], None]]] = []
-        self._params, self._grads = params, grads
+        self.gradient = grads
+        self._params = params
         self._views = dict[tuple[int, str], Any]()  # making one takes 5 µs, a step needs dozens
 
     def values(self, place: Place) -> Tensor:
@@ -118,7 +120,7 @@ class Pass:
 
     def grads(self, place: Place) -> Tensor:
         """The gradient of a parameter of all clients, [clients, *shape]."""
-        made: Tensor = self._kept(place, "grads", lambda: _view(self._grads, place))
+        made: Tensor = self._kept(place, "grads", lambda: _view(self.gradient, place))
         return made
 
     def grad(self, place: Place) -> tuple[Tensor, ...]:

@@ -111,11 +111,9 @@ class Trainer:
         there = [i for i, member in enumerate(members) if member is not None]
         outcomes = [Outcome(failed=member is None) for member in members]
         if batched and there:
-            assert self._cohort is not None
-            some = out if len(there) == len(members) else np.empty((len(there), out.shape[1]), out.dtype)
-            self._cohort.train(torch.from_numpy(weights), [m for m in members if m is not None], torch.from_numpy(some))
-            if some is not out:
-                out[there] = some
+            for i in (failed := self._together(weights, [(i, m) for i, m in enumerate(members) if m is not None], out)):
+                outcomes[i] = Outcome(failed=True)
+            there = [i for i in there if i not in failed]
             # A sum is finite only if all of it is, and takes a third of the time; it may overflow, so a no is looked at again.
             with np.errstate(over="ignore", invalid="ignore"):
                 for i in there:
@@ -144,10 +142,33 @@ class Trainer:
         try:
             rows = self._clients.open(client).train
         except Exception as err:
-            _log.error("%s: its rows cannot be read: %s", client_name(client, len(self._clients)), without_words(err))
+            _log.error("a client's rows cannot be read: %s", without_words(err))  # which one's may be secret
             return None
         seed = None if settings.event else round_seed(self._seed, number, client_name(client, len(self._clients)))
         return Member(rows, settings, self._declared, seed)
+
+    def _together(
+        self,
+        weights: npt.NDArray[np.float32],
+        members: Sequence[tuple[int, Member]],
+        out: npt.NDArray[np.float32],
+    ) -> set[int]:
+        """Train these, each to its row of `out`; who failed. What fails for many is tried for each: it may be one's rows alone."""
+        assert self._cohort is not None
+        rows = [i for i, _ in members]
+        some = out if rows == list(range(len(out))) else np.empty((len(rows), out.shape[1]), out.dtype)
+        try:
+            self._cohort.train(torch.from_numpy(weights), [m for _, m in members], torch.from_numpy(some))
+        except MemoryError:
+            raise
+        except Exception as err:
+            if len(members) > 1:
+                return set().union(*(self._together(weights, [one], out) for one in members))
+            _log.error("a client failed: %s", without_words(err))
+            return set(rows)
+        if some is not out:
+            out[rows] = some
+        return set()
 
     def _alone(
         self, member: Member, weights: dict[str, npt.NDArray[np.float32]], out: npt.NDArray[np.float32]

@@ -718,3 +718,23 @@ def test_a_loss_that_mixes_records_is_refused():
     model = mlp()
     with pytest.raises(TaskError, match="depends on the others"):
         train_locally(model, centred, weights_of(model), rows(5), private(), 5, seed=None)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum", "mu"), [("sgd", 0.0, 0.0), ("sgd", 0.9, 0.0), ("adam", 0.0, 0.0), ("adam", 0.0, 0.2)]
+)
+def test_the_optimiser_is_torchs_own(optimizer, momentum, mu):
+    """Descent against torch.optim, with the proximal term added by hand, for one client and for rows of many."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    ours, theirs = start.clone(), nn.Parameter(start.clone())
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
+    judge = kind([theirs], lr=0.1, **({"momentum": momentum} if momentum else {}))
+    descent = Descent(LocalSettings(1, 1.0, optimizer, 0.1, momentum=momentum, proximal_mu=mu))
+    for step in range(6):
+        rows = 4 if step < 4 else 2  # two of the clients have no more steps to take
+        g = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+        descent.step([ours[:rows]], [g[:rows].clone()], [start[:rows]])
+        theirs.grad = g + mu * (theirs.detach() - start)
+        judge.step()
+        torch.testing.assert_close(ours[:rows], theirs.detach()[:rows], rtol=1e-12, atol=1e-14)

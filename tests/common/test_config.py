@@ -219,6 +219,7 @@ BAD_CENTRAL: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("weighting: uniform", "weighting: declared", "algorithm.weighting", ("must be uniform",)),
     ("kind: public", "kind: private, noise_multiplier: 5", "evaluation.kind", ("private charges records",)),
     ("quorum: 0", "quorum: 0\nsecure_aggregation: {colluding: 0}", "secure_aggregation", ()),
+    ("quorum: 0", "quorum: 0\nsystem: {dropout: 0.1}", "system", ("how many were asked",)),
     ("delta: 1.0e-4", "delta: 0.002", "privacy.delta", ("not below 1/n", "0.002 for 500 clients")),
 ]  # fmt: skip
 

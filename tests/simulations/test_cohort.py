@@ -427,3 +427,28 @@ def test_the_trial_notices_a_backward_that_is_wrong(monkeypatch):
     monkeypatch.setattr(stacked, "_add_products", lambda groups, dy, x, into: right(groups, 1.01 * dy, x, into))
     with pytest.raises(Unsupported, match="differ"):
         Cohort(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), cross_entropy, torch.zeros(5), private=False)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("sizes", [[6, 4, 0, 5], [3, 9, 2, 0]])
+def test_a_bad_first_record_is_its_own_clients_alone(private, sizes):
+    """Where rows are filled up to equal numbers, nobody's filling is somebody else's record."""
+    model, shape, kind = made("mlp", torch.float32)
+    clients = [rows(n, shape, i, kind) for i, n in enumerate(sizes)]
+    cohort = Cohort(model, cross_entropy, clients[0].x[0], private=private)
+    cohort._noise = Silence()
+    terms = {"clip_norm": 0.7, "noise_multiplier": 1.0} if private else {}
+    local = LocalSettings(2, 1.0, "sgd", 1.0, **terms)
+    weights = weights_of(model)
+    good = updates(cohort, weights, [Member(r, local, 5, 0) for r in clients])
+    clients[0].x[0] = float("nan")
+    found = updates(cohort, weights, [Member(r, local, 5, 0) for r in clients])
+    for one, other in zip(found[1:], good[1:], strict=True):
+        if private:  # filled up to another number of rows, now that one is left out
+            assert off(flat(one).numpy() + 1, flat(other).numpy() + 1) < 1e-6
+        else:
+            assert np.array_equal(flat(one).numpy(), flat(other).numpy())
+    if private:  # what is not finite counts zero
+        without = Rows(clients[0].x[1:], clients[0].y[1:])
+        expected = updates(cohort, weights, [Member(r, local, 5, 0) for r in (without, *clients[1:])])
+        assert off(flat(found[0]).numpy(), flat(expected[0]).numpy()) < 1e-5

@@ -370,3 +370,21 @@ def test_a_plan_that_the_model_cannot_have_is_refused(tmp_path: Path, monkeypatc
     assert not simulation.crew.plan.batched
     assert "not known" in simulation.crew.to_fields()["not_batched_because"]
     assert outcome.model is not None
+
+
+@pytest.mark.parametrize("size", [CLIENTS, 4])
+def test_rows_that_the_loss_fails_on_fail_for_their_client_alone(size: int) -> None:
+    class Wrong(Made):
+        def open(self, number: int) -> Split:
+            split = super().open(number)
+            if number == 5:
+                split.train.y[0] = 7  # no class
+            return split
+
+    torch.manual_seed(0)
+    made = Trainer(TASK, model(), Wrong(), PLAIN, 6, 0)
+    done = list(Here(made, batched=True).train(1, WEIGHTS, chunks(size)))
+    outcomes = [outcome for _, _, some in done for outcome in some]
+    assert [number for number, outcome in enumerate(outcomes) if outcome.failed] == [5]
+    alone = next(Here(trainer(), batched=True).train(1, WEIGHTS, [[6]]))[1][0]
+    np.testing.assert_allclose(np.concatenate([u for _, u, _ in done])[6], alone, atol=1e-6)
