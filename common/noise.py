@@ -35,6 +35,11 @@ def _keystream() -> Callable[[int], NDArray[np.uint64]]:
     return lambda count: np.frombuffer(encryptor.update(bytes(8 * count)), dtype=np.uint64)
 
 
+def _check_std(std: float) -> None:
+    if not (math.isfinite(std) and std >= 0):
+        raise ConfigError(f"the standard deviation of noise is {std}", "It must be finite and not negative.")
+
+
 class SecureNoise:
     """Noise and sampling that nobody can predict or repeat; it has no seed and keeps no state.
 
@@ -62,8 +67,7 @@ class SecureNoise:
         Raises:
             ConfigError: std is negative or not finite.
         """
-        if not (math.isfinite(std) and std >= 0):
-            raise ConfigError(f"the standard deviation of noise is {std}", "It must be finite and not negative.")
+        _check_std(std)
         values = np.empty(shape, dtype=np.float64)
         flat = values.reshape(-1)
         words = _keystream()
@@ -82,8 +86,7 @@ class SecureNoise:
         Raises:
             ConfigError: std is negative or not finite.
         """
-        if not (math.isfinite(std) and std >= 0):
-            raise ConfigError(f"the standard deviation of noise is {std}", "It must be finite and not negative.")
+        _check_std(std)
         values = np.empty(shape, dtype=np.float32)
         flat = values.reshape(-1)
         words = _keystream()

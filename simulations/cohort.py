@@ -1,7 +1,7 @@
 """Many clients' local work at once: what `clients.training.train_locally` does for one, for all clients of a chunk.
 
 Sampling, clipping, noise and the optimiser are the functions of `clients/training.py`; only forward and backward passes are others
-(`stacked.py`). Without noise the updates are the same up to rounding. With noise each client draws its own.
+(`program.py`). Without noise the updates are the same up to rounding. With noise each client draws its own.
 
 Simulation only: clipping and noise are in float32 here, and in float64 at a node.
 """
@@ -20,7 +20,8 @@ from ..clients.datasets import Rows
 from ..clients.training import Batch, Descent, LocalSettings, clip_factors, plain_batches
 from ..common.noise import SecureNoise
 from ..common.tasks import cross_entropy
-from .stacked import Groups, Pass, Program, StackedConv, compiled
+from .layers import Groups, Pass, StackedConv
+from .program import Program, compiled
 
 _PIECE_ROWS = 1024
 _PIECE_BYTES = 128 * 2**20

@@ -21,8 +21,8 @@ from ..common.errors import Refusal, Refused
 from ..common.tasks import Task
 from .clients import Clients
 from .cohort import Cohort, Member
+from .layers import Unsupported
 from .population import client_name
-from .stacked import Unsupported
 
 _log = logging.getLogger("hansa.node")
 

@@ -264,6 +264,22 @@ def same_arrays(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
+def sixty_clients(steps: int = 2, **changes: Any) -> Federation:
+    """Sixty clients that share the digits, half of them in each of three rounds, without privacy: engines are compared on it."""
+    local = {"steps": steps, "sampling_rate": 0.5, "optimizer": {"lr": 0.2}}
+    made = {
+        "name": "digits",
+        "task": "digits",
+        "partners": None,
+        "population": {"dataset": "digits", "clients": 60, "partition": {"kind": "iid", "min_records": 2}},
+        "algorithm": {"rounds": 3, "participation": 0.5, "local": local},
+        "evaluation": {"kind": "public", "every": 3, "test_fraction": 0.2},
+        "privacy": NO_PRIVACY,
+        "quorum": 20,
+    }
+    return config(**{**made, **changes})
+
+
 class Killed(BaseException):
     """What stands for SIGKILL here: nothing in Hansa catches it (tests/e2e has the real one)."""
 

@@ -17,7 +17,7 @@ from hansa.clients.datasets import Rows
 from hansa.clients.training import LocalSettings, train_locally
 from hansa.common.tasks import cross_entropy
 from hansa.simulations.cohort import Cohort, Member
-from hansa.simulations.stacked import Unsupported
+from hansa.simulations.layers import Unsupported
 
 SETTINGS = settings(deadline=None, max_examples=4, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -421,10 +421,10 @@ def test_a_layer_that_is_used_twice_is_stacked_without_clipping_only():
 
 def test_the_trial_notices_a_backward_that_is_wrong(monkeypatch):
     """Negative control of `compiled`: a layer that forgets its bias is not given out."""
-    from hansa.simulations import stacked
+    from hansa.simulations import layers
 
-    right = stacked._add_products
-    monkeypatch.setattr(stacked, "_add_products", lambda groups, dy, x, into: right(groups, 1.01 * dy, x, into))
+    right = layers._add_products
+    monkeypatch.setattr(layers, "_add_products", lambda groups, dy, x, into: right(groups, 1.01 * dy, x, into))
     with pytest.raises(Unsupported, match="differ"):
         Cohort(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), cross_entropy, torch.zeros(5), private=False)
 

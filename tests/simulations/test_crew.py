@@ -30,7 +30,7 @@ from hansa.simulations.federation import COHORT, Simulation
 from hansa.simulations.result import make_result, save_result
 from hansa.simulations.trainer import Trainer
 from hansa.simulations.workers import Here, Workers
-from support import NO_PRIVACY, config, same_arrays, verified
+from support import same_arrays, sixty_clients, verified
 
 CLIENTS = 23
 
@@ -249,21 +249,6 @@ def test_a_plan_is_read_from_a_file_or_a_result_and_nothing_else(tmp_path: Path)
 # -- a whole run ---------------------------------------------------------------------------------------------------------
 
 
-def population(**changes: Any) -> Federation:
-    local = {"steps": 2, "sampling_rate": 0.5, "optimizer": {"lr": 0.2}}
-    made = {
-        "name": "digits",
-        "task": "digits",
-        "partners": None,
-        "population": {"dataset": "digits", "clients": 60, "partition": {"kind": "iid", "min_records": 2}},
-        "algorithm": {"rounds": 3, "participation": 0.5, "local": local},
-        "evaluation": {"kind": "public", "every": 3, "test_fraction": 0.2},
-        "privacy": NO_PRIVACY,
-        "quorum": 20,
-    }
-    return config(**{**made, **changes})
-
-
 def simulated(out: Path, settings: Federation, **options: Any) -> Iterator[Simulation]:
     simulation = Simulation(settings, Path(), out, engine=COHORT, **options)
     try:
@@ -284,7 +269,7 @@ def run(out: Path, settings: Federation, **options: Any) -> Any:
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_one_plan_gives_one_model_bit_by_bit_whoever_computes_it(tmp_path: Path, batched: bool) -> None:
-    plan, settings = Execution(batched=batched, chunk=7, workers=0), population()
+    plan, settings = Execution(batched=batched, chunk=7, workers=0), sixty_clients()
     reference, _ = run(tmp_path / "0", settings, execution=plan)
     for workers in (1, 2):
         outcome, simulation = run(tmp_path / str(workers), settings, execution=plan, workers=workers)
@@ -294,7 +279,7 @@ def test_one_plan_gives_one_model_bit_by_bit_whoever_computes_it(tmp_path: Path,
 
 
 def test_a_run_that_goes_on_goes_on_by_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, out = population(), tmp_path / "out"
+    settings, out = sixty_clients(), tmp_path / "out"
     plan = Execution(batched=True, chunk=5, workers=2)
     reference, _ = run(tmp_path / "whole", settings, execution=plan)
 
@@ -321,7 +306,7 @@ def test_a_run_that_goes_on_goes_on_by_its_plan(tmp_path: Path, monkeypatch: pyt
 
 def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(tmp_path: Path) -> None:
     """A real SIGKILL from outside, again and again."""
-    settings, plan = population(), Execution(batched=True, chunk=3, workers=2)
+    settings, plan = sixty_clients(), Execution(batched=True, chunk=3, workers=2)
     reference, _ = run(tmp_path / "whole", settings, execution=plan)
     killed: list[int] = []
 
@@ -356,17 +341,17 @@ def test_an_engine_that_does_not_fit_is_refused(
     local = {"steps": 1, "optimizer": {"lr": 0.2}}
     changes = {k: v if v is not None else {"rounds": 1, "local": local} for k, v in changes.items()}
     with pytest.raises(ConfigError, match=words):
-        Simulation(population(**changes), Path(), tmp_path / "out", engine=engine)
+        Simulation(sixty_clients(**changes), Path(), tmp_path / "out", engine=engine)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_that_the_model_cannot_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hansa.simulations import stacked
+    from hansa.simulations import program
 
-    monkeypatch.setattr(stacked, "_LAYERS", {})
+    monkeypatch.setattr(program, "LAYERS", {})
     with pytest.raises(ConfigError, match="many clients at once, but the model cannot"):
-        run(tmp_path / "out", population(), execution=Execution(batched=True, chunk=2, workers=0))
-    outcome, simulation = run(tmp_path / "other", population())
+        run(tmp_path / "out", sixty_clients(), execution=Execution(batched=True, chunk=2, workers=0))
+    outcome, simulation = run(tmp_path / "other", sixty_clients())
     assert not simulation.crew.plan.batched
     assert "not known" in simulation.crew.to_fields()["not_batched_because"]
     assert outcome.model is not None

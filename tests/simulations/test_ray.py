@@ -24,7 +24,7 @@ from hansa.simulations.execution import Execution
 from hansa.simulations.federation import COHORT, RAY, Simulation
 from hansa.simulations.result import make_result
 from link_support import plain_app
-from support import NO_PRIVACY, config, same_arrays, verified
+from support import same_arrays, sixty_clients, verified
 
 PLAN = Execution(batched=True, chunk=4, workers=0)
 with_ray = pytest.mark.skipif(
@@ -32,23 +32,8 @@ with_ray = pytest.mark.skipif(
 )
 
 
-def population(steps: int = 2, **changes: Any) -> Any:
-    local = {"steps": steps, "sampling_rate": 0.5, "optimizer": {"lr": 0.2}}
-    made = {
-        "name": "digits",
-        "task": "digits",
-        "partners": None,
-        "population": {"dataset": "digits", "clients": 60, "partition": {"kind": "iid", "min_records": 2}},
-        "algorithm": {"rounds": 3, "participation": 0.5, "local": local},
-        "evaluation": {"kind": "public", "every": 3, "test_fraction": 0.2},
-        "privacy": NO_PRIVACY,
-        "quorum": 20,
-    }
-    return config(**{**made, **changes})
-
-
 def run(out: Path, engine: str, settings: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    simulation = Simulation(settings or population(), Path(), out, engine=engine, **{"execution": PLAN, **options})
+    simulation = Simulation(settings or sixty_clients(), Path(), out, engine=engine, **{"execution": PLAN, **options})
     try:
         outcome = simulation.run()
         assert outcome.model is not None
@@ -135,7 +120,7 @@ def test_one_plan_gives_the_bits_that_every_engine_gives(tmp_path: Path, batched
 @pytest.mark.soak
 def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(tmp_path: Path) -> None:
     """A real SIGKILL from outside, in every round; chunks are long enough to be hit."""
-    settings = population(steps=150)
+    settings = sixty_clients(steps=150)
     reference, _ = run(tmp_path / "here", COHORT, settings)
     killed: dict[int, int] = {}
     answers: list[tuple[int, str]] = []
@@ -217,7 +202,7 @@ from pathlib import Path
 import test_ray
 def notify(event, **facts):
     if event == "round": print("begun", flush=True)
-test_ray.run(Path({str(tmp_path / "out")!r}), "ray", test_ray.population(steps=100_000), workers=2, notify=notify)
+test_ray.run(Path({str(tmp_path / "out")!r}), "ray", test_ray.sixty_clients(steps=100_000), workers=2, notify=notify)
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
