@@ -102,6 +102,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
             [p[x] for p in points], [p["round_wall_s"] for p in points], "o-", color="#225ea8", label="seconds a round"
         )
         axis.set(xscale="log", yscale="log", xlabel=title)
+        if key == "population":  # it does not grow: from zero, or noise looks like a trend
+            axis.set(yscale="linear", ylim=(0, 2 * max(p["round_wall_s"] for p in points)))
         axis.set_ylabel("seconds a round (median)", color="#225ea8")
         memory = axis.twinx()
         memory.plot([p[x] for p in points], [p["peak_mb"] for p in points], "s--", color="#cc4c02")
