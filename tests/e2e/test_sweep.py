@@ -254,8 +254,10 @@ def test_a_real_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
     "moment",
     [
         "result.json",
-        "result.json again",
-        *(pytest.param(m, marks=pytest.mark.soak) for m in ("report.html", "sweep.csv", "sweep.json", "sweep.png")),
+        *(
+            pytest.param(m, marks=pytest.mark.soak)
+            for m in ("result.json again", "report.html", "sweep.csv", "sweep.json", "sweep.png")
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["before", "after"])

@@ -19,7 +19,13 @@ NAMES = ("ada", "ben", "cy")
 
 
 @pytest.fixture(
-    scope="module", params=["in process", "cohort", pytest.param("virtual clock", marks=pytest.mark.soak), "grpc"]
+    scope="module",
+    params=[
+        "in process",
+        pytest.param("cohort", marks=pytest.mark.soak),
+        pytest.param("virtual clock", marks=pytest.mark.soak),
+        "grpc",
+    ],
 )
 def grid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
 

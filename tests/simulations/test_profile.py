@@ -87,7 +87,7 @@ def test_the_phases_are_the_whole_round(text: str, measured: Any) -> None:
         (Checkpoint, "save", CHECKPOINT),
         (profile.ServerOptimizer, "step", STEP),
         pytest.param(profile.Ledger, "append", RECORD, marks=pytest.mark.soak),
-        (profile.Coordinator, "_receive", FOLD),
+        pytest.param(profile.Coordinator, "_receive", FOLD, marks=pytest.mark.soak),
         (node_app, "scores_of", EVALUATE),
         pytest.param(node_app.Outbox, "put", WAIT, marks=pytest.mark.soak),
     ],
