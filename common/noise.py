@@ -143,12 +143,12 @@ class SecureNoise:
             have += len(accepted)
         return made
 
-    def bernoulli(self, n: int, q: float) -> NDArray[np.bool_]:
+    def bernoulli(self, n: int, q: float | NDArray[np.float64]) -> NDArray[np.bool_]:
         """Who takes part in a step: n independent coins (Poisson sampling).
 
         Args:
             n: number of records.
-            q: probability that the accountant charges for, 0 to 1.
+            q: probability that the accountant charges for, 0 to 1; of all records, or of each [n].
 
         Returns:
             bool [n]. A coin is heads when a uniform 64-bit integer is below floor(q·2⁶⁴): rounded *down*, so
@@ -157,6 +157,11 @@ class SecureNoise:
         Raises:
             ConfigError: q is outside 0 to 1.
         """
+        if isinstance(q, np.ndarray):
+            if not ((q >= 0) & (q <= 1)).all():
+                raise ConfigError("a sampling rate is not in 0 to 1", "It must lie between 0 and 1.")
+            sure = q == 1
+            return (_keystream()(n) < np.where(sure, 0.0, q * 2.0**64).astype(np.uint64)) | sure
         if not 0 <= q <= 1:
             raise ConfigError(f"the sampling rate is {q}", "It must lie between 0 and 1.")
         if q == 1:

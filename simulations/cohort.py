@@ -8,6 +8,7 @@ Simulation only: clipping and noise are in float32 here, and in float64 at a nod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from .program import Program, compiled
 
 _PIECE_ROWS = 1024
 _PIECE_BYTES = 128 * 2**20
+_PASSES = 8
+"""Kept at most: a pass of many clients may keep ten thousand views."""
+_MINUS_ONE = torch.tensor(-1.0)
 _CALL_S, _FLOPS = 15e-6, 5e10
 """What three products of a layer cost for being asked for, and how many operations a second products are worth: both roughly."""
 
@@ -74,6 +78,9 @@ class Cohort:
         self.program: Program = compiled(model, loss, record.shape, record.dtype, private)
         self._apart = any(isinstance(layer, StackedConv) for layer in self.program.layers)
         self._noise = SecureNoise()
+        self._private = private
+        self._params = self._grads = torch.empty(0, self.program.size, dtype=self.program.dtype)
+        self._passes: dict[int, Pass] = {}
 
     @torch.no_grad()
     def train(self, weights: Tensor, members: Sequence[Member], out: Tensor) -> None:
@@ -84,40 +91,56 @@ class Cohort:
             out: [members, parameters]; an update that is not finite is written as it is.
         """
         order = sorted(range(len(members)), key=lambda i: -members[i].steps)
-        sorted_already = order == list(range(len(members)))
-        params = out if sorted_already else torch.empty_like(out)
+        params, grads = self._room(len(members))
         params[:] = weights
-        self._steps([members[i] for i in order], params, weights)
-        params -= weights
-        if not sorted_already:
-            out[order] = params
+        grads.zero_()
+        self._steps([members[i] for i in order], params, grads, weights)
+        if order == list(range(len(members))):
+            torch.sub(params, weights, out=out)
+        else:
+            out[order] = params.sub_(weights)
 
-    def _steps(self, members: list[Member], params: Tensor, weights: Tensor) -> None:
+    def _room(self, members: int) -> tuple[Tensor, Tensor]:
+        """Parameters and gradients of so many, where those of the last chunk were: views of them are worth keeping."""
+        if self._params.shape[0] < members:
+            self._params = torch.empty(members, self.program.size, dtype=self.program.dtype)
+            self._grads = torch.empty_like(self._params)
+            self._passes.clear()
+        return self._params[:members], self._grads[:members]
+
+    def _pass(self, members: int) -> Pass:
+        """Of the first `members` in the room."""
+        if members not in self._passes:
+            if len(self._passes) == _PASSES:
+                self._passes.clear()
+            self._passes[members] = Pass(*self._room(members), self._private)
+        return self._passes[members]
+
+    def _steps(self, members: list[Member], params: Tensor, grads: Tensor, weights: Tensor) -> None:
         settings = members[0].settings
         start = weights.expand_as(params)
         x, y = (
             torch.cat(parts) if len(parts) > 1 else parts[0]
             for parts in zip(*((m.rows.x, m.rows.y) for m in members), strict=True)
         )
-        first = np.cumsum([0, *(len(m.rows) for m in members)])
-        generators = [torch.Generator().manual_seed(m.seed) if m.seed is not None else _unseeded() for m in members]
+        records = [len(m.rows) for m in members]
+        first = np.cumsum([0, *records]).tolist()
+        generators = [_generator(m.seed) for m in members] if self.program.dropout else []
         descent = Descent(settings)
         draws = _private_draws(members, self._noise) if settings.event else _plain_draws(members)
-        grads = torch.zeros_like(params)
-        run = Pass(params, grads, settings.event is not None, generators)
         for drawn in draws:
-            if (active := len(drawn)) < len(params):
+            if (active := len(drawn)) < params.shape[0]:
                 params, grads, start = params[:active], grads[:active], start[:active]
-                run = Pass(params, grads, settings.event is not None, generators)
-            counts = [len(m.rows) if rows is None else len(rows) for m, (rows, _) in zip(members, drawn, strict=False)]
+            run = self._pass(active)
+            run.generators = generators[:active]
+            counts = [n if rows is None else len(rows) for n, (rows, _) in zip(records, drawn, strict=False)]
             divisors = [divisor for _, divisor in drawn]
             taken = [
                 (np.arange(begin, begin + n) if rows is None else rows + begin)
                 for (rows, _), begin, n in zip(drawn, first, counts, strict=False)
             ]
             for part in self._pieces(counts):
-                rows = [t[s] for t, s in zip(taken, part, strict=True)]
-                self._add(run, x, y, rows, divisors, settings)
+                self._add(run, x, y, taken if part is None else [t[part] for t in taken], divisors, settings)
             if settings.event is not None and settings.clip_norm is not None:
                 std = settings.event.noise_multiplier * settings.clip_norm
                 grads += torch.from_numpy(self._noise.quick_gaussian(tuple(grads.shape), std))
@@ -125,13 +148,16 @@ class Cohort:
             descent.step([params], [grads], [start])
             grads.zero_()
 
-    def _pieces(self, counts: Sequence[int]) -> Iterator[list[slice]]:
-        """A step's rows, so many at a time that they fit: a slice of each client's."""
+    def _pieces(self, counts: Sequence[int]) -> Iterator[slice | None]:
+        """A step's rows, so many of each client's at a time that they fit; None: all at once."""
         most = max(counts, default=0)
         by_record = 4 * self.program.size if self._apart else 4096
         rows = max(1, min(_PIECE_ROWS, _PIECE_BYTES // (by_record * len(counts))))
+        if 0 < most <= rows:
+            yield None
+            return
         for begin in range(0, most, rows):
-            yield [slice(begin, begin + rows)] * len(counts)
+            yield slice(begin, begin + rows)
 
     def _add(
         self,
@@ -148,31 +174,32 @@ class Cohort:
         most = max(sizes)
         counted: Tensor | None = None
         nobody: list[int] = []
+        each: Tensor | None = None
         if len(sizes) > 1 and self._padded(sizes, most):
-            # Rows that only fill up count zero, but zero times NaN is NaN: so a client's are its own first one, which counts anyhow.
-            index = np.zeros((len(rows), most), np.int64)
-            real = np.zeros((len(rows), most), np.float32)
-            for i, r in enumerate(rows):
-                index[i] = r[0] if len(r) else 0
-                index[i, : len(r)] = r
-                real[i, : len(r)] = 1
-            nobody = [i for i, size in enumerate(sizes) if not size]
-            counted = torch.from_numpy(real.reshape(-1)).to(dtype)
+            index, real = _filled_up(rows, sizes, most)
             groups, chosen = Groups([most] * len(rows)), torch.from_numpy(index.reshape(-1))
+            if min(sizes) < most:
+                nobody = [i for i, size in enumerate(sizes) if not size]
+                counted = torch.from_numpy(real).to(dtype)
         else:
             groups, chosen = Groups(sizes), torch.from_numpy(np.concatenate(rows))
+        if not run.private:
+            shares = 1 / torch.tensor(divisors, dtype=torch.float64)
+            if groups.each is None:
+                each = torch.repeat_interleave(shares, torch.tensor(sizes)).to(dtype)
+            else:
+                each = shares.to(dtype).unsqueeze(1)
+                each = (each.expand(-1, most) if counted is None else each * counted).reshape(-1)
+        if counted is not None:
+            counted = counted.view(-1)
         labels = y.index_select(0, chosen)
-        if run.private:
-            each = None
-        else:
-            shares = np.repeat(1 / np.asarray(divisors), groups.sizes)
-            each = torch.from_numpy(shares if counted is None else shares * real.reshape(-1)).to(dtype)
 
         def factors(norms: Tensor) -> Tensor:
             assert clip_norm is not None
-            finite = norms.isfinite() if counted is None else norms.isfinite() | (counted == 0)
-            if not bool(finite.all()):
-                raise _NotFinite(finite)
+            if not math.isfinite(float(norms.sum())):
+                finite = norms.isfinite() if counted is None else norms.isfinite() | (counted == 0)
+                if not bool(finite.all()):
+                    raise _NotFinite(finite)
             found = clip_factors(norms, clip_norm)
             return found if counted is None else found * counted
 
@@ -195,8 +222,8 @@ class Cohort:
         def seed(output: Tensor) -> Tensor:
             if self._loss is cross_entropy and output.dim() == 2:
                 found = torch.softmax(output, 1)
-                found[torch.arange(len(labels)), labels] -= 1
-                return found if each is None else found.mul_(each[:, None])
+                found.scatter_add_(1, labels.unsqueeze(1), _MINUS_ONE.to(found.dtype).expand(labels.shape[0], 1))
+                return found if each is None else found.mul_(each.unsqueeze(1))
             with torch.enable_grad():
                 output = output.detach().requires_grad_()
                 return torch.autograd.grad(
@@ -215,10 +242,26 @@ class Cohort:
         return idle * self.program.work * 6 / _FLOPS < len(sizes) * len(self.program.layers) * _CALL_S
 
 
-def _unseeded() -> torch.Generator:
+def _filled_up(
+    rows: list[NDArray[np.int64]], sizes: list[int], most: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """As many rows of everybody: their places, and which of them are there, [clients, most].
+
+    Rows that only fill up count zero, but zero times NaN is NaN: so a client's are its own first one, which counts anyhow.
+    """
+    real = np.arange(most) < np.asarray(sizes)[:, None]
+    index = np.empty(real.shape, np.int64)
+    index[:] = np.asarray([[r[0] if n else 0] for r, n in zip(rows, sizes, strict=True)])
+    index[real] = np.concatenate(rows)
+    return index, real
+
+
+def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
-    generator.seed()
-    return generator
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)
 
 
 def _plain_draws(members: Sequence[Member]) -> Iterator[list[Batch]]:
@@ -233,17 +276,12 @@ def _plain_draws(members: Sequence[Member]) -> Iterator[list[Batch]]:
 
 def _private_draws(members: Sequence[Member], noise: SecureNoise) -> Iterator[list[Batch]]:
     """The same of protected work: Poisson batches that no seed tells."""
-    rates = {m.settings.sampling_rate for m in members}
+    sizes = np.asarray([len(m.rows) for m in members])
+    rates = np.asarray([m.settings.sampling_rate for m in members])
+    divisors = [m.settings.sampling_rate * m.declared_records for m in members]
     for step in range(members[0].steps):
-        active = [m for m in members if m.steps > step]
-        if len(rates) == 1:  # one key for everybody's coins: each coin is as good
-            coins = np.split(
-                noise.bernoulli(sum(len(m.rows) for m in active), next(iter(rates))),
-                np.cumsum([len(m.rows) for m in active])[:-1],
-            )
-        else:
-            coins = [noise.bernoulli(len(m.rows), m.settings.sampling_rate) for m in active]
-        yield [
-            (np.flatnonzero(c), m.settings.sampling_rate * m.declared_records)
-            for m, c in zip(active, coins, strict=True)
-        ]
+        active = sum(m.steps > step for m in members)
+        # One key for everybody's coins: each is as good as under a key of its own.
+        coins = noise.bernoulli(int(sizes[:active].sum()), np.repeat(rates[:active], sizes[:active]))
+        each = np.split(coins, np.cumsum(sizes[: active - 1]))
+        yield [(np.flatnonzero(c), divisor) for c, divisor in zip(each, divisors, strict=False)]

@@ -9,6 +9,7 @@ mixes records, is `Unsupported`, and is trained client by client by `clients/tra
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, fx, nn
 
-from .layers import LAYERS, Groups, Layer, Pass, Place, Unsupported
+from .layers import LAYERS, Fast, Groups, Layer, Pass, Place, StackedConv, Unsupported
 
 aten = torch.ops.aten
 
@@ -139,6 +140,8 @@ class Program:
         shapes: theirs.
         size: numbers in a row.
         layers: those with parameters, by name.
+        once: every layer is used once: only then a record's gradient is the sum of what `Pass.late` has of its layers.
+        dropout: it draws.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -160,9 +163,8 @@ class Program:
         self._modules = dict(whole.named_modules())
         self.layers = dict[str, Layer]()
         self._nodes = [node for node in graph.nodes if node.op == "output" or node.users or node.op == "placeholder"]
-        self.once = (
-            True  # every layer is used once: only then a record's gradient is the sum of what `late` has of its layers
-        )
+        self.once = True
+        self.dropout = False
         placed: set[str] = set()
         for node in self._nodes:
             self._check(node, places, placed)
@@ -171,6 +173,10 @@ class Program:
         self._first = {node.name: next((n.name for n in node.all_input_nodes), "") for node in self._nodes}
         self._pool_first()
         self._needed = self._depending()
+        self._layer = {
+            node.name: self.layers[str(node.target)] for node in self._nodes if str(node.target) in self.layers
+        }
+        self._after_convolutions()
 
     def _check(self, node: fx.Node, places: dict[str, Place], placed: set[str]) -> None:
         if node.op in ("placeholder", "output"):
@@ -178,6 +184,7 @@ class Program:
                 raise Unsupported("it returns more than one tensor")
             return
         if node.op == "call_function" and (node.target in _PLAIN_FUNCTIONS or node.target is F.dropout):
+            self.dropout = self.dropout or node.target is F.dropout
             return
         if node.op == "call_method" and node.target in _PLAIN_METHODS:
             return
@@ -191,6 +198,7 @@ class Program:
                 raise Unsupported(f"layer '{name}' ({type(module).__name__}) is not known")
             if getattr(module, "inplace", False):
                 raise Unsupported(f"layer '{name}' works in place")
+            self.dropout = self.dropout or isinstance(module, nn.Dropout)
             return
         kind = LAYERS.get(type(module))
         if kind is None or len(trainable) != len(own):
@@ -209,6 +217,23 @@ class Program:
                 assert pool is not None
                 if pool.op == "call_module" and type(self._modules[str(pool.target)]) is nn.MaxPool2d:
                     relu.target, pool.target = pool.target, relu.target
+
+    def _after_convolutions(self) -> None:
+        """What follows a convolution is computed with it, while its answer is in the cache."""
+        for node in list(self._nodes):
+            layer, last = self._layer.get(node.name), node
+            if not isinstance(layer, StackedConv) or layer.lines or not self.once:
+                continue
+            while len(last.users) == 1:
+                after = next(iter(last.users))
+                module = self._modules.get(str(after.target)) if after.op == "call_module" else None
+                if type(module) not in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d):
+                    break
+                layer.tail.append(functools.partial(_FAST[type(module)], module))
+                self._nodes.remove(last)
+                self._first[after.name] = self._first.pop(last.name)
+                self._layer[after.name] = self._layer.pop(last.name)
+                last = after
 
     def _depending(self) -> set[str]:
         """Nodes whose gradient is wanted: those that depend on a parameter."""
@@ -267,16 +292,16 @@ class Program:
             run.late.clear()
 
     def _forward(self, run: Pass, node: fx.Node, values: dict[str, Any], pulls: dict[str, Any]) -> Any:
-        name = str(node.target)
         first = self._first[node.name]
+        if (layer := self._layer.get(node.name)) is not None:
+            wanted = first in self._needed
+            y, kept = layer.forward(run, values[first])
+            pulls[node.name] = [first], lambda dy: [layer.backward(run, kept, dy, wanted)]
+            return y
+        name = str(node.target)
         if node.op == "call_module":
             module, x = self._modules[name], values[first]
-            layer = self.layers.get(name)
             wanted = first in self._needed
-            if layer is not None:
-                y, kept = layer.forward(run, x)
-                pulls[node.name] = [first], lambda dy: [layer.backward(run, kept, dy, wanted)]
-                return y
             if isinstance(module, nn.Dropout):
                 return self._dropout(run, node.name, first, x, module.p, pulls)
             if type(module) in _FAST:
@@ -360,9 +385,6 @@ def _dropout_terms(x: Any, p: float = 0.5, training: bool = True, inplace: bool 
 
 def _differentiable(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-Fast = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 def _relu(_: object, x: Tensor) -> Fast:
@@ -460,8 +482,8 @@ def _tried(
     private: bool,
 ) -> Tensor:
     grads = torch.zeros_like(params)
-    generators = [torch.Generator().manual_seed(0) for _ in groups.sizes]
-    run = Pass(params, grads, private, generators)
+    run = Pass(params, grads, private)
+    run.generators = [torch.Generator().manual_seed(0) for _ in groups.sizes]
     run.groups, run.real = groups, groups.sizes
 
     def seed(output: Tensor) -> Tensor:

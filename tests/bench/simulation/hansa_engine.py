@@ -10,6 +10,7 @@ process alone.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -50,6 +51,7 @@ class Epochs(Trainer):
 
     workload: Workload
 
+    @functools.lru_cache(maxsize=None)  # noqa: B019  as long as the process
     def _member(self, number: int, client: int, settings: LocalSettings) -> Member:
         rows, batch = self._clients.open(client).train, self.workload.batch
         n = len(rows)
