@@ -12,6 +12,7 @@ which is replaced here. Rules of the house that this file keeps:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -574,13 +575,11 @@ def _check_records_apart(
     with _torch_seed(0), _opacus(model) as wrapped:
         for p in parameters.values():
             nn.init.normal_(p, std=0.3)
-        record, other = torch.randint(0, 2, (2, *shape)).to(dtype)  # 0 and 1: also valid as tokens
 
-        def attempt(*records: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        def attempt(records: list[Tensor], labels: list[int]) -> list[tuple[Tensor, Tensor | None]]:
             torch.default_generator.manual_seed(0)  # the same dropout for every attempt
-            y = torch.zeros(len(records), dtype=torch.int64)
             try:
-                by_record = _by_record(wrapped, loss, parameters, torch.stack(records), y)
+                by_record = _by_record(wrapped, loss, parameters, torch.stack(records), torch.tensor(labels))
             except HansaError:
                 raise
             except Exception as error:
@@ -590,8 +589,26 @@ def _check_records_apart(
                 ) from error
             return [(g, p.grad) for g, p in zip(by_record, parameters.values(), strict=True)]
 
-        attempt(record, other, record)  # 3 rows, then 2: no other dimension agrees with both by chance
-        with_other, with_another = attempt(record, other), attempt(record, 1 - other)
+        record, other = torch.randint(0, 2, (2, *shape)).to(dtype)  # 0 and 1: also valid as tokens
+        attempt([record, other, record], [0, 0, 0])  # 3 rows, then 2: no other dimension agrees with both by chance
+        tried = [(attempt([record, other], [0, 0]), attempt([record, 1 - other], [0, 1]))]
+        if dtype.is_floating_point:
+            # Code that mixes by the largest number of a batch, say, shows only where numbers differ. Where 0 and 1 alone are valid, no.
+            one, small, large = (size * torch.randn(shape, dtype=dtype) for size in (1.0, 0.1, 30.0))
+            with contextlib.suppress(TaskError):
+                tried.append((attempt([one, small], [1, 0]), attempt([one, large], [1, 1])))
+    for with_other, with_another in tried:
+        _refuse_mixed(parameters, with_other, with_another)
+    if any(not torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True)):
+        raise TaskError("training changes a buffer of the model", "What is learned from records must be a parameter.")
+
+
+def _refuse_mixed(
+    parameters: _Parameters,
+    with_other: list[tuple[Tensor, Tensor | None]],
+    with_another: list[tuple[Tensor, Tensor | None]],
+) -> None:
+    """The first record's gradient must be the same beside another; gradients must add up."""
     for name, (a, total), (b, _) in zip(parameters, with_other, with_another, strict=True):
         if not _close(a[0], b[0]):
             raise TaskError(
@@ -603,8 +620,6 @@ def _check_records_apart(
                 f"the gradients by record of parameter '{name}' do not add up to its gradient",
                 "Use the parameter only through its own layer, and nn.Embedding without padding_idx.",
             )
-    if any(not torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True)):
-        raise TaskError("training changes a buffer of the model", "What is learned from records must be a parameter.")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

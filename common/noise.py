@@ -98,8 +98,9 @@ class SecureNoise:
             radius += np.float32(0.5)
             radius *= np.float32(2.0**-32)  # in (0, 1]
             np.log(radius, out=radius)
-            radius *= np.float32(-2 * std * std)
+            radius *= np.float32(-2)
             np.sqrt(radius, out=radius)
+            radius *= np.float32(std)
             angle = bits[half:].astype(np.float32)
             angle *= np.float32(2 * math.pi * 2.0**-32)
             np.multiply(radius, np.cos(angle), out=part[:half])
@@ -161,7 +162,9 @@ class SecureNoise:
             if not ((q >= 0) & (q <= 1)).all():
                 raise ConfigError("a sampling rate is not in 0 to 1", "It must lie between 0 and 1.")
             sure = q == 1
-            return (_keystream()(n) < np.where(sure, 0.0, q * 2.0**64).astype(np.uint64)) | sure
+            heads: NDArray[np.bool_] = _keystream()(n) < np.where(sure, 0.0, q * 2.0**64).astype(np.uint64)
+            heads |= sure
+            return heads
         if not 0 <= q <= 1:
             raise ConfigError(f"the sampling rate is {q}", "It must lie between 0 and 1.")
         if q == 1:

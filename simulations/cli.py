@@ -339,7 +339,7 @@ def _sweep(
         return result, bool(verdict["verified"])
 
     with _lock(private):
-        sweep = Sweep(plan, folder, private, one, with_baselines, console)
+        sweep = Sweep(plan, folder, private, one, with_baselines, how["engine"], console)
         report = sweep.run()
     if form is Format.JSON:
         show_json(report)

@@ -64,6 +64,7 @@ class Cohort:
 
     Args:
         model: passes `clients.training.check_model`.
+        records: some [n, ...], as they will be.
         private: records are clipped.
 
     Raises:
@@ -71,12 +72,12 @@ class Cohort:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], record: Tensor, *, private: bool
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], records: Tensor, *, private: bool
     ) -> None:
         model.train()
         self._loss = loss
-        self.program: Program = compiled(model, loss, record.shape, record.dtype, private)
-        self._apart = any(isinstance(layer, StackedConv) for layer in self.program.layers)
+        self.program: Program = compiled(model, loss, records, private)
+        self._apart = private and any(isinstance(layer, StackedConv) for layer in self.program.layers.values())
         self._noise = SecureNoise()
         self._private = private
         self._params = self._grads = torch.empty(0, self.program.size, dtype=self.program.dtype)
@@ -153,7 +154,9 @@ class Cohort:
         most = max(counts, default=0)
         by_record = 4 * self.program.size if self._apart else 4096
         rows = max(1, min(_PIECE_ROWS, _PIECE_BYTES // (by_record * len(counts))))
-        if 0 < most <= rows:
+        if 0 < most <= rows or (
+            most and self.program.dropout
+        ):  # a client's masks are drawn layer by layer, for a whole batch
             yield None
             return
         for begin in range(0, most, rows):
@@ -171,7 +174,8 @@ class Cohort:
         """Add the gradient of these rows (the sum of the clipped ones; without protection, the sum over the divisor)."""
         clip_norm, dtype = settings.clip_norm, self.program.dtype
         sizes = [len(r) for r in rows]
-        most = max(sizes)
+        if not (most := max(sizes)):
+            return
         counted: Tensor | None = None
         nobody: list[int] = []
         each: Tensor | None = None

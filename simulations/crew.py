@@ -56,12 +56,19 @@ class Crew:
         trainer = Trainer(task, model, clients, settings, charter.population.declared_records, charter.model_seed)
         self.shapes, self.why_not = trainer.shapes(), trainer.why_not
         self.tried: Tried | None = None
-        plan = given or (load_execution(kept) if kept.exists() else None)
+        before = load_execution(kept) if kept.exists() else None
+        if given and before and (given.batched, given.chunk) != (before.batched, before.chunk):
+            raise ConfigError(
+                f"the run began with {before.words()}; the plan that was given has {given.words()}",
+                "A run keeps its plan, so that it repeats: leave --execution out. --workers may change.",
+            )
+        plan = given or before
         if plan is None:
             weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
             cohort = max(1, round(charter.algorithm.participation * len(clients)))
             some, most = range(min(len(clients), 256)), cores() if ray is None else ray.count
             plan, self.tried = probe(trainer, weights, cohort, some, settings.steps, most, ray=ray is not None)
+        trainer.secret = charter.privacy.unit == "client"
         if ray is not None:
             plan = plan.model_copy(update={"workers": ray.count})
         elif workers is not None:

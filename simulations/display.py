@@ -118,9 +118,7 @@ class Display:
 
     def _answer(self, facts: dict[str, Any]) -> None:
         name, answer = facts["partner"], facts["answer"]
-        if self._secret():
-            if answer.outcome != "ok" and not answer.outcome.startswith("refused"):
-                self._say(f"a client: {answer.outcome}: {answer.detail.replace(name, 'it')}", "yellow")
+        if self._secret():  # not even that somebody failed: in which rounds tells in which of them that one was drawn
             return
         if len(self._status) < _SHOWN or name in self._status:
             virtual = answer.detail.removesuffix(VIRTUAL) if answer.detail.endswith(VIRTUAL) else answer.outcome

@@ -284,6 +284,11 @@ class Simulation:
             wrong = f"the engine {self.engine} has no secure aggregation: its clients have no keys"
         if wrong:
             raise ConfigError(wrong, "Leave --engine out: it is chosen by the number of partners.")
+        if self.engine == NODES and (self.execution or self.workers):
+            raise ConfigError(
+                "the engine nodes trains one partner after the other: it has no execution plan and no workers",
+                "Leave --execution and --workers out, or give --engine cohort, which is for populations.",
+            )
 
     # -- setting up --------------------------------------------------------------------------------------------------
 

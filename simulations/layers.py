@@ -159,8 +159,8 @@ class Layer(ABC):
 
     def __init__(self, name: str, module: nn.Module, places: dict[str, Place]) -> None:
         self.name, self.module = name, module
-        weight = places.get("weight")
-        assert weight is not None
+        if (weight := places.get("weight")) is None:
+            raise Unsupported(f"layer '{name}' has no weight of its own")
         self.weight, self.bias = weight, places.get("bias")
         self.places = 1
 
@@ -241,8 +241,12 @@ def _squared_norms(rows: int, dy: Tensor, x: Tensor, biased: bool) -> Tensor:
         return (found.add_(1) if biased else found).mul_(torch.linalg.vector_norm(dy, dim=1).square_())
     x, dy = x.view(rows, -1, k), dy.view(rows, -1, m)
     if x.shape[1] * (k + m) < 2 * k * m:
-        gram = torch.bmm(x, x.transpose(1, 2)) + int(biased)
-        return (gram * torch.bmm(dy, dy.transpose(1, 2))).sum((1, 2))
+        a, b = (
+            x.double(),
+            dy.double(),
+        )  # products that nearly cancel: in float32 a norm may come out as a fraction of itself
+        gram = torch.bmm(a, a.transpose(1, 2)) + int(biased)
+        return (gram * torch.bmm(b, b.transpose(1, 2))).sum((1, 2)).clamp_min_(0).to(dy.dtype)
     found = torch.linalg.vector_norm(torch.bmm(dy.transpose(1, 2), x), dim=(1, 2)).square_()
     return found + dy.sum(1).square().sum(1) if biased else found
 
@@ -398,9 +402,8 @@ class StackedConv(Layer):
         r, h, w, c = x.stride()
         _, into, high, wide = self.weight.shape
         if channels == 1:  # places together, for they lie together: seven times faster than five numbers at a time
-            lying = (rows, high, wide, *places)
-            stride = (r, h * self.dilation[0], w * self.dilation[1], h * self.stride[0], w * self.stride[1])
-            return x.as_strided(lying, stride).reshape(rows, 1, high * wide, -1).transpose(2, 3)
+            across = r, h * self.dilation[0], w * self.dilation[1], h * self.stride[0], w * self.stride[1]
+            return x.as_strided((rows, high, wide, *places), across).reshape(rows, 1, high * wide, -1).transpose(2, 3)
         shape = (rows, *places, high, wide, channels)
         stride = (r, h * self.stride[0], w * self.stride[1], h * self.dilation[0], w * self.dilation[1], c)
         seen = x.as_strided(shape, stride).reshape(rows, places[0] * places[1], high * wide, self.group, into)
@@ -430,8 +433,9 @@ class StackedConv(Layer):
             if run.private:
                 records.append(self._by_record(seen, back))
             if asked[0] or asked[1]:
-                how = self.stride, self.padding, self.dilation, False, [0, 0], self.group
-                dx, dw, db = aten.convolution_backward(back, seen, weight[c], biases, *how, asked)
+                dx, dw, db = aten.convolution_backward(
+                    back, seen, weight[c], biases, self.stride, self.padding, self.dilation, False, [0, 0], self.group, asked
+                )  # fmt: skip
                 parts.append(dx)
             if not run.private:
                 grads[c].add_(dw)
@@ -576,10 +580,10 @@ class StackedEmbedding(Layer):
         size = self.weight.shape[1]
 
         def norms() -> Tensor:
-            words, flat = x.reshape(len(x), -1), dy.reshape(len(x), -1, size)
-            same = (words[:, :, None] == words[:, None, :]).to(dy.dtype)
+            words, flat = x.reshape(len(x), -1), dy.reshape(len(x), -1, size).double()
+            same = (words[:, :, None] == words[:, None, :]).double()
             found: Tensor = (same * torch.bmm(flat, flat.transpose(1, 2))).sum((1, 2))
-            return found
+            return found.clamp_min_(0).to(dy.dtype)
 
         def add(factors: Tensor | None) -> None:
             used = dy if factors is None else dy * factors.view(-1, *[1] * (dy.dim() - 1))

@@ -3,7 +3,7 @@
 The user's model is an ordinary `nn.Module`. What has no parameters works on records and does not care whose they are; autograd knows its
 backward, and six common ones are written by hand.
 
-`compiled` tries the program on made-up records against autograd before it gives it out; a model that is not made of known layers, or
+`compiled` tries the program on some records against autograd before it gives it out; a model that is not made of known layers, or
 mixes records, is `Unsupported`, and is trained client by client by `clients/training.py`.
 """
 
@@ -12,14 +12,16 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import Tensor, fx, nn
 
-from .layers import LAYERS, Fast, Groups, Layer, Pass, Place, StackedConv, Unsupported
+from .layers import LAYERS, Fast, Groups, Layer, Pass, Place, StackedConv, StackedNorm, Unsupported
 
 aten = torch.ops.aten
 
@@ -76,7 +78,7 @@ _PLAIN_MODULES = tuple(
 )
 _PLAIN_FUNCTIONS = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem, operator.pow),
-    *(operator.floordiv, operator.iadd, operator.imul, operator.isub, getattr),
+    *(operator.floordiv, getattr),
     *(torch.flatten, torch.cat, torch.stack, torch.add, torch.mul, torch.sub, torch.div, torch.relu, torch.tanh, torch.sigmoid),
     *(torch.mean, torch.sum, torch.max, torch.amax, torch.exp, torch.log, torch.sqrt, torch.square, torch.abs, torch.clamp),
     *(torch.softmax, torch.log_softmax, torch.transpose, torch.permute, torch.reshape, torch.squeeze, torch.unsqueeze),
@@ -155,13 +157,19 @@ class Program:
             at += p.numel()
         if next(model.buffers(), None) is not None:
             raise Unsupported("it has buffers")
+        _refuse_hooks(model)
         whole = nn.Sequential(model)  # or what is one layer itself would be traced into
+        before = _random_states()
         try:
             graph = fx.Tracer().trace(whole)
         except Exception as error:  # whatever a model does that cannot be traced
             raise Unsupported(f"it cannot be traced: {error}") from error
+        if before != _random_states():
+            raise Unsupported("it draws random numbers of its own")
         self._modules = dict(whole.named_modules())
         self.layers = dict[str, Layer]()
+        for node in graph.nodes:
+            _refuse_in_place(node)
         self._nodes = [node for node in graph.nodes if node.op == "output" or node.users or node.op == "placeholder"]
         self.once = True
         self.dropout = False
@@ -226,7 +234,7 @@ class Program:
                 continue
             while len(last.users) == 1:
                 after = next(iter(last.users))
-                module = self._modules.get(str(after.target)) if after.op == "call_module" else None
+                module = self._modules[str(after.target)] if after.op == "call_module" else nn.Identity()
                 if type(module) not in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d):
                     break
                 layer.tail.append(functools.partial(_FAST[type(module)], module))
@@ -428,18 +436,46 @@ _FAST: dict[type[nn.Module], Callable[[Any, Tensor], Fast]] = {
 }
 
 
+def _refuse_hooks(model: nn.Module) -> None:
+    """What is hung on a layer or a parameter is not in the trace."""
+    for name, module in model.named_modules():
+        hung = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hung):
+            raise Unsupported(f"layer '{name}' has hooks")
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise Unsupported(f"parameter '{name}' has hooks")
+
+
+def _random_states() -> tuple[object, ...]:
+    numbers: Any = np.random.get_state()
+    return random.getstate(), numbers[1].tobytes(), numbers[2], torch.get_rng_state().numpy().tobytes()
+
+
+def _refuse_in_place(node: fx.Node) -> None:
+    """A statement that changes a tensor has no users in the trace, and others may have seen the tensor before or after."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    known = node.target in _PLAIN_METHODS if node.op == "call_method" else node.target in {*_PLAIN_FUNCTIONS, F.dropout}
+    if not known:
+        raise Unsupported(f"it uses {node.target}")
+    if "out" in node.kwargs or node.kwargs.get("inplace") or (node.target in _ACTIVATIONS and True in node.args):
+        raise Unsupported(f"{node.target} works in place")
+
+
+_ACTIVATIONS = {F.relu, F.leaky_relu, F.elu, F.silu, F.mish, F.hardtanh}
+
+
 # -- making one ----------------------------------------------------------------------------------------------------------
 
 
-def compiled(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype, private: bool
-) -> Program:
-    """The model as a program, tried on made-up records against autograd.
+def compiled(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], records: Tensor, private: bool) -> Program:
+    """The model as a program, tried against autograd before it is given out: on these records, and on made-up ones.
 
     Args:
         model: in train mode; passes `clients.training.check_model`.
         loss: (output, labels [n]) -> losses [n].
-        shape, dtype: of one record.
+        records: a few [n, ...], as they will be.
         private: gradients are to be clipped by record.
 
     Raises:
@@ -448,39 +484,64 @@ def compiled(
     program = Program(model)
     if private and not program.once:
         raise Unsupported("a layer is used more than once")
+    if private and any(isinstance(layer, StackedNorm) and layer.bias is None for layer in program.layers.values()):
+        raise Unsupported("a node refuses a normalisation without bias")
     sizes = (3, 1, 2)
+    rows = sum(sizes)
     generator = torch.Generator().manual_seed(0)
-    records = torch.randint(0, 2, (sum(sizes), *shape), generator=generator).to(dtype)  # 0 and 1: also valid as tokens
-    labels = torch.zeros(sum(sizes), dtype=torch.int64)
+    shape, dtype = records.shape[1:], records.dtype
+    made_up = [torch.randint(0, 2, (rows, *shape), generator=generator).to(dtype)]  # 0 and 1: also valid as tokens
+    if dtype.is_floating_point:
+        records = records[records.flatten(1).isfinite().all(1)]
+    if len(records):
+        made_up.append(records[torch.arange(rows) % len(records)])
+    if dtype.is_floating_point:  # of different sizes: what mixes by the largest number of a batch, say, shows
+        scale = torch.tensor([1.0, 0.1, 30.0, 3.0, 1.0, 0.3], dtype=dtype).view(-1, *[1] * len(shape))
+        made_up.append(torch.randn(rows, *shape, generator=generator, dtype=dtype) * scale)
     params = torch.randn(len(sizes), program.size, generator=generator, dtype=program.dtype) * 0.3
-    for groups in (Groups(sizes), Groups([2, 2, 2]), Groups([sum(sizes)])):
-        params = params[: len(groups.sizes)]
-        try:
-            made = _tried(program, loss, params, records, labels, groups, private)
-        except Unsupported:
-            raise
-        except Exception as error:  # a shape that only one record or one client at a time has, say
-            raise Unsupported(f"it cannot be computed for many clients at once: {error}") from error
-        for c, begin, end in groups.slices():
-            one_by_one = [slice(i, i + 1) for i in range(begin, end)] if private else [slice(begin, end)]
-            expected = sum(
-                _by_autograd(model, program, loss, params[c], records[s], labels[s], private) for s in one_by_one
-            )
-            assert isinstance(expected, Tensor)
-            if not torch.allclose(made[c], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-                raise Unsupported("gradients for many clients at once differ from those of each alone")
+    for number, x in enumerate(made_up):
+        labels = torch.zeros(rows, dtype=torch.int64) if not number else torch.tensor([1, 0, 0, 1, 0, 1])
+        for groups in (Groups(sizes), Groups([2, 2, 2]), Groups([rows])):
+            _try(program, model, loss, params[: len(groups.sizes)], x, labels, groups, private, bool(number))
     return program
 
 
-def _tried(
+def _try(
     program: Program,
+    model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     params: Tensor,
-    records: Tensor,
+    x: Tensor,
     labels: Tensor,
     groups: Groups,
     private: bool,
-) -> Tensor:
+    may_fail: bool,
+) -> None:
+    """Raises Unsupported unless gradients are autograd's; for protected work also each record's norm and share.
+
+    Args:
+        may_fail: not every model takes these records.
+    """
+    weights = 0.5 + torch.arange(len(x), dtype=program.dtype) / len(x)
+    expected, lengths = torch.zeros_like(params), torch.zeros(len(x), dtype=program.dtype)
+    try:
+        for c, begin, end in groups.slices():
+            for i in range(begin, end) if private else ():
+                alone = _by_autograd(model, program, loss, params[c], x[i : i + 1], labels[i : i + 1])
+                lengths[i] = alone.norm()
+                expected[c] += alone * weights[i]
+            if not private:
+                expected[c] = _by_autograd(model, program, loss, params[c], x[begin:end], labels[begin:end])
+    except Exception as error:
+        if may_fail:
+            return
+        raise Unsupported(f"model or loss fails on made-up records: {error}") from error
+    norms: list[Tensor] = []
+
+    def factors(found: Tensor) -> Tensor:
+        norms.append(found)
+        return weights
+
     grads = torch.zeros_like(params)
     run = Pass(params, grads, private)
     run.generators = [torch.Generator().manual_seed(0) for _ in groups.sizes]
@@ -491,9 +552,22 @@ def _tried(
             output = output.detach().requires_grad_()
             return torch.autograd.grad(loss(output, labels).sum(), output)[0]
 
-    with torch.no_grad():
-        program.gradients(run, records, seed, lambda norms: 1 / norms)
-    return grads
+    try:
+        with torch.no_grad():
+            program.gradients(run, x, seed, factors)
+    except Unsupported:
+        raise
+    except Exception as error:  # a shape that only one record or one client at a time has, say
+        raise Unsupported(f"it cannot be computed for many clients at once: {error}") from error
+    if not all(_close(made, alone) for made, alone in zip(grads, expected, strict=True)) or (
+        private and not _close(norms[0], lengths)
+    ):
+        raise Unsupported("gradients for many clients at once differ from those of each alone")
+
+
+def _close(made: Tensor, expected: Tensor) -> bool:
+    largest = float(torch.nan_to_num(expected, 0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(made, expected, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
 
 
 def _by_autograd(
@@ -503,9 +577,8 @@ def _by_autograd(
     params: Tensor,
     records: Tensor,
     labels: Tensor,
-    private: bool,
 ) -> Tensor:
-    """The gradient of the sum of losses, of length 1 if private."""
+    """The gradient of the sum of losses, [parameters]."""
     at, own = 0, {}
     for name, shape in zip(program.names, program.shapes, strict=True):
         own[name] = params[at : at + math.prod(shape)].view(shape).clone().requires_grad_()
@@ -517,5 +590,4 @@ def _by_autograd(
         parts = torch.autograd.grad(total, list(own.values()), materialize_grads=True)
     finally:
         torch.default_generator.set_state(state)
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    return flat / flat.norm() if private else flat
+    return torch.cat([part.reshape(-1) for part in parts])

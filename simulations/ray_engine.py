@@ -248,6 +248,7 @@ def _trainer_of(data: bytes) -> Trainer:
             charter.population.declared_records,
             charter.model_seed,
         )
+        _trainers[key].secret = charter.privacy.unit == "client"
     return _trainers[key]
 
 

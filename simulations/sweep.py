@@ -195,16 +195,21 @@ class Sweep:
     Args:
         private: the private folder, which holds every run's.
         with_baselines: a run without baselines is not finished.
+        engine: of every run; empty: as each run chooses.
+
+    Raises (by run):
+        OutputError: a run was finished by another engine.
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, private: Path, one: One, with_baselines: bool, console: Console
+        self, plan: Plan, folder: Path, private: Path, one: One, with_baselines: bool, engine: str, console: Console
     ) -> None:
         self._plan = plan
         self._out = folder
         self._private = private
         self._one = one
         self._with_baselines = with_baselines
+        self._engine = engine
         self._console = console
         self._rows: dict[int, dict[str, Any]] = {}
         self._results: dict[int, dict[str, Any]] = {}
@@ -297,6 +302,13 @@ class Sweep:
                 continue  # not finished, or nothing of ours
             if "baselines" in result or not self._with_baselines:
                 found.setdefault(made, []).append((path.parent.name, result))
+        for run, made in zip(self._plan.runs, self._hashes, strict=True):
+            for folder, result in found.get(made, []):
+                if self._engine and result.get("engine") not in (None, self._engine):
+                    raise OutputError(
+                        f"{self._out / folder}: was finished by the engine {result['engine']} (run {run.name})",
+                        "Go on with the --engine that the sweep began with, or give another --out.",
+                    )
         # Under its own name first: another sweep in this folder may have called the same run something else.
         return {
             number: {**result, "sweep": {**result["sweep"], "folder": folder}}

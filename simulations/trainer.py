@@ -53,6 +53,7 @@ class Trainer:
 
     Attributes:
         private: records are protected.
+        secret: nobody may learn who is in a round, so nothing is said of who fails.
         why_not: why clients cannot be trained many at once; None where they can.
         spent_s: seconds by phase since the last `phases()`.
     """
@@ -73,13 +74,11 @@ class Trainer:
         self.size = sum(p.numel() for p in self._parameters.values())
         self.spent_s: dict[str, float] = {}
         self.why_not: str | None = None
+        self.secret = False
         self.private = settings.event is not None
         self._cohort: Cohort | None = None
-        record = clients.open(0).train.x
         try:
-            if not len(record):
-                raise Unsupported("the first client has no rows")
-            self._cohort = Cohort(model, task.loss, record[0], private=self.private)
+            self._cohort = Cohort(model, task.loss, clients.open(0).train.x[:6], private=self.private)
         except Unsupported as err:
             self.why_not = str(err)
 
@@ -106,6 +105,7 @@ class Trainer:
             most_steps: no more optimiser steps than that: to find out how long they take.
         """
         began = time.perf_counter()
+        torch.set_num_threads(1)  # whoever computes: how a sum is divided among threads decides how it is rounded
         settings = self._settings
         if most_steps is not None:
             settings = replace(settings, steps=min(settings.steps, most_steps))
@@ -141,11 +141,15 @@ class Trainer:
         spent, self.spent_s = self.spent_s, {}
         return spent
 
+    def _say(self, what: str, err: Exception) -> None:
+        if not self.secret:  # in which rounds something is wrong tells in which of them that client was drawn
+            _log.error("%s: %s", what, without_words(err))
+
     def _member(self, number: int, client: int, settings: LocalSettings) -> Member | None:
         try:
             rows = self._clients.open(client).train
         except Exception as err:
-            _log.error("a client's rows cannot be read: %s", without_words(err))  # which one's may be secret
+            self._say("a client's rows cannot be read", err)
             return None
         seed = None if settings.event else round_seed(self._seed, number, client_name(client, len(self._clients)))
         return Member(rows, settings, self._declared, seed)
@@ -167,7 +171,7 @@ class Trainer:
         except Exception as err:
             if len(members) > 1:
                 return set().union(*(self._together(weights, [one], out) for one in members))
-            _log.error("a client failed: %s", without_words(err))
+            self._say("a client failed", err)
             return set(rows)
         if some is not out:
             out[rows] = some
@@ -189,7 +193,7 @@ class Trainer:
         except Refused as refused:
             return Outcome(refused=(refused.reason.value, refused.detail))
         except Exception as err:
-            _log.error("a client failed: %s", without_words(err))
+            self._say("a client failed", err)
             return Outcome(failed=True)
         np.concatenate([part.reshape(-1) for part in update.values()], out=out)
         return Outcome()

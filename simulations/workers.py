@@ -1,12 +1,13 @@
 """Processes that train chunks of clients. Parameters and updates are in memory that all share; only a few words are sent.
 
 Workers are forked, so they have the model and the data as they are. One that dies is replaced and its chunk is trained again; what it
-had written is overwritten, and nothing of it was read before. One that outlives its parent ends by itself.
+had written is overwritten, and nothing of it was read before. None outlives its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import logging
@@ -36,6 +37,8 @@ Done = tuple[Sequence[int], Floats, list[Outcome]]
 """Clients, their updates [clients, parameters], and how each one's work ended."""
 
 _TRIES = 3
+_DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux."""
 _BEHIND = 2
 """Places for updates a worker: one is being filled while the other is read."""
 
@@ -89,9 +92,6 @@ class Workers:
         self._free = deque(range(len(self._places)))
         self._workers: list[_Worker] = []
         self._spent: dict[str, float] = {}
-        # What is there by now stays: a worker that looked through it for garbage would get a copy of every page.
-        gc.collect()
-        gc.freeze()
         try:
             for _ in range(count):
                 self._workers.append(self._hire())
@@ -133,8 +133,14 @@ class Workers:
                 else:
                     place, outcomes = finished.pop(turn)
                     yield chunks[turn], self._updates(place, len(chunks[turn])), outcomes
+        except BaseException:  # Ctrl-C above all: nobody waits for what is being trained
+            for worker in [w for w in self._workers if w.job is not None]:
+                self._free.append(worker.job[1] if worker.job else 0)
+                self._replace(worker)
+            raise
         finally:
-            self._settle(finished)
+            for place, _ in finished.values():
+                self._free.append(place)
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase since the last call, added up over processes."""
@@ -142,10 +148,11 @@ class Workers:
         return spent
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker, and let go of what was shared with them."""
         for worker in self._workers:
             worker.end()
         self._workers.clear()
+        self._places.clear()
 
     def _give(self, number: int, waiting: deque[int], chunks: Sequence[Sequence[int]], turn: int) -> None:
         for worker in self._workers:
@@ -168,17 +175,6 @@ class Workers:
         weakref.finalize(whole, self._free.append, place)  # every view of it, and of a view of it, holds it
         return whole.reshape(rows, -1)
 
-    def _settle(self, finished: dict[int, tuple[int, list[Outcome]]]) -> None:
-        """After a round, however it ended: wait for what is being written, and forget it."""
-        for place, _ in finished.values():
-            self._free.append(place)
-        for worker in self._workers:
-            if worker.job is not None:
-                _, place = worker.job
-                if worker.receive() is None:
-                    self._replace(worker)
-                self._free.append(place)
-
     def _replace(self, worker: _Worker) -> None:
         worker.end()
         self._workers[self._workers.index(worker)] = self._hire()
@@ -187,13 +183,23 @@ class Workers:
         ours, theirs = multiprocessing.Pipe()
         context: Any = multiprocessing.get_context("fork")
         others = [w.pipe for w in self._workers]
-        process = context.Process(target=self._work, args=(theirs, [ours, *others]), daemon=True)
-        process.start()
+        process = context.Process(target=self._work, args=(theirs, [ours, *others], os.getpid()), daemon=True)
+        # What is there by now stays: a worker that looked through it for garbage would get a copy of every page.
+        gc.collect()
+        gc.freeze()
+        try:
+            process.start()
+        finally:
+            gc.unfreeze()
         theirs.close()
         return _Worker(process, ours)
 
-    def _work(self, pipe: Connection, not_mine: list[Connection]) -> None:
+    def _work(self, pipe: Connection, not_mine: list[Connection], parent: int) -> None:
         """A worker's life."""
+        # Killed with the parent: it would else finish its chunk, and hold the run's lock as long.
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends us
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for other in not_mine:  # or we would keep each other alive when the parent is gone

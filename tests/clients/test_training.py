@@ -627,6 +627,13 @@ class Mixing(nn.Module):
         return self.out(x - x.mean(0))
 
 
+class Largest(Mixing):
+    """Mixes, but not records of 0 and 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x / x.abs().max())
+
+
 class Positions(nn.Module):
     """An embedding that never sees the records: its first dimension stays, whatever the batch."""
 
@@ -709,6 +716,37 @@ def test_models_that_do_not_keep_records_apart_are_refused_before_real_records_a
     with pytest.raises(TaskError, match=words):
         train_locally(model, loss, weights_of(model), OnlyShape(), private(), 10, seed=None)
     assert traces(model) == clean
+
+
+def test_a_model_that_mixes_by_the_largest_number_is_refused():
+    model = Largest()
+    with pytest.raises(TaskError, match="depends on the others"):
+        train_locally(model, loss, weights_of(model), rows(5), private(), 5, seed=None)
+
+
+def test_a_loss_that_mixes_by_the_labels_is_refused():
+    def balanced(output: Tensor, labels: Tensor) -> Tensor:
+        return loss(output, labels) / torch.bincount(labels, minlength=9)[labels]
+
+    model = mlp()
+    with pytest.raises(TaskError, match="depends on the others"):
+        train_locally(model, balanced, weights_of(model), rows(5), private(), 5, seed=None)
+
+
+def test_numbers_that_are_tokens_are_tried_as_tokens_alone():
+    """Real-valued made-up records are no tokens: the model fails on them, and is fine."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(2, 4), nn.Linear(20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.words(x.long()).flatten(1))
+
+    model = Words()
+    tokens = Rows(torch.randint(0, 2, (5, 5)).float(), torch.zeros(5, dtype=torch.int64))
+    train_locally(model, loss, weights_of(model), tokens, private(), 5, seed=None)
 
 
 def test_a_loss_that_mixes_records_is_refused():

@@ -121,6 +121,14 @@ def test_finished_runs_are_not_run_again(swept: tuple[Path, Any], tmp_path: Path
     ]
 
 
+def test_one_table_is_of_one_engine(swept: tuple[Path, Any], tmp_path: Path) -> None:
+    out, config = copied(swept[0], tmp_path), write(tmp_path / "c.yaml", federation())
+    call("simulate", config, *SWEEP, "--out", out, "--resume", "--engine", "cohort").expect(2).says(
+        "by the engine nodes"
+    )
+    call("simulate", config, *SWEEP, "--out", out, "--resume", "--engine", "nodes").expect(0)
+
+
 def copied(out: Path, to: Path) -> Path:
     for folder in (out, out.with_name("out.private")):
         shutil.copytree(folder, to / folder.name)

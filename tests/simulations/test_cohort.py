@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_ten_rounds_of_a_cohort_are_ten_rounds_of_its_clients(name, dtype, bound
     # Of Adam in float32 the first step alone: in the next ones other gradients may be rounding alone (see below). float64 has them all.
     most = 1 if optimizer == "adam" and dtype == torch.float32 else 4
     local = LocalSettings(min(2, most), rate, optimizer, lr, momentum=momentum, proximal_mu=mu)
-    cohort = Cohort(model, loss, clients[0].x.new_zeros(shape), private=False)
+    cohort = Cohort(model, loss, clients[0].x.new_zeros(1, *shape), private=False)
     weights = ours = weights_of(model)
     for number in range(10):
         members = [
@@ -202,7 +204,7 @@ def test_the_comparison_notices_an_optimiser_that_is_not_the_same(monkeypatch):
     model, shape, kind = made("mlp", torch.float32)
     clients = [rows(8, shape, i, kind) for i in range(3)]
     weights = weights_of(model)
-    cohort = Cohort(model, cross_entropy, clients[0].x[0], private=False)
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=False)
     wrong = LocalSettings(3, 1.0, "sgd", 0.1, momentum=0.8)
     right = LocalSettings(3, 1.0, "sgd", 0.1, momentum=0.9)
     made_ones = updates(cohort, weights, [Member(r, wrong, 8, 0) for r in clients])
@@ -232,7 +234,7 @@ def test_without_its_noise_protected_work_is_clipped_record_by_record(name, each
     clients = [rows(n, shape, 7 + i, kind) for i, n in enumerate(sizes)]
     clip = 0.4
     local = LocalSettings(1, 1.0, "sgd", 1.0, clip_norm=clip, noise_multiplier=1.0)
-    cohort = Cohort(model, cross_entropy, clients[0].x.new_zeros(shape), private=True)
+    cohort = Cohort(model, cross_entropy, clients[0].x.new_zeros(1, *shape), private=True)
     cohort._noise = Silence()
     weights = weights_of(model)
     found = updates(cohort, weights, [Member(r, local, 10, None) for r in clients])
@@ -253,7 +255,7 @@ def test_one_record_moves_a_sum_by_no_more_than_the_clip():
     r = rows(9, shape, 1, kind)
     far = 1e6 * r.x[:1]
     huge = Rows(torch.cat([r.x, far]), torch.cat([r.y, model(far).argmin(1)]))  # as wrong as can be
-    cohort = Cohort(model, cross_entropy, r.x[0], private=True)
+    cohort = Cohort(model, cross_entropy, r.x, private=True)
     cohort._noise = Silence()
     local = LocalSettings(1, 1.0, "sgd", 1.0, clip_norm=0.7, noise_multiplier=1.0)
     weights = weights_of(model)
@@ -268,7 +270,7 @@ def test_one_record_moves_a_sum_by_no_more_than_the_clip():
 def test_a_record_that_is_not_finite_contributes_zero_and_no_other_is_touched(bad, sizes):
     model, shape, kind = made("mlp", torch.float32)
     clients = [rows(n, shape, i, kind) for i, n in enumerate(sizes)]
-    cohort = Cohort(model, cross_entropy, clients[0].x[0], private=True)
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=True)
     cohort._noise = Silence()
     local = LocalSettings(1, 1.0, "sgd", 1.0, clip_norm=0.7, noise_multiplier=1.0)
     weights = weights_of(model)
@@ -297,7 +299,7 @@ def noises(cohort: Cohort, members: list[Member], weights: dict[str, Any]) -> Te
 def test_noise_has_the_planned_variance_and_another_is_noticed(monkeypatch, factor, fine):
     """Clients without records: what comes is noise. A chi-square of 120,000 values tells 10 % from nothing."""
     model, shape, kind = made("mlp", torch.float32)
-    cohort = Cohort(model, cross_entropy, torch.zeros(shape), private=True)
+    cohort = Cohort(model, cross_entropy, torch.zeros(1, *shape), private=True)
     whole = cohort._noise.quick_gaussian
     monkeypatch.setattr(cohort._noise, "quick_gaussian", lambda shape, std: whole(shape, factor * std))
     local = LocalSettings(1, 0.5, "sgd", 0.3, clip_norm=2.0, noise_multiplier=1.3)
@@ -309,7 +311,7 @@ def test_noise_has_the_planned_variance_and_another_is_noticed(monkeypatch, fact
 
 def test_every_client_and_step_draws_its_own_noise_and_the_control_fails(monkeypatch):
     model, shape, kind = made("linear", torch.float32)
-    cohort = Cohort(model, cross_entropy, torch.zeros(shape), private=True)
+    cohort = Cohort(model, cross_entropy, torch.zeros(1, *shape), private=True)
     local = LocalSettings(1, 0.5, "sgd", 0.3, clip_norm=2.0, noise_multiplier=1.3)
     members = [Member(rows(0, shape, 0, kind), local, 40, 0)] * 40
 
@@ -330,7 +332,7 @@ def test_every_client_and_step_draws_its_own_noise_and_the_control_fails(monkeyp
 
 def test_batches_of_protected_work_are_poisson_and_no_seed_tells_them():
     model, shape, kind = made("linear", torch.float32)
-    cohort = Cohort(model, cross_entropy, torch.zeros(shape), private=True)
+    cohort = Cohort(model, cross_entropy, torch.zeros(1, *shape), private=True)
     taken: list[int] = []
     drawn = cohort._noise.bernoulli
 
@@ -388,10 +390,63 @@ class Loose(nn.Module):
         return self.layer(x * self.scale)
 
 
+class Does(nn.Module):
+    """Something with the records, or with what a layer made of them, before the last layer."""
+
+    def __init__(
+        self, before: Callable[[Tensor], Any] = lambda x: x, between: Callable[[Tensor], Any] = lambda h: h
+    ) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.before, self.between = before, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = self.before(x)
+        h = self.first(x if changed is None else changed)
+        changed = self.between(h)
+        return self.head(h if changed is None else changed)
+
+
+def stated(act: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    """As a statement, whose value nobody uses."""
+
+    def statement(x: Tensor) -> None:
+        act(x)
+
+    return statement
+
+
+def hooked(what: str) -> nn.Module:
+    model = Does()
+    if what == "parameter":
+        model.first.weight.register_hook(lambda g: g * 0)
+    elif what == "layer":
+        model.first.register_forward_hook(lambda module, x, y: y * 2)
+    else:
+        torch.nn.utils.weight_norm(model.first)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (Mixes(), "differ|at once"),
+        # A statement leaves no trace in the values that follow; on records of 0 and 1 it may change nothing.
+        (Does(stated(lambda x: x.clamp_(-1, 1))), "clamp_"),
+        (Does(between=stated(lambda h: h.clamp_(max=2))), "clamp_"),
+        (Does(stated(lambda x: torch.nan_to_num_(x))), "nan_to_num_"),
+        (Does(between=stated(lambda h: F.relu(h, inplace=True))), "in place"),
+        (Does(between=stated(lambda h: F.relu(h, True))), "in place"),
+        (Does(between=stated(lambda h: torch.add(h, 1, out=h))), "in place"),
+        (Does(between=stated(lambda h: operator.iadd(h, 1))), "differ"),  # traced as a sum that nobody uses
+        # What mixes records shows only where they are not 0 and 1.
+        (Does(lambda x: x / x.abs().max()), "differ"),
+        (Does(lambda x: x * (x.abs() - 0.5).clamp(min=0.5).mean()), "differ"),
+        (Does(lambda x: x + random.random()), "random"),
+        (Does(lambda x: x * 2 if torch.rand(()).item() < 0.3 else x), "random"),
+        (hooked("parameter"), "parameter 'first.weight' has hooks"),
+        (hooked("layer"), "layer 'first' has hooks"),
+        (hooked("weight norm"), "layer 'first' has hooks"),
         (Branches(), "traced"),
         (Loose(), "scale|uses"),
         (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), "buffers|not known"),
@@ -402,7 +457,127 @@ class Loose(nn.Module):
 )
 def test_what_cannot_be_stacked_is_said(model, why):
     with pytest.raises(Unsupported, match=why):
-        Cohort(model, cross_entropy, torch.zeros(5), private=False)
+        Cohort(model, cross_entropy, torch.zeros(1, 5), private=False)
+
+
+def balanced(output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output, labels, reduction="none") / torch.bincount(labels, minlength=9)[labels]
+
+
+def focused(output: Tensor, labels: Tensor) -> Tensor:
+    each = F.cross_entropy(output, labels, reduction="none")
+    return each * each.detach().mean()
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [balanced, focused, lambda o, y: F.cross_entropy(o, y, reduction="none") / len(y)],
+    ids=["classes", "mean", "number"],
+)
+def test_a_loss_that_mixes_records_is_not_for_many_at_once(loss, private):
+    with pytest.raises(Unsupported, match="differ"):
+        Cohort(Does(), loss, torch.zeros(1, 5), private=private)
+
+
+def test_what_a_node_would_refuse_is_not_clipped():
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4, bias=False), nn.Linear(4, 3))
+    Cohort(model, cross_entropy, torch.zeros(1, 5), private=False)
+    with pytest.raises(Unsupported, match="bias"):
+        Cohort(model, cross_entropy, torch.zeros(1, 5), private=True)
+
+
+def test_an_own_sum_in_place_is_a_sum():
+    """`out += identity`, as residual networks have it."""
+
+    class Adds(Does):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h += x
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model, clients = Adds(), [rows(n, (5,), n, torch.float32) for n in (4, 6)]
+    weights, local = weights_of(model), LocalSettings(2, 1.0, "sgd", 0.1)
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=False)
+    found = updates(cohort, weights, [Member(r, local, 5, 0) for r in clients])
+    expected = train_locally(model, cross_entropy, weights, clients[1], local, 5, seed=0)
+    assert off(flat(found[1]).numpy(), flat(expected).numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlp", "norms", "conv1d", "large conv2d"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_records_none_of_which_is_finite_count_nothing(name, alone):
+    """As if nobody had been sampled: the step is its noise, and the client does not fail."""
+    model, shape, kind = made(name, torch.float32)
+    clients = [rows(4, shape, i, kind) for i in range(1 if alone else 3)]
+    for r in clients:
+        r.x[:] = float("nan")
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=True)
+    cohort._noise = Silence()
+    local = LocalSettings(2, 1.0, "sgd", 1.0, clip_norm=1.0, noise_multiplier=1.0)
+    for update in updates(cohort, weights_of(model), [Member(r, local, 4, None) for r in clients]):
+        assert flat(update).norm() == 0
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_a_record_whose_places_nearly_cancel_is_clipped_like_any_other(size):
+    """Differences of neighbours: the gradient is a small difference of large products."""
+
+    class Differences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.at_each, self.head = nn.Linear(32, 32), nn.Linear(32, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.at_each(x)
+            return self.head((h[:, 1:] - h[:, :-1]).mean(1))
+
+    torch.manual_seed(0)
+    model = Differences()
+    weights = weights_of(model)
+    r = Rows(torch.randn(1, 4, 32) + size, torch.zeros(1, dtype=torch.int64))
+    cohort = Cohort(model, cross_entropy, torch.randn(6, 4, 32), private=True)
+    cohort._noise = Silence()
+    for clip in (1e-3, 1e-2):
+        local = LocalSettings(1, 1.0, "sgd", 1.0, clip_norm=clip, noise_multiplier=1.0)
+        (update,) = updates(cohort, weights, [Member(r, local, 1, None)])
+        assert abs(float(flat(update).norm()) / clip - 1) < 1e-2
+
+
+def test_gradients_by_record_are_cut_into_pieces_that_fit(monkeypatch):
+    """A convolution keeps each record's gradient; the pieces add up to the same."""
+    from hansa.simulations import cohort as module
+
+    model, shape, kind = made("large conv2d", torch.float32)
+    clients = [rows(12, shape, i, kind) for i in range(3)]
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=True)
+    cohort._noise = Silence()
+    local = LocalSettings(1, 1.0, "sgd", 1.0, clip_norm=0.5, noise_multiplier=1.0)
+    members = [Member(r, local, 12, None) for r in clients]
+    whole = updates(cohort, weights_of(model), members)
+    monkeypatch.setattr(module, "_PIECE_BYTES", 4 * cohort.program.size * 3 * 5)
+    assert list(cohort._pieces([12, 12, 12])) == [slice(0, 5), slice(5, 10), slice(10, 15)]
+    for one, other in zip(whole, updates(cohort, weights_of(model), members), strict=True):
+        assert off(flat(one).numpy(), flat(other).numpy()) < 1e-5
+
+
+def test_dropout_is_the_clients_own_however_many_rows_there_are(monkeypatch):
+    """Two layers draw from one generator, layer by layer for the whole batch: so a batch is not cut."""
+    from hansa.simulations import cohort as module
+
+    monkeypatch.setattr(module, "_PIECE_ROWS", 3)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.Dropout(0.5), nn.ReLU(), nn.Linear(6, 6), nn.Dropout(0.3), nn.Linear(6, 3)
+    )
+    clients = [rows(10, (5,), i, torch.float32) for i in range(2)]
+    weights, local = weights_of(model), LocalSettings(2, 1.0, "sgd", 0.1)
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=False)
+    found = updates(cohort, weights, [Member(r, local, 10, i) for i, r in enumerate(clients)])
+    for i, r in enumerate(clients):
+        expected = train_locally(model, cross_entropy, weights, r, local, 10, seed=i)
+        assert off(flat(found[i]).numpy(), flat(expected).numpy()) < 1e-5
 
 
 def test_a_layer_that_is_used_twice_is_stacked_without_clipping_only():
@@ -411,12 +586,12 @@ def test_a_layer_that_is_used_twice_is_stacked_without_clipping_only():
     clients = [rows(n, (5,), n, torch.float32) for n in (4, 6)]
     weights, local = weights_of(model), LocalSettings(2, 1.0, "sgd", 0.1)
     found = updates(
-        Cohort(model, cross_entropy, clients[0].x[0], private=False), weights, [Member(r, local, 5, 0) for r in clients]
+        Cohort(model, cross_entropy, clients[0].x, private=False), weights, [Member(r, local, 5, 0) for r in clients]
     )
     expected = train_locally(model, cross_entropy, weights, clients[1], local, 5, seed=0)
     assert off(flat(found[1]).numpy(), flat(expected).numpy()) < 1e-5
     with pytest.raises(Unsupported, match="more than once"):
-        Cohort(model, cross_entropy, clients[0].x[0], private=True)
+        Cohort(model, cross_entropy, clients[0].x, private=True)
 
 
 def test_the_trial_notices_a_backward_that_is_wrong(monkeypatch):
@@ -426,7 +601,9 @@ def test_the_trial_notices_a_backward_that_is_wrong(monkeypatch):
     right = layers._add_products
     monkeypatch.setattr(layers, "_add_products", lambda groups, dy, x, into: right(groups, 1.01 * dy, x, into))
     with pytest.raises(Unsupported, match="differ"):
-        Cohort(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), cross_entropy, torch.zeros(5), private=False)
+        Cohort(
+            nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), cross_entropy, torch.zeros(1, 5), private=False
+        )
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -435,7 +612,7 @@ def test_a_bad_first_record_is_its_own_clients_alone(private, sizes):
     """Where rows are filled up to equal numbers, nobody's filling is somebody else's record."""
     model, shape, kind = made("mlp", torch.float32)
     clients = [rows(n, shape, i, kind) for i, n in enumerate(sizes)]
-    cohort = Cohort(model, cross_entropy, clients[0].x[0], private=private)
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=private)
     cohort._noise = Silence()
     terms = {"clip_norm": 0.7, "noise_multiplier": 1.0} if private else {}
     local = LocalSettings(2, 1.0, "sgd", 1.0, **terms)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,17 @@ def folded(executor: Any, size: int = 4, number: int = 1) -> tuple[list[int], by
     return seen, total.tobytes()
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As if OMP_NUM_THREADS were 2: how a sum is divided among threads decides how it is rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("batched", [True, False])
-def test_any_number_of_workers_gives_the_same_bits(batched: bool) -> None:
+def test_any_number_of_workers_gives_the_same_bits(batched: bool, two_threads: None) -> None:
     here = folded(Here(trainer(), batched=batched))
     assert here[0] == list(range(CLIENTS))
     for count in (1, 2, 3):
@@ -181,12 +191,14 @@ def alive(pid: int) -> bool:
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """Also in the middle of a chunk: they would hold the run's lock until it is done."""
     code = f"""
 import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
-import os, signal, test_crew
-w = test_crew.Workers(test_crew.trainer(), 3, 4, batched=True)
+import os, signal, threading, time, test_crew
+w = test_crew.Workers(test_crew.trainer(lambda number: number and time.sleep(100)), 3, 4, batched=True)
 print(*[x.process.pid for x in w._workers], flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()
+test_crew.folded(w)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     pids = [int(p) for p in done.stdout.split()]
@@ -195,6 +207,54 @@ os.kill(os.getpid(), signal.SIGKILL)
     while any(alive(p) for p in pids):
         assert time.monotonic() < end, "a worker outlives its parent"
         time.sleep(0.05)
+
+
+def test_nobody_waits_for_a_chunk_that_is_not_wanted_any_more() -> None:
+    workers = Workers(trainer(lambda number: time.sleep(100 if number > 7 else 0)), 2, 4, batched=True)
+    try:
+        rest = workers.train(1, WEIGHTS, chunks(4))
+        next(rest)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            rest.throw(KeyboardInterrupt)
+        assert time.monotonic() - began < 20
+        gc.collect()
+        assert len(workers._free) == 4
+    finally:
+        workers.close()
+
+
+def test_a_simulation_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A sweep is many in one process."""
+
+    def shared() -> int:
+        return Path("/proc/self/maps").read_text().count("/dev/zero")
+
+    gc.collect()
+    before, alive_ones = shared(), []
+    for seed in range(2):
+        _, simulation = run(
+            tmp_path / str(seed), sixty_clients(seed=seed), execution=Execution(batched=True, chunk=7, workers=2)
+        )
+        alive_ones.append(weakref.ref(simulation))
+        del simulation
+    gc.collect()
+    assert [one() for one in alive_ones] == [None, None]
+    assert shared() == before
+
+
+@pytest.mark.parametrize("secret", [False, True])
+def test_who_fails_is_not_told_where_nobody_may_learn_who_was_drawn(secret: bool, caplog: Any) -> None:
+    def mishap(number: int) -> None:
+        if number == 5:
+            raise OSError("gone")
+
+    made = trainer(mishap)
+    made.secret = secret
+    with caplog.at_level("DEBUG"):
+        _, _, outcomes = next(Here(made, batched=True).train(1, WEIGHTS, [[4, 5]]))
+    assert [o.failed for o in outcomes] == [False, True]
+    assert ("cannot be read" in caplog.text) is not secret
 
 
 def test_what_goes_wrong_with_one_client_is_that_clients_alone() -> None:
@@ -298,8 +358,12 @@ def test_a_run_that_goes_on_goes_on_by_its_plan(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Killed):
         run(out, settings, execution=plan)
     monkeypatch.undo()
-    outcome, simulation = run(out, settings, resume=True)
-    assert simulation.crew.plan == plan
+    with pytest.raises(
+        ConfigError, match="5 clients at once, in 2 processes"
+    ):  # or result.json would be untrue of the first rounds
+        run(out, settings, resume=True, execution=Execution(batched=True, chunk=6, workers=2))
+    outcome, simulation = run(out, settings, resume=True, execution=plan.model_copy(update={"workers": 0}))
+    assert simulation.crew.plan == plan.model_copy(update={"workers": 0})
     same_arrays(outcome.model, reference.model)
     verified(out)
 
@@ -327,6 +391,7 @@ def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(tmp_path: Path
 @pytest.mark.parametrize(
     ("engine", "changes", "words"),
     [
+        ("nodes", {"workers": 2}, "no workers"),
         (COHORT, {"secure_aggregation": {"colluding": 1}, "quorum": 32, "algorithm": None}, "secure aggregation"),
         (
             "nodes",
@@ -338,10 +403,12 @@ def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(tmp_path: Path
 def test_an_engine_that_does_not_fit_is_refused(
     tmp_path: Path, engine: str, changes: dict[str, Any], words: str
 ) -> None:
+    how = {"workers": changes["workers"]} if "workers" in changes else {}
+    changes = {k: v for k, v in changes.items() if k != "workers"}
     local = {"steps": 1, "optimizer": {"lr": 0.2}}
     changes = {k: v if v is not None else {"rounds": 1, "local": local} for k, v in changes.items()}
     with pytest.raises(ConfigError, match=words):
-        Simulation(sixty_clients(**changes), Path(), tmp_path / "out", engine=engine)
+        Simulation(sixty_clients(**changes), Path(), tmp_path / "out", engine=engine, **how)
     assert not (tmp_path / "out").exists()
 
 

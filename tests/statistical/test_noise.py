@@ -222,7 +222,9 @@ def test_the_realised_rate_never_exceeds_the_accounted_one(monkeypatch):
 
     def heads(q: float, word: int) -> bool:
         monkeypatch.setattr(noise, "_keystream", lambda: lambda n: np.full(n, word, dtype=np.uint64))
-        return bool(SecureNoise().bernoulli(1, q)[0])
+        one = bool(SecureNoise().bernoulli(1, q)[0])
+        assert SecureNoise().bernoulli(3, np.array([0.0, q, 1.0])).tolist() == [False, one, True]  # each record's own
+        return one
 
     for q in (0.5, 0.1, 1 / 3, 1e-4, 1e-9, 2.0**-63, 1 - 2.0**-53, 1e-17):
         exact = int(q * 2**64)  # a float times a power of two is exact; int() floors
@@ -234,10 +236,18 @@ def test_the_realised_rate_never_exceeds_the_accounted_one(monkeypatch):
     assert heads(1.0, 2**64 - 1)
 
 
+@pytest.mark.parametrize("std", [1e-30, 1e30])
+def test_quick_noise_has_any_size_that_float32_has(std):
+    made = SecureNoise().quick_gaussian(10_000, std).astype(np.float64) / std
+    assert abs(made.std() - 1) < 0.05
+
+
 def test_out_of_range_is_refused():
     for q in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match="sampling rate"):
             SecureNoise().bernoulli(3, q)
+        with pytest.raises(ConfigError, match="sampling rate"):
+            SecureNoise().bernoulli(2, np.array([0.5, q]))
     for std in (-1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match="standard deviation"):
             SecureNoise().gaussian(3, std)

@@ -51,7 +51,7 @@ class Epochs(Trainer):
 
     workload: Workload
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  as long as the process
+    @functools.cache  # noqa: B019  as long as the process
     def _member(self, number: int, client: int, settings: LocalSettings) -> Member:
         rows, batch = self._clients.open(client).train, self.workload.batch
         n = len(rows)
