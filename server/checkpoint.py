@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Checkpoint:
         tensors |= {f"strategy/{k}": v for k, v in self.strategy.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
         # asdict would copy every tensor.
-        answers = {p: {n: asdict(a) for n, a in given.items()} for p, given in self.answers.items()}
+        answers = {p: {n: dict(vars(a)) for n, a in given.items()} for p, given in self.answers.items()}
         about = {"run_id": self.run_id, "round": self.round, "history": self.history, "folded": self.folded}
         about |= {"accepted": self.accepted, "trained": self.trained, "answers": answers, "witness": self.witness}
         about |= {"keys": self.keys}

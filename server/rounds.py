@@ -565,6 +565,7 @@ class Coordinator:
         """
         deadline = time.monotonic() + self._charter.round_deadline_s
         answers: dict[str, Answer] = {}
+        link = grid if isinstance(grid, Link) else None  # asking takes 20 µs
 
         def outgoing() -> Iterator[Message]:
             for name, (manifest, _) in requests.items():
@@ -589,17 +590,17 @@ class Coordinator:
                 if name in requests and (name not in answers or answers[name].outcome == "invalid"):
                     manifest, digest = requests[name]
                     answers[name] = self._receive(name, manifest, digest, reply, sink)
-                    if isinstance(grid, Link) and answers[name].outcome not in ("ok", "failed"):
+                    if link is not None and answers[name].outcome not in ("ok", "failed"):
                         # No work that stands: whoever goes on with this run asks again, and a cause may be mended.
-                        grid.withdraw([reply.metadata.reply_to_message_id])
+                        link.withdraw([reply.metadata.reply_to_message_id])
                     self._notify("answer", partner=name, round=manifest.round, kind=manifest.kind, answer=answers[name])
                 del reply  # before the next one is there
-            if not came and isinstance(grid, Link):
-                grid.wait(left_s)
+            if not came and link is not None:
+                link.wait(left_s)
             elif not came:
                 time.sleep(0.01)
-        if isinstance(grid, Link):
-            grid.withdraw(pending)
+        if link is not None:
+            link.withdraw(pending)
         for name, (manifest, _) in requests.items():
             answers.setdefault(name, Answer(manifest.request_id, "timeout"))
         return answers

@@ -94,12 +94,16 @@ class Cohort:
         order = sorted(range(len(members)), key=lambda i: -members[i].steps)
         params, grads = self._room(len(members))
         params[:] = weights
-        grads.zero_()
         self._steps([members[i] for i in order], params, grads, weights)
         if order == list(range(len(members))):
             torch.sub(params, weights, out=out)
         else:
             out[order] = params.sub_(weights)
+
+    def forget(self) -> None:
+        """Let go of the memory of the last chunk."""
+        self._params = self._grads = torch.empty(0, self.program.size, dtype=self.program.dtype)
+        self._passes.clear()
 
     def _room(self, members: int) -> tuple[Tensor, Tensor]:
         """Parameters and gradients of so many, where those of the last chunk were: views of them are worth keeping."""
@@ -140,6 +144,7 @@ class Cohort:
                 (np.arange(begin, begin + n) if rows is None else rows + begin)
                 for (rows, _), begin, n in zip(drawn, first, counts, strict=False)
             ]
+            grads.zero_()
             for part in self._pieces(counts):
                 self._add(run, x, y, taken if part is None else [t[part] for t in taken], divisors, settings)
             if settings.event is not None and settings.clip_norm is not None:
@@ -147,7 +152,6 @@ class Cohort:
                 grads += torch.from_numpy(self._noise.quick_gaussian(tuple(grads.shape), std))
                 grads /= torch.from_numpy(np.asarray(divisors)).to(grads.dtype).unsqueeze(1)
             descent.step([params], [grads], [start])
-            grads.zero_()
 
     def _pieces(self, counts: Sequence[int]) -> Iterator[slice | None]:
         """A step's rows, so many of each client's at a time that they fit; None: all at once."""

@@ -68,6 +68,7 @@ class Crew:
             cohort = max(1, round(charter.algorithm.participation * len(clients)))
             some, most = range(min(len(clients), 256)), cores() if ray is None else ray.count
             plan, self.tried = probe(trainer, weights, cohort, some, settings.steps, most, ray=ray is not None)
+            trainer.forget()
         trainer.secret = charter.privacy.unit == "client"
         if ray is not None:
             plan = plan.model_copy(update={"workers": ray.count})

@@ -28,6 +28,7 @@ from ..common.flower import Message
 from ..common.heads import KeptHeads
 from ..common.ledger import Ledger
 from ..common.noise import SecureNoise
+from ..server.central import ClippedSum
 from ..server.checkpoint import Checkpoint
 from ..server.rounds import Coordinator
 from ..server.strategies import ServerOptimizer
@@ -39,11 +40,12 @@ TRAIN = "train: "
 WAIT = TRAIN + "messages, outboxes, waiting"
 FOLD = "fold"
 MASKS = "open the sum"
+NOISE = "central noise"
 STEP = "server step"
 EVALUATE = "evaluate"
 CHECKPOINT = "checkpoint"
 OTHER = "other"
-_ORDER = [RECORD, SEND, TRAIN, FOLD, MASKS, STEP, EVALUATE, CHECKPOINT, OTHER]
+_ORDER = [RECORD, SEND, TRAIN, FOLD, MASKS, NOISE, STEP, EVALUATE, CHECKPOINT, OTHER]
 
 _TAPS: list[tuple[Any, str, str]] = [
     (Coordinator, "_cohort", RECORD),
@@ -60,7 +62,9 @@ _TAPS: list[tuple[Any, str, str]] = [
     (SecureNoise, "discrete_gaussian", TRAIN + "noise"),
     (Coordinator, "_train", FOLD),
     (Coordinator, "_train_masked", FOLD),
+    (Coordinator, "_train_central", FOLD),
     (Coordinator, "_receive", FOLD),
+    (ClippedSum, "noised", NOISE),
     (ServerOptimizer, "step", STEP),
     (ServerOptimizer, "state", STEP),
     (Checkpoint, "average_in", STEP),
@@ -69,8 +73,8 @@ _TAPS: list[tuple[Any, str, str]] = [
 ]
 """What begins a phase, by the name under which it is called."""
 _RECORDS = ("asked", "answered", "round", "attempts")
-_WITHIN_EVALUATION = {RECORD, CHECKPOINT, OTHER}
-"""All else that an evaluation does is evaluation."""
+_WITHIN: dict[str, set[str]] = {EVALUATE: {RECORD, CHECKPOINT, OTHER}, NOISE: set()}
+"""Phases to which all that happens within them belongs, but for these."""
 
 
 class Profile:
@@ -162,7 +166,8 @@ class Profile:
             yield
             return
         self._switch()
-        self._open.append(EVALUATE if EVALUATE in self._open and phase not in _WITHIN_EVALUATION else phase)
+        outer = next((one for one in self._open if one in _WITHIN and phase not in _WITHIN[one]), phase)
+        self._open.append(outer)
         try:
             yield
         finally:

@@ -136,6 +136,12 @@ class Trainer:
             self.spent_s[phase] = self.spent_s.get(phase, 0.0) + seconds
         return outcomes
 
+    def forget(self) -> None:
+        """Let go of what a trial left behind; processes that are forked afterwards would each keep it."""
+        if self._cohort is not None:
+            self._cohort.forget()
+        _keep_memory(trim=True)
+
     def phases(self) -> dict[str, float]:
         """Seconds by phase, and begin again."""
         spent, self.spent_s = self.spent_s, {}
@@ -202,13 +208,15 @@ class Trainer:
 _NOT_FINITE = Outcome(refused=(Refusal.NUMERIC.value, "the update is not finite"))
 
 
-def _keep_memory() -> None:
+def _keep_memory(*, trim: bool = False) -> None:
     """Let this process keep what it frees. A step's tensors are megabytes that come and go: to give their pages back to the system, and
     to get them cleared again, took a sixth of the time. What glibc knows by M_TRIM_THRESHOLD and M_MMAP_THRESHOLD."""
     with contextlib.suppress(OSError, AttributeError):  # another system's library
         library = ctypes.CDLL(None)
         library.mallopt(-1, _KEPT_BYTES)
         library.mallopt(-3, 32 * 2**20)  # as large as it may be
+        if trim:
+            library.malloc_trim(0)
 
 
-_KEPT_BYTES = 256 * 2**20
+_KEPT_BYTES = 64 * 2**20
