@@ -17,7 +17,7 @@ import torch
 
 from ..clients.datasets import Rows, Split, held_out, split_rows
 from ..common.config import Federation, Population
-from ..common.errors import ConfigError, DataError, counted
+from ..common.errors import ConfigError, counted
 from ..common.tasks import Task
 from . import partitions, sources
 from .population import client_name, client_number
@@ -124,7 +124,7 @@ class Dealt:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Each client draws `records` rows of its own mix of classes; a row may be several clients'."""
+    """Each client draws `records` different rows of its own mix of classes; a row may be several clients'."""
 
     rows: Rows
     test: Rows | None
@@ -161,11 +161,12 @@ class Drawn:
         """See `Clients`."""
         rng = np.random.default_rng([self.seed, number])
         if self.alpha is None:
-            places = rng.integers(len(self.rows), size=self.records)
+            places = rng.choice(len(self.rows), self.records, replace=False)
         else:
             mix = rng.dirichlet(np.full(len(self.by_class), self.alpha))
-            counts = rng.multinomial(self.records, mix)
-            places = np.concatenate([rng.choice(c, n) for c, n in zip(self.by_class, counts, strict=True) if n])
+            counts = _counts(self.records, mix, np.asarray([len(c) for c in self.by_class]), rng)
+            chosen = zip(self.by_class, counts, strict=True)
+            places = np.concatenate([rng.choice(c, n, replace=False) for c, n in chosen if n])
             rng.shuffle(places)
         mine = self.rows.take(torch.from_numpy(np.asarray(places, np.int64)))
         if self.test is None:
@@ -173,6 +174,19 @@ class Drawn:
         share = len(self.test) / max(1, self.evaluated)
         begin, end = (round(share * at) if number < self.evaluated else 0 for at in (number, number + 1))
         return Split(mine, Rows(self.test.x[begin:end], self.test.y[begin:end]))
+
+
+def _counts(
+    records: int, mix: npt.NDArray[np.float64], there: npt.NDArray[np.int64], rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """How many rows of each class, by its mix; of a class no more than there are, and the rest from the others."""
+    counts = np.minimum(rng.multinomial(records, mix), there)
+    while missing := records - int(counts.sum()):
+        room = there - counts
+        left = mix * (room > 0)
+        left = left if left.sum() > 0 else room.astype(np.float64)
+        counts = np.minimum(counts + rng.multinomial(missing, left / left.sum()), there)
+    return counts
 
 
 def clients_of(config: Federation, base: Path, task: Task) -> Dealt | Drawn:
@@ -198,16 +212,21 @@ def population_clients(config: Population, fraction: float, seed: int, task: Tas
         ConfigError, DataError: a data set that does not exist or fit, or cannot be dealt like that.
     """
     if "/" in config.dataset:
-        rows, test, owners = sources.arrays(base / config.dataset)
+        rows, test, owners = sources.arrays(base / config.dataset, task)
     else:
         (rows, test), owners = sources.population(config.dataset), None
-    for some in (rows, *([test] if test is not None else [])):
-        _check_fits(config.dataset, some, task)
+        for some in (rows, *([test] if test is not None else [])):
+            sources.check(f"data set {config.dataset}", some, task)
     if not fraction:
         test = None if test is None else Rows(test.x[:0], test.y[:0])
     chosen, clients, labels = config.partition, config.clients, rows.y.numpy()
     if chosen.kind == "drawn":
         assert chosen.records is not None
+        if chosen.records > len(rows):
+            raise ConfigError(
+                f"partition: records: {chosen.records}, but the data set has {len(rows)} rows",
+                "A client's rows are different ones: draw fewer.",
+            )
         by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)] if chosen.alpha is not None else []
         return Drawn(rows, test, clients, chosen.records, chosen.alpha, fraction, seed, by_class)
     if chosen.kind == "natural":
@@ -249,17 +268,6 @@ def _natural(owners: npt.NDArray[np.int64] | None, clients: int) -> list[npt.NDA
             f"{counted(empty, 'client')} of {clients} in client.npy without rows", "Number them without gaps."
         )
     return dealt
-
-
-def _check_fits(dataset: str, rows: Rows, task: Task) -> None:
-    """Raise DataError unless rows are of the task's shape and classes. Values are looked at when they are trained on."""
-    if tuple(rows.x.shape[1:]) != task.schema.shape:
-        raise DataError(
-            f"data set {dataset}: rows of shape {list(rows.x.shape[1:])}; task {task.name} takes {list(task.schema.shape)}",
-            "Name the task that the data set is for.",
-        )
-    if len(rows) and not (int(rows.y.min()) >= 0 and int(rows.y.max()) < len(task.classes)):
-        raise DataError(f"data set {dataset}: labels outside of 0 to {len(task.classes) - 1}", "Correct its labels.")
 
 
 def _split_places(

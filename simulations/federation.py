@@ -88,6 +88,11 @@ def config_sha256(config: Federation) -> str:
     return sha256(canonical(json.loads(config.model_dump_json(), parse_float=str)))
 
 
+def inputs_of(config: Federation, base: Path) -> dict[str, str]:
+    """Digests of what else decides a run: its task's code, and its data."""
+    return {"task_sha256": code_sha256(config.task), "data_sha256": sources.data_sha256(config, base)}
+
+
 def _lock(private: Path) -> BinaryIO:
     """The lock on a run's folders, held until the file is closed."""
     path = private / LOCK
@@ -189,6 +194,7 @@ class Simulation:
         datasets: by name.
         crew: who trains a population.
         fresh: there was no run to go on with.
+        inputs: digests of what else decides it.
 
     Raises (on creation):
         OutputError: `out` holds another run, or another process works in it.
@@ -216,6 +222,7 @@ class Simulation:
         self.config = sized(self.config)
         self.task = load_task(self.config.task)
         self._choose_engine()
+        self.inputs = inputs_of(self.config, self.base)
         self._refuse_foreign()  # before anything is written
         made = [folder for folder in (self.out, self.private) if not folder.exists()]
         self._held = _lock(self.private)
@@ -332,11 +339,20 @@ class Simulation:
                 f"{self.out}: holds a run of the engine {state.get('engine', NODES)}",
                 "Give the --engine it began with.",
             )
+        if self.engine != NODES:  # which check it by their charter and what they registered
+            self._refuse_other_inputs(state or {})
         if state is None:
-            state = {"kind": self.kind, "engine": self.engine, "config_sha256": mine, "runs": [secrets.token_hex(8)]}
+            made = {"config_sha256": mine, **self.inputs}
+            state = {"kind": self.kind, "engine": self.engine, **made, "runs": [secrets.token_hex(8)]}
             self._state = state
             self._keep_state()
         return dict(state)
+
+    def _refuse_other_inputs(self, state: Mapping[str, Any]) -> None:
+        """Raise OutputError if the run began with other code or data: what is signed of it would be of two."""
+        for name, what in (("task_sha256", "code of its task"), ("data_sha256", "data")):
+            if state.get(name, self.inputs[name]) != self.inputs[name]:
+                raise OutputError(f"{self.out}: holds a run with other {what}", "Restore it, or give another --out.")
 
     def _clear_demo(self, state: dict[str, Any]) -> None:
         """Delete an earlier demo, and nothing else. Its run.json stays: a demo that dies here is still one."""

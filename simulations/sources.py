@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
+import mmap
 import zlib
 from importlib.resources import files
 from pathlib import Path
@@ -13,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..clients.datasets import Rows
+from ..clients.datasets import Rows, check_rows
+from ..common.config import Federation
 from ..common.errors import DataError, counted
+from ..common.tasks import Task
 
-__all__ = ["arrays", "packaged", "population", "synthetic"]
+__all__ = ["arrays", "check", "data_sha256", "packaged", "population", "synthetic"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -46,19 +50,44 @@ def population(name: str) -> tuple[Rows, Rows | None]:
     )
 
 
-def arrays(folder: Path) -> tuple[Rows, Rows | None, Owners | None]:
+def check(what: str, rows: Rows, task: Task, mapped: mmap.mmap | None = None) -> None:
+    """Refuse rows that are not of the task's shape, or whose values or classes are not in its range.
+
+    Args:
+        mapped: what x is a map of: no more than a piece of it stays in memory.
+
+    Raises:
+        DataError: they are not.
+    """
+    if tuple(rows.x.shape[1:]) != task.schema.shape:
+        raise DataError(
+            f"{what}: rows of shape {list(rows.x.shape[1:])}; task {task.name} takes {list(task.schema.shape)}",
+            "Name the task that the data set is for.",
+        )
+    some = max(1, _PIECE // max(1, math.prod(task.schema.shape)))
+    for at in range(0, len(rows), some):
+        piece = Rows(rows.x[at : at + some], rows.y[at : at + some])
+        whole = len(piece) == len(rows)
+        check_rows(task, what if whole else f"{what}, rows {at} to {at + len(piece) - 1}", piece, at)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+_PIECE = 2**22
+"""Values that are looked at at a time."""
+
+
+def arrays(folder: Path, task: Task) -> tuple[Rows, Rows | None, Owners | None]:
     """A folder of one's own as a data set: rows, public test rows if it has any, and whose each row is if it says so.
 
     `x.npy` float32 [n, ...], `y.npy` integers [n], and, if they are there, `x_test.npy`, `y_test.npy` and `client.npy` (integers [n],
-    from 0). x is mapped, not read: of a large file only what a client asks for comes into memory.
+    from 0). x is mapped: it is read once, to look at its values, and of a large file only what a client asks for stays in memory.
 
     Raises:
-        DataError: a file is missing, or is other than described.
+        DataError: a file is missing, is other than described, or does not fit the task.
     """
-    rows = _mapped(folder / "x.npy", folder / "y.npy")
-    test = _mapped(folder / "x_test.npy", folder / "y_test.npy") if (folder / "x_test.npy").exists() else None
-    if test is not None and test.x.shape[1:] != rows.x.shape[1:]:
-        raise DataError(f"{folder}/x_test.npy: rows of another shape than those of x.npy", _ARRAYS)
+    rows = _mapped(folder / "x.npy", folder / "y.npy", task)
+    test = _mapped(folder / "x_test.npy", folder / "y_test.npy", task) if (folder / "x_test.npy").exists() else None
     if not (folder / "client.npy").exists():
         return rows, test, None
     owners = _integers(folder / "client.npy", len(rows))
@@ -70,13 +99,15 @@ def arrays(folder: Path) -> tuple[Rows, Rows | None, Owners | None]:
 _ARRAYS = "docs/configuration.md says which arrays a population's folder has."
 
 
-def _mapped(x: Path, y: Path) -> Rows:
+def _mapped(x: Path, y: Path, task: Task) -> Rows:
     features = _array(x)
     if features.dtype != np.float32 or features.ndim < 2:
         raise DataError(
             f"{x}: {features.dtype} with {counted(features.ndim, 'dimension')}, not float32 [n, ...]", _ARRAYS
         )
-    return Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features))))
+    rows = Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features))))
+    check(str(x), rows, task, getattr(features, "_mmap", None))
+    return rows
 
 
 def _integers(path: Path, n: int) -> npt.NDArray[np.int64]:
@@ -95,6 +126,33 @@ def _array(path: Path) -> npt.NDArray[Any]:
     except (OSError, ValueError, EOFError) as err:
         raise DataError(f"{path}: cannot be read as an array: {err}", _ARRAYS) from err
     return found
+
+
+def data_sha256(config: Federation, base: Path) -> str:
+    """A digest of the bytes of every file of one's own that a configuration names; what is shipped, or installed, is not in it.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if config.partners is not None:
+        own = [base / entry.data for entry in config.partners.values() if not entry.data.startswith("package:")]
+    else:
+        assert config.population is not None
+        name = config.population.dataset
+        own = [base / name / file for file in _FILES] if "/" in name else []
+    digest = hashlib.sha256()
+    for path in own:
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except FileNotFoundError:
+            digest.update(b"no file")
+        except OSError as err:
+            raise DataError(f"{path}: cannot be read: {err.strerror}") from err
+    return digest.hexdigest()
+
+
+_FILES = ("x.npy", "y.npy", "x_test.npy", "y_test.npy", "client.npy")
 
 
 def synthetic(rows: int, features: int, seed: int) -> Rows:

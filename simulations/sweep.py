@@ -198,7 +198,7 @@ class Sweep:
         engine: of every run; empty: as each run chooses.
 
     Raises (by run):
-        OutputError: a run was finished by another engine.
+        OutputError: a run was finished by another engine, or with other code or data.
     """
 
     def __init__(
@@ -214,6 +214,7 @@ class Sweep:
         self._rows: dict[int, dict[str, Any]] = {}
         self._results: dict[int, dict[str, Any]] = {}
         self._hashes: list[str] = []
+        self._inputs: list[dict[str, str]] = []
 
     def run(self) -> dict[str, Any]:
         """Run what is not finished yet. What is refused or fails is a row that says so.
@@ -290,9 +291,15 @@ class Sweep:
     def _finished(self) -> dict[int, dict[str, Any]]:
         """Number of a run -> its finished result, wherever in the sweep's folder that is."""
         from ..common.tasks import sized
-        from .federation import config_sha256
+        from .federation import config_sha256, inputs_of
 
         self._hashes = [config_sha256(sized(run.config)) for run in self._plan.runs]
+        base, known = self._plan.source.parent, dict[str, dict[str, str]]()
+        for run in self._plan.runs:  # most have the same task and data
+            which = json.dumps(
+                [run.config.task, run.config.model_dump(mode="json", include={"partners", "population"})]
+            )
+            self._inputs.append(known.get(which) or known.setdefault(which, inputs_of(run.config, base)))
         found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for path in sorted(self._out.glob("*/result.json")):
             try:
@@ -302,8 +309,13 @@ class Sweep:
                 continue  # not finished, or nothing of ours
             if "baselines" in result or not self._with_baselines:
                 found.setdefault(made, []).append((path.parent.name, result))
-        for run, made in zip(self._plan.runs, self._hashes, strict=True):
+        for run, made, inputs in zip(self._plan.runs, self._hashes, self._inputs, strict=True):
             for folder, result in found.get(made, []):
+                if {**inputs, **result["sweep"]} != {**result["sweep"], **inputs}:
+                    raise OutputError(
+                        f"{self._out / folder}: was finished with other code of its task, or other data (run {run.name})",
+                        "One table is of one code and data: restore them, or give another --out.",
+                    )
                 if self._engine and result.get("engine") not in (None, self._engine):
                     raise OutputError(
                         f"{self._out / folder}: was finished by the engine {result['engine']} (run {run.name})",
@@ -334,7 +346,12 @@ class Sweep:
             }  # fmt: skip
             return
         seconds = time.perf_counter() - began
-        made = {"config_sha256": self._hashes[number], "values": dict(run.values), "verified": verified}
+        made = {
+            "config_sha256": self._hashes[number],
+            **self._inputs[number],
+            "values": dict(run.values),
+            "verified": verified,
+        }
         result["sweep"] = {**made, "seconds": seconds}
         save_result(own, result)  # from here on it is finished
         self._take(number, {**result, "sweep": {**result["sweep"], "folder": run.name}}, seconds)

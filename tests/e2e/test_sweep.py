@@ -121,6 +121,18 @@ def test_finished_runs_are_not_run_again(swept: tuple[Path, Any], tmp_path: Path
     ]
 
 
+def test_one_table_is_of_one_code_and_data(swept: tuple[Path, Any], tmp_path: Path) -> None:
+    """Finished runs say what they were made of; another digest stands for other code, other data."""
+    config = write(tmp_path / "c.yaml", federation())
+    for which, words in (("task_sha256", "other code of its task, or other data"), ("data_sha256", "or other data")):
+        out = copied(swept[0], tmp_path / which)
+        path = next(out.glob("*/result.json"))
+        result = json.loads(path.read_text())
+        result["sweep"][which] = "0" * 64
+        path.write_text(json.dumps(result))
+        call("simulate", config, *SWEEP, "--out", out, "--resume").expect(2).says(words)
+
+
 def test_one_table_is_of_one_engine(swept: tuple[Path, Any], tmp_path: Path) -> None:
     out, config = copied(swept[0], tmp_path), write(tmp_path / "c.yaml", federation())
     call("simulate", config, *SWEEP, "--out", out, "--resume", "--engine", "cohort").expect(2).says(

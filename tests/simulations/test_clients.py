@@ -15,6 +15,7 @@ from hansa.common.config import Population
 from hansa.common.errors import ConfigError, DataError
 from hansa.common.tasks import Task, load_task
 from hansa.common.tasks.schema import ArraySchema
+from hansa.simulations import sources
 from hansa.simulations.clients import EVALUATED, Clients, population_clients
 from hansa.simulations.sources import population as rows_of
 
@@ -71,6 +72,24 @@ def test_a_million_clients_are_drawn_alike_every_time_and_cost_nothing() -> None
     assert not torch.equal(other.open(0).train.y[:10], some[0].train.y[:10])
 
 
+@pytest.mark.parametrize("alpha", [None, 0.01, 100.0])
+@pytest.mark.parametrize("records", [1, 300, 1797])
+def test_a_clients_drawn_rows_are_different_ones(alpha: float | None, records: int) -> None:
+    """A copy would be a record of its own for the accountant. With few classes wanted the others fill up."""
+    made = clients({"kind": "drawn", "records": records, **({"alpha": alpha} if alpha else {})}, 200, fraction=0.0)
+    pixels = clients({"kind": "drawn", "records": 1797}, 200, fraction=0.0).open(0).train.x
+    copies = 1797 - len(np.unique(pixels.flatten(1).numpy(), axis=0))  # the data set's own
+    for number in (0, 1, 2):
+        x = made.open(number).train.x.flatten(1).numpy()
+        assert len(x) == records
+        assert len(x) - len(np.unique(x, axis=0)) <= copies
+
+
+def test_more_rows_than_there_are_cannot_be_drawn() -> None:
+    with pytest.raises(ConfigError, match="1797 rows"):
+        clients({"kind": "drawn", "records": 1798}, 4)
+
+
 def test_a_small_alpha_gives_each_drawn_client_few_classes() -> None:
     few = clients({"kind": "drawn", "records": 60, "alpha": 0.05}, 200)
     many = clients({"kind": "drawn", "records": 60}, 200)
@@ -96,6 +115,13 @@ def folder(at: Path, **arrays: Any) -> Path:
         if array is not None:
             np.save(at / f"{name}.npy", array)
     return at
+
+
+def with_nan(n: int) -> Any:
+    """In the last row: also what is looked at last is looked at."""
+    x = np.zeros((n, 1, 8, 8), np.float32)
+    x[-1, 0, 3, 3] = np.nan
+    return x
 
 
 def own(at: Path, partition: dict[str, Any], count: int = 3, task: Task = DIGITS) -> Clients:
@@ -127,17 +153,18 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
         "wide", "wide", ArraySchema(shape=shape, value_range=(0, 1)), ("a", "b"), lambda: torch.nn.Linear(1000, 2)
     )
 
-    def resident_mb() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    def own_mb() -> float:
+        """Without the pages of files, which the system may take back."""
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e3
 
-    before = resident_mb()
+    before = own_mb()
     config = Population.model_validate(
         {"dataset": "./large", "clients": 1000, "partition": {"kind": "drawn", "records": 20}}
     )
     made = population_clients(config, 0.0, 0, task, tmp_path)
     for number in range(50):
         made.open(number)
-    assert resident_mb() - before < 60
+    assert own_mb() - before < 40
 
 
 @pytest.mark.parametrize(
@@ -151,12 +178,19 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
         ({"x_test": np.zeros((9, 1, 8, 9), np.float32)}, "shape"),
         ({"y": np.zeros(90)}, "not integers"),
         ({"y": np.zeros(89, int)}, "not integers"),
-        ({"y": np.full(90, 10)}, "labels outside"),
+        ({"y": np.full(90, 10)}, "class outside 0 to 9"),
+        ({"x": np.full((90, 1, 8, 8), 1.5, np.float32)}, r"x.npy, rows 0 to 6: 7 of 7 rows hold values outside 0 to 1"),
+        ({"x": with_nan(90)}, r"x.npy, rows 84 to 89: 1 of 6 rows hold NaN or Inf; rows \(from 0\) 89"),
+        ({"x_test": with_nan(9)}, r"x_test.npy, rows 7 to 8: 1 of 2 rows hold NaN"),
+        ({"y_test": np.full(9, -1)}, "class outside"),
         ({"client": np.zeros(5, int)}, "not integers"),
         ({"client": np.full(90, -1)}, "no client"),
     ],
 )
-def test_other_arrays_are_refused_with_words(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
+def test_other_arrays_are_refused_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(sources, "_PIECE", 64 * 7)  # seven rows at a time
     with pytest.raises(DataError, match=words):
         own(folder(tmp_path / "mine", **arrays), {"kind": "natural"})
 

@@ -22,10 +22,11 @@ import torch
 from hansa.clients.datasets import Rows, Split
 from hansa.clients.training import LocalSettings
 from hansa.common.config import Federation
-from hansa.common.errors import ConfigError, Refusal, RunFailed
+from hansa.common.errors import ConfigError, OutputError, Refusal, RunFailed
 from hansa.common.tasks import Task
 from hansa.common.tasks.schema import ArraySchema
 from hansa.server.rounds import Coordinator
+from hansa.simulations import federation
 from hansa.simulations.execution import Execution, choose, load_execution
 from hansa.simulations.federation import COHORT, Simulation
 from hansa.simulations.result import make_result, save_result
@@ -366,6 +367,35 @@ def test_a_run_that_goes_on_goes_on_by_its_plan(tmp_path: Path, monkeypatch: pyt
     assert simulation.crew.plan == plan.model_copy(update={"workers": 0})
     same_arrays(outcome.model, reference.model)
     verified(out)
+
+
+def test_a_run_goes_on_with_the_code_and_the_data_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is signed of it would else be of two models, or of two data sets, and verify."""
+    data = tmp_path / "mine"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    np.save(data / "x.npy", rng.random((300, 1, 8, 8), np.float32))
+    np.save(data / "y.npy", labels := rng.integers(0, 10, 300))
+    population = {"dataset": "./mine", "clients": 60, "partition": {"kind": "iid", "min_records": 2}}
+    settings, out = sixty_clients(population=population), tmp_path / "out"
+
+    def again() -> Any:
+        return Simulation(settings, tmp_path, out, engine=COHORT, resume=True)
+
+    Simulation(settings, tmp_path, out, engine=COHORT).close()
+    np.save(data / "y.npy", labels[::-1])
+    with pytest.raises(OutputError, match="other data"):
+        again()
+    np.save(data / "y.npy", labels)
+    with monkeypatch.context() as patch:
+        patch.setattr(federation, "code_sha256", lambda _: "0" * 64)
+        with pytest.raises(OutputError, match="other code of its task"):
+            again()
+    simulation = again()
+    assert simulation.run().model is not None
+    simulation.close()
 
 
 def test_a_worker_killed_in_the_middle_of_a_round_changes_nothing(tmp_path: Path) -> None:
