@@ -28,6 +28,7 @@ from ..common.plan import SOFTWARE
 from ..common.tasks import code_sha256, initial_model, load_task
 from .clients import Clients, clients_of
 from .execution import Execution, cores
+from .sources import data_sha256
 from .trainer import Outcome, Trainer
 
 if TYPE_CHECKING:
@@ -232,8 +233,9 @@ def _trainer_of(data: bytes) -> Trainer:
             raise ConfigError(
                 f"its machine has {', '.join(wrong)}", "Install the same on every machine of the cluster."
             )
-        clients = clients_of(Federation.model_validate(said["config"]), Path(said["base"]), task)
-        if _rows(clients) != said["rows"]:
+        config, base = Federation.model_validate(said["config"]), Path(said["base"])
+        clients = clients_of(config, base, task)
+        if (_rows(clients), data_sha256(config, base)) != (said["rows"], said["data"]):
             raise ConfigError(
                 "its machine has other rows", "Install the same data set on every machine of the cluster."
             )
@@ -260,6 +262,7 @@ def setup(signed: SignedCharter, config: Federation, clients: Clients, base: Pat
         "base": str(base.resolve()),
         "task": code_sha256(signed.charter.task.name),
         "rows": _rows(clients),
+        "data": data_sha256(config, base),
         **_software(),
     }
     return json.dumps(told).encode()

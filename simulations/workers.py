@@ -92,6 +92,9 @@ class Workers:
         self._free = deque(range(len(self._places)))
         self._workers: list[_Worker] = []
         self._spent: dict[str, float] = {}
+        # Until `close` nobody looks through what is there by now for garbage: each process would get a copy of every page.
+        gc.collect()
+        gc.freeze()
         try:
             for _ in range(count):
                 self._workers.append(self._hire())
@@ -153,6 +156,7 @@ class Workers:
             worker.end()
         self._workers.clear()
         self._places.clear()
+        gc.unfreeze()
 
     def _give(self, number: int, waiting: deque[int], chunks: Sequence[Sequence[int]], turn: int) -> None:
         for worker in self._workers:
@@ -184,13 +188,7 @@ class Workers:
         context: Any = multiprocessing.get_context("fork")
         others = [w.pipe for w in self._workers]
         process = context.Process(target=self._work, args=(theirs, [ours, *others], os.getpid()), daemon=True)
-        # What is there by now stays: a worker that looked through it for garbage would get a copy of every page.
-        gc.collect()
-        gc.freeze()
-        try:
-            process.start()
-        finally:
-            gc.unfreeze()
+        process.start()
         theirs.close()
         return _Worker(process, ours)
 
