@@ -39,8 +39,10 @@ Done = tuple[Sequence[int], Floats, list[Outcome]]
 _TRIES = 3
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux."""
-_BEHIND = 2
-"""Places for updates a worker: one is being filled while the other is read."""
+_AHEAD = 2
+"""Chunks that a worker has at most: it need not be woken for the next one, which takes longer than a small chunk."""
+_PLACES = 3
+"""Places for updates a worker: one is being filled, one is for the chunk that follows, one is read."""
 
 
 def can_fork() -> bool:
@@ -88,7 +90,7 @@ class Workers:
         self._trainer, self._batched, self._chunk = trainer, batched, chunk
         self._weights_memory = mmap.mmap(-1, max(1, 4 * trainer.size))
         self._weights = np.frombuffer(self._weights_memory, np.float32, trainer.size)
-        self._places = [mmap.mmap(-1, max(1, 4 * trainer.size * chunk)) for _ in range(count * _BEHIND)]
+        self._places = [mmap.mmap(-1, max(1, 4 * trainer.size * chunk)) for _ in range(count * _PLACES)]
         self._free = deque(range(len(self._places)))
         self._workers: list[_Worker] = []
         self._spent: dict[str, float] = {}
@@ -112,21 +114,22 @@ class Workers:
             for turn in range(len(chunks)):
                 while turn not in finished:
                     self._give(number, waiting, chunks, turn)
-                    busy = [w for w in self._workers if w.job is not None]
+                    busy = [w for w in self._workers if w.jobs]
                     if not busy:  # every place is somebody's who kept the updates
                         waiting.remove(turn)
                         yield chunks[turn], *_anew(self._trainer, number, self._weights, chunks[turn], self._batched)
                         break
                     for worker in self._ready(busy):
-                        job, place = worker.job or (0, 0)
                         if (said := worker.receive()) is not None:
+                            job, place = worker.jobs.popleft()
                             finished[job] = place, [Outcome.from_fields(one) for one in said["outcomes"]]
                             for phase, seconds in said["spent_s"].items():
                                 self._spent[phase] = self._spent.get(phase, 0.0) + seconds
                             continue
+                        job, _ = worker.jobs[0]  # it died over that one; what it had not begun is as good as new
                         tries[job] += 1
-                        self._free.append(place)
-                        waiting.appendleft(job)
+                        waiting.extendleft(job for job, _ in reversed(worker.jobs))
+                        self._free.extend(place for _, place in worker.jobs)
                         self._replace(worker)
                         if tries[job] == _TRIES:
                             raise RunFailed(
@@ -137,8 +140,8 @@ class Workers:
                     place, outcomes = finished.pop(turn)
                     yield chunks[turn], self._updates(place, len(chunks[turn])), outcomes
         except BaseException:  # Ctrl-C above all: nobody waits for what is being trained
-            for worker in [w for w in self._workers if w.job is not None]:
-                self._free.append(worker.job[1] if worker.job else 0)
+            for worker in [w for w in self._workers if w.jobs]:
+                self._free.extend(place for _, place in worker.jobs)
                 self._replace(worker)
             raise
         finally:
@@ -159,8 +162,11 @@ class Workers:
         gc.unfreeze()
 
     def _give(self, number: int, waiting: deque[int], chunks: Sequence[Sequence[int]], turn: int) -> None:
-        for worker in self._workers:
-            if worker.job is None and waiting and self._free:
+        idle = [worker for worker in self._workers if not worker.jobs]
+        # Near the end of a round whoever is done first takes what is left.
+        ahead = [w for w in self._workers if len(w.jobs) < _AHEAD] if len(waiting) > 2 * len(self._workers) else []
+        for worker in (*idle, *ahead):
+            if waiting and self._free:
                 # The last place is for whose turn it is: everything else could wait for it for ever.
                 if len(self._free) == 1 and turn in waiting and waiting[0] != turn:
                     waiting.remove(turn)
@@ -219,21 +225,20 @@ class Workers:
 
 
 class _Worker:
-    """A process, and what it is doing: (chunk, place), or None."""
+    """A process, and what it has to do, the first of it now: (chunk, place)."""
 
     def __init__(self, process: Any, pipe: Connection) -> None:
         self.process, self.pipe = process, pipe
-        self.job: tuple[int, int] | None = None
+        self.jobs = deque[tuple[int, int]]()
 
     def send(self, job: int, place: int, words: dict[str, Any]) -> None:
         """Give it a chunk. That it is dead already shows when its answer is read."""
-        self.job = job, place
+        self.jobs.append((job, place))
         with contextlib.suppress(OSError):
             self.pipe.send_bytes(json.dumps(words).encode())
 
     def receive(self) -> dict[str, Any] | None:
-        """What it says of its chunk; None: it died over it."""
-        self.job = None
+        """What it says of its first chunk; None: it died over it."""
         try:
             said: dict[str, Any] = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError, ValueError):

@@ -125,7 +125,7 @@ def test_who_keeps_all_updates_gets_each_one_unharmed() -> None:
         assert not workers._free
         del kept
         gc.collect()
-        assert len(workers._free) == 4
+        assert len(workers._free) == 6
         assert folded(workers, 2) == folded(Here(trainer(), batched=True), 2)
     finally:
         workers.close()
@@ -179,7 +179,7 @@ def test_a_chunk_that_kills_every_worker_ends_the_run_with_words(once: Any) -> N
     try:
         with pytest.raises(RunFailed, match="3 workers died"):
             folded(workers)
-        assert len(workers._free) == 4
+        assert len(workers._free) == 6
     finally:
         workers.close()
 
@@ -220,7 +220,7 @@ def test_nobody_waits_for_a_chunk_that_is_not_wanted_any_more() -> None:
             rest.throw(KeyboardInterrupt)
         assert time.monotonic() - began < 20
         gc.collect()
-        assert len(workers._free) == 4
+        assert len(workers._free) == 6
     finally:
         workers.close()
 
