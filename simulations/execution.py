@@ -26,7 +26,7 @@ from .trainer import Trainer
 _PROBE_S = 1.0
 _CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CHUNK_BYTES = 64 * 2**20
-_HAND_OVER_S = 0.0004
+_HAND_OVER_S = 0.001
 """What it costs about to give a worker a chunk and to get it back; less work than that is done here."""
 _HAND_OVER_RAY_S = 0.01
 """The same with Flower's messages over Ray."""

@@ -1,9 +1,10 @@
 """Whole simulated rounds: round loop, ledger, Grid, training, fold, checkpoint, as `hansa simulate` runs them.
 
-    python tests/bench/simulation/whole.py thousands|million|w1|w1-dp|... [--workers 2] [--clients N] [--rounds 5]
+    python tests/bench/simulation/whole.py thousands|million|w1|w2|w1-dp|w2-dp [--workers 2] [--clients N] [--rounds 5]
 
 thousands: 10,000 clients of 20 rows, 100k parameters, one local step, all of them each round.
 million: 1,000,000 registered, 1,000 a round, a model of 6,090 parameters on digits, client-level sampling by seed.
+w1, ...: those of workloads.py with Poisson batches, as many steps as the mean client's epoch has: as much work on average.
 
 Prints one JSON line; runs in a process of its own, so that the peak is this run's. The peak is that of the process tree, shared memory
 counted once (proportional set size, sampled every 50 ms).
@@ -70,6 +71,7 @@ def main() -> None:
     torch_s = time.perf_counter() - began
     began = time.perf_counter()
     from harness import cpu_seconds_of_others
+    from workloads import CLIP_NORM, NOISE_MULTIPLIER, WORKLOADS
 
     from hansa.clients.datasets import Rows, Split
     from hansa.common.config import Federation
@@ -94,6 +96,52 @@ def main() -> None:
                 "rounds": options.rounds,
                 "participation": min(1.0, 1000 / count),
                 "local": {"steps": 2, "sampling_rate": 0.5, "optimizer": {"lr": 0.1}},
+            },
+        }
+    elif options.what in WORKLOADS:
+        workload = WORKLOADS[options.what]
+        data = workload.data()
+        count, records = len(data), round(sum(len(y) for _, y in data) / len(data))
+
+        class Given:
+            """As every runner of table.py has them: in memory."""
+
+            declared_records, evaluated = records, 0
+            largest = max(len(y) for _, y in data)
+
+            def __len__(self) -> int:
+                return count
+
+            def declared(self, number: int) -> int:
+                return len(data[number][1])
+
+            def open(self, number: int) -> Split:
+                x, y = data[number]
+                return Split(Rows(x, y), Rows(x[:0], y[:0]))
+
+        schema = ArraySchema(shape=tuple(data[0][0].shape[1:]), value_range=(-99, 99))
+        task = Task("bench", "bench", schema, ("a", "b"), workload.build)
+        setattr(federation, "load_task", lambda _: task)  # noqa: B010
+        setattr(federation, "code_sha256", lambda _: "0" * 64)  # noqa: B010
+        setattr(federation, "clients_of", lambda *_: Given())  # noqa: B010
+        if workload.private:
+            made["privacy"] = {
+                "kind": "local", "epsilon": 100, "delta": 1e-4, "clip_norm": CLIP_NORM, "noise_multiplier": NOISE_MULTIPLIER
+            }  # fmt: skip
+        made |= {
+            "population": {
+                "dataset": "synthetic",
+                "clients": count,
+                "partition": {"kind": "drawn", "records": records},
+            },
+            "algorithm": {
+                "rounds": options.rounds,
+                "participation": min(1.0, workload.cohort_size / count),
+                "local": {
+                    "steps": workload.steps(records),
+                    "sampling_rate": min(1.0, workload.batch / records),
+                    "optimizer": {"lr": workload.lr},
+                },
             },
         }
     else:
