@@ -21,7 +21,7 @@ _SHOWN = 24
 _LAST = 5
 """So many rounds say how long the next ones take."""
 _APART_S = 0.5
-"""Between two plain lines, but for the first and the last."""
+"""Between two plain lines, but for the first, the last, and those with scores."""
 
 
 def time_left(seconds: float) -> str:
@@ -34,7 +34,7 @@ def time_left(seconds: float) -> str:
 
 
 class Display:
-    """A run's events as a live table, or as one line a round; of fast rounds two lines a second.
+    """A run's events as a live table, or as one line a round; of fast rounds without scores two lines a second.
 
     Use as a context manager around a run; pass `notify` to the simulation.
 
@@ -156,8 +156,8 @@ class Display:
 
     def _line_in_time(self, facts: dict[str, Any]) -> None:
         now = time.monotonic()
-        last = facts["round"] >= self._rounds_in_all()
-        if self._said_at is None or last or now - self._said_at >= _APART_S:
+        asked_for = facts["metrics"] or facts["round"] >= self._rounds_in_all()
+        if self._said_at is None or asked_for or now - self._said_at >= _APART_S:
             self._said_at = now
             self._line(facts)
         else:

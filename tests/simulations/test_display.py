@@ -51,8 +51,10 @@ def test_the_table_of_scores_says_where_the_noise_is() -> None:
 # -- the time left -----------------------------------------------------------------------------------------------------
 
 
-def told(rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.MonkeyPatch, of: int = 20) -> list[str]:
-    """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other."""
+def told(
+    rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.MonkeyPatch, of: int = 20, every: int = 1000
+) -> list[str]:
+    """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other; some are evaluated."""
     console = Console(file=io.StringIO(), width=200, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": of, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
     simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
@@ -64,7 +66,7 @@ def told(rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.M
         for number, seconds in rounds:
             display.notify("round", round=number)
             now += apart
-            display.notify("done", round=number, metrics={"auc": 0.5}, seconds=seconds)
+            display.notify("done", round=number, metrics={} if number % every else {"auc": 0.5}, seconds=seconds)
     return [line for line in console.export_text().splitlines() if line]
 
 
@@ -73,6 +75,11 @@ def test_fast_rounds_have_two_lines_a_second_with_the_first_and_the_last(monkeyp
     assert [int(line.split()[1]) for line in lines] == [1, 5, 9, 13, 17, 20]
     slow = told([(n, 1.0) for n in range(1, 21)], apart=1.0, monkeypatch=monkeypatch)
     assert len(slow) == 20
+
+
+def test_no_scores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told([(n, 0.1) for n in range(1, 21)], apart=0.01, monkeypatch=monkeypatch, every=5)
+    assert [int(line.split()[1]) for line in lines] == [1, 5, 10, 15, 20]
 
 
 def test_a_run_that_stops_shows_its_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
