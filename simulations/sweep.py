@@ -40,6 +40,9 @@ MAX_RUNS = 10_000
 INTERVAL = "10th to 90th percentile of the runs"
 """What `low` and `high` are, with linear interpolation: how far runs differ, not how well the median is known."""
 
+_APART_S = 10
+"""Between lines within a run, where no status is shown."""
+
 Told = Callable[[int, int], None]
 """Called with a run's round and its number of rounds."""
 One = Callable[[Federation, Path, Path, Told], tuple[dict[str, Any], bool]]
@@ -214,6 +217,7 @@ class Sweep:
         self._rows: dict[int, dict[str, Any]] = {}
         self._results: dict[int, dict[str, Any]] = {}
         self._hashes: list[str] = []
+        self._began = self._said_at = 0.0
 
     def run(self) -> dict[str, Any]:
         """Run what is not finished yet. What is refused or fails is a row that says so.
@@ -235,9 +239,14 @@ class Sweep:
                 if number in finished:
                     continue
                 label = f"run {number + 1} of {len(runs)}"
+                self._began = self._said_at = time.perf_counter()
 
                 def told(done: int, of: int, label: str = label) -> None:
-                    status.update(plain(f"{label}, round {done} of {of}{self._left(done / max(1, of))}"))
+                    now = f"{label}, round {done} of {of}{self._left(done / max(1, of))}"
+                    status.update(plain(now))
+                    if not self._console.is_terminal and time.perf_counter() - self._said_at >= _APART_S:
+                        self._said_at = time.perf_counter()
+                        self._console.print(plain(now))
 
                 status.update(plain(f"{label}{self._left()}"))
                 self._run(number, run, told)
@@ -344,16 +353,22 @@ class Sweep:
         self._rows[number] = _row(self._plan.runs[number], result, seconds)
 
     def _left(self, of_this: float = 0.0) -> str:
-        """The time that what is not done will take, at the pace of the rounds that are."""
+        """The time that what is not done will take, at the pace of the rounds that are.
+
+        Args:
+            of_this: the share of the current run that is done.
+        """
         from .display import time_left
 
         done = [n for n, row in self._rows.items() if row["status"] == "finished" and row["seconds"]]
         rounds = {n: run.config.algorithm.rounds for n, run in enumerate(self._plan.runs)}
         missing = [n for n in rounds if n not in self._rows]
-        if not done or not missing:
+        if not missing or not (done or of_this):
             return ""
-        pace = sum(self._rows[n]["seconds"] for n in done) / sum(rounds[n] for n in done)
-        return f", {time_left(pace * (sum(rounds[n] for n in missing) - of_this * rounds[missing[0]]))}"
+        seconds, part = sum(self._rows[n]["seconds"] for n in done), of_this * rounds[missing[0]]
+        seconds += time.perf_counter() - self._began if of_this else 0
+        pace = seconds / (sum(rounds[n] for n in done) + part)
+        return f", {time_left(pace * (sum(rounds[n] for n in missing) - part))}"
 
     def _say(self, label: str, number: int) -> None:
         run, row = self._plan.runs[number], self._rows[number]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from e2e_support import federation, write
-from hansa.common.errors import ConfigError
+from hansa.common.errors import ConfigError, RunFailed
 from hansa.simulations import sweep
 from hansa.simulations.sweep import csv_of, planned, summarised
 
@@ -163,6 +164,36 @@ def test_a_row_has_the_largest_epsilon_of_any_partner(config: Path) -> None:
     partners["a"]["epsilon"] = None
     row = sweep._row(run, result, 1.0)
     assert (row["epsilon_odometer"], row["unbounded"]) == (None, True)
+
+
+def test_without_a_screen_a_line_every_ten_seconds_says_where_a_sweep_is(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: now)
+
+    def one(config: Any, out: Path, private: Path, told: sweep.Told) -> Any:
+        nonlocal now
+        for done in range(1, 31):
+            now += 1
+            told(done, 30)
+        raise RunFailed("that is enough")
+
+    def lines(terminal: bool) -> list[str]:
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200, record=True)
+        plan = planned(config, ["algorithm.rounds=30,20"], 1)
+        sweep.Sweep(plan, tmp_path, tmp_path, one, False, "", console).run()
+        return [line for line in console.export_text().splitlines() if ", round" in line]
+
+    assert lines(False) == [
+        "run 1 of 2, round 10 of 30, about 40 s left",
+        "run 1 of 2, round 20 of 30, about 30 s left",
+        "run 1 of 2, round 30 of 30, about 20 s left",
+        "run 2 of 2, round 10 of 30, about 20 s left",
+        "run 2 of 2, round 20 of 30, about 10 s left",
+        "run 2 of 2, round 30 of 30, under 1 s left",
+    ]
+    assert not [line for line in lines(True) if "about 40 s" in line]
 
 
 def test_axes() -> None:
