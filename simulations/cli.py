@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -185,7 +183,6 @@ def network(
     from .network import COORDINATOR, LocalNetwork
 
     console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: every process is ended on the way out
     began = time.perf_counter()
     seconds = {}
     with as_file(files("hansa.configs") / "heart.yaml") as packaged:

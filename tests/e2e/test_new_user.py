@@ -76,7 +76,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
     write(Path(site) / "borrowed.pth", f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    for name, start in {"hansa": "from hansa.common.cli import main; main()", "pip": None, "pytest": None}.items():
+    for name, start in {"hansa": "from hansa.common.start import main; main()", "pip": None, "pytest": None}.items():
         go = f'exec "{python}" -m {name} "$@"' if start is None else f'exec "{python}" -c "{start}" "$@"'
         write(root / "venv" / "bin" / name, f"#!/bin/sh\n{go}\n").chmod(0o755)
     return root
