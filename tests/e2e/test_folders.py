@@ -307,7 +307,7 @@ def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Simulation, "run", stop)
         call("simulate", config, "--out", "out").expect(130).says("stopped; a run goes on with --resume")
-    call("simulate", config, "--out", "out", "--resume").expect(0)
+    call("simulate", config, "--out", "out", "--resume").expect(0).says("preparing ...", "auditing ...")
 
 
 @pytest.mark.parametrize(
