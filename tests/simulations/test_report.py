@@ -376,6 +376,13 @@ def test_an_almost_empty_result(write: Write) -> None:
     assert "asks for no evaluation" in page.text
 
 
+def test_what_the_baselines_are_stands_beside_them(write: Write, result: Any, verdict: Any) -> None:
+    words = "They have this run's learning rate and momentum, but no clipping"
+    assert words in write(result, verdict).text
+    result["privacy"]["kind"] = "none"
+    assert words not in write(result, verdict).text
+
+
 def test_no_privacy_is_said_plainly(write: Write, result: Any, verdict: Any) -> None:
     result["privacy"] = {"kind": "none"}
     for side in (result, verdict):
