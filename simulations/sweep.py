@@ -290,6 +290,10 @@ class Sweep:
             "points": points,
             "runs": rows,
         }
+        if profiles := [r["timings"]["profile"] for r in self._results.values() if "profile" in r["timings"]]:
+            from .profile import over_runs
+
+            report["profile"] = over_runs(profiles)
         return report if self._plan.keys else {**report, "table": points[0]["table"]}
 
     def exit_code(self) -> int:
@@ -536,23 +540,27 @@ def print_sweep(report: Mapping[str, Any], console: Console, folder: Path) -> No
         short = _short_keys(keys)
         for name in (*(short[k] for k in keys), *([""] if several else []), "runs", *metrics):
             table.add_column(plain(name), justify="right" if name else "left")
-        for name in ("epsilon spent, odometer", "filter"):
+        for name in _SPENT_TITLES:
             table.add_column(name, justify="right")
         for point in report["points"]:
             what = [plain(shown(value)) for value in point["values"].values()]
-            spent = ["unbounded" if point["unbounded"] else "-" if point[k] is None else up(point[k]) for k in _SPENT]
             for name, scores in (point["table"] or {point["label"]: {}}).items():
                 own = name == point["label"]
                 cells = [_interval(scores[m]) if m in scores else "-" for m in metrics]
                 label = [plain(name)] if several else []
-                table.add_row(*what, *label, str(point["n"]) if own else "", *cells, *(spent if own else ()))
+                table.add_row(*what, *label, str(point["n"]) if own else "", *cells, *(_spent(point) if own else ()))
         _print_whole(table, console)
-        for claim in report["privacy"]:
-            console.print(plain(f"epsilon: the largest of any partner; {claim}"))
         for point in report["points"]:
             here = ", ".join(f"{short[k]} {shown(v)}" for k, v in point["values"].items())
             for reason, count in point["reasons"].items():
                 console.print(f"[yellow]{plain(here)}: {counted(count, 'run')} without a result: {plain(reason)}[/]")
+    for claim in report["privacy"]:
+        console.print(plain(f"epsilon: the largest of any partner; {claim}"))
+    if "profile" in report:
+        from .profile import profile_table
+
+        _print_whole(profile_table(report["profile"]), console)
+        console.print("each run's own: timings.profile of its result.json")
     for note in report["notes"]:
         console.print(f"[yellow]{plain(note)}[/]")
     where = f"{folder}/{TABLE} (a row a run), {SUMMARY}" + (f" and {PLOT}" if keys else "")
@@ -561,7 +569,12 @@ def print_sweep(report: Mapping[str, Any], console: Console, folder: Path) -> No
     console.print(plain(f"{told}; every run is in a folder of its own beside {where}"))
 
 
-_SPENT = ("epsilon_odometer", "epsilon_filter")
+_SPENT_TITLES = ("epsilon spent, odometer", "filter")
+
+
+def _spent(point: Mapping[str, Any]) -> list[str]:
+    found = (point["epsilon_odometer"], point["epsilon_filter"])
+    return ["unbounded" if point["unbounded"] else "-" if one is None else up(one) for one in found]
 
 
 def _print_whole(table: Table, console: Console) -> None:
@@ -580,13 +593,13 @@ def _print_seeds(report: Mapping[str, Any], console: Console) -> None:
     title = f"{report['evaluation']}; mean and standard deviation over {point['n']} seeds"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     keys = list(dict.fromkeys(k for spread in point["table"].values() for k in spread))
-    for column in ("", *keys):
+    for column in ("", *keys, *_SPENT_TITLES):
         table.add_column(plain(column), justify="right" if column else "left")
     for name, spread in point["table"].items():
         cells = (f"{spread[k]['mean']:.4f} ± {spread[k]['sd'] or 0:.4f}" if k in spread else "-" for k in keys)
-        table.add_row(plain(name), *cells)
+        table.add_row(plain(name), *cells, *(_spent(point) if name == point["label"] else ()))
     if point["table"]:
-        console.print(table)
+        _print_whole(table, console)
 
 
 def _interval(found: Mapping[str, Any]) -> str:
