@@ -21,6 +21,7 @@ import re
 import statistics
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from ..common.cli import clean, plain
 from ..common.config import Federation, canonical_key, load_config, load_variations, value_at, values_in
 from ..common.errors import ConfigError, HansaError, OutputError, Refused, counted
 from ..common.identity import TEMPORARY, sha256, write_whole
+from ..common.page import short as cut
 from ..common.page import up
 
 MAX_RUNS = 10_000
@@ -616,6 +618,8 @@ def _interval(found: Mapping[str, Any]) -> str:
 def draw(report: Mapping[str, Any], to: Path) -> None:
     """Each metric over the first swept key: the median with its interval as a band, runs as dots, a line for each combination of the others.
 
+    Between words there is nothing: no line joins them, and the interval is a bar.
+
     Raises:
         OutputError: the file cannot be written.
     """
@@ -630,7 +634,8 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
     for point in report["points"]:
         lines.setdefault(tuple(point["values"][key] for key in others), []).append(point)
     values = list(dict.fromkeys(point["values"][first] for point in report["points"]))
-    place, log = _axis(values)
+    place, log, words = _axis(values)
+    ticks, legends = _labels(values), {key: _labels([line[n] for line in lines]) for n, key in enumerate(others)}
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["runs"]:
         runs.setdefault(json.dumps([row[key] for key in report["swept"]]), []).append(row)
@@ -644,16 +649,21 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
     for axes, metric in zip(every, metrics, strict=True):
         for number, (line, points) in enumerate(lines.items()):
             colour, marker = f"C{number % 10}", "osD^vP"[number % 6]
-            label = ", ".join(f"{short[k]} {_legible(v)}" for k, v in zip(others, line, strict=True))
+            label = ", ".join(f"{short[k]} {legends[k][v]}" for k, v in zip(others, line, strict=True))
             here = [(place[p["values"][first]], p["metrics"].get(metric), p) for p in points]
             found = sorted(((x, m, p) for x, m, p in here if m and m["n"]), key=lambda one: one[0])
             x = [one[0] for one in found]
-            drawn = axes.plot(x, [m["median"] for _, m, _ in found], marker=marker, color=colour, label=label)
+            median = [m["median"] for _, m, _ in found]
+            style = "none" if words else "-"
+            drawn = axes.plot(x, median, marker=marker, linestyle=style, color=colour, label=label)
             if axes is every[0]:
                 legend += drawn
             low = [m["median"] if m["low"] is None else m["low"] for _, m, _ in found]
             high = [m["median"] if m["high"] is None else m["high"] for _, m, _ in found]
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            if words:
+                axes.vlines(x, low, high, color=colour, alpha=0.3, linewidth=6)
+            else:
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             dots = [
                 (at, row["metrics"][metric])
                 for at, _, p in found
@@ -663,7 +673,9 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
             axes.scatter([d[0] for d in dots], [d[1] for d in dots], s=8, color=colour, alpha=0.45, linewidth=0)
         if log:
             axes.set_xscale("log")
-        axes.set_xticks([place[v] for v in values], [_legible(v) for v in values])
+        axes.set_xticks(
+            [place[v] for v in values], [textwrap.fill(ticks[v], 16) if words else ticks[v] for v in values]
+        )
         axes.minorticks_off()
         axes.set_xlabel(first)
         axes.set_ylabel(metric)
@@ -680,13 +692,27 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
     write_whole(to, made.getvalue())
 
 
-def _axis(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
-    """Where each value is on the axis, and whether that is logarithmic: numbers over more than a factor of ten."""
+def _axis(values: Sequence[Any]) -> tuple[dict[Any, float], bool, bool]:
+    """Where each value is on the axis; whether that is logarithmic (numbers over more than a factor of ten), and whether these are words."""
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        return {value: float(at) for at, value in enumerate(values)}, False
-    return {v: float(v) for v in values}, min(values) > 0 and max(values) / min(values) > 10
+        return {value: float(at) for at, value in enumerate(values)}, False, True
+    return {v: float(v) for v in values}, min(values) > 0 and max(values) / min(values) > 10, False
 
 
-def _legible(value: Any) -> str:
-    """A value for a plot's axis or legend; matplotlib reads mathematics between dollar signs."""
-    return textwrap.shorten(clean(shown(value)), 40, placeholder="…").replace("$", r"\$")
+def _labels(values: Sequence[Any]) -> dict[Any, str]:
+    """Values for a plot's axis or legend, each another: of long ones that begin alike what comes after.
+
+    Matplotlib reads mathematics between dollar signs.
+    """
+    texts = {value: clean(shown(value)) for value in values}
+    found = {value: cut(text, 40) for value, text in texts.items()}
+    for label in set(found.values()):
+        alike = [v for v, other in found.items() if other == label]
+        if len(alike) > 1:
+            ends = zip(min(texts[v] for v in alike), max(texts[v] for v in alike), strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+            for v in alike:
+                found[v] = "…" + cut(texts[v][texts[v].rfind(" ", 0, same) + 1 :], 39)
+    once = Counter(found.values())
+    numbered = {v: label if once[label] == 1 else f"{label} ({n})" for n, (v, label) in enumerate(found.items(), 1)}
+    return {v: label.replace("$", r"\$") for v, label in numbered.items()}

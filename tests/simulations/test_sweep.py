@@ -196,13 +196,41 @@ def test_without_a_screen_a_line_every_ten_seconds_says_where_a_sweep_is(
     assert not [line for line in lines(True) if "about 40 s" in line]
 
 
+@pytest.mark.parametrize(("values", "joined"), [([1, 2], True), (["{name: fedavg}", "{name: fedprox}"], False)])
+def test_no_line_joins_words(values: list[Any], joined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    spread = {"n": 2, "median": 0.5, "low": 0.4, "high": 0.6}
+    report = {
+        "swept": ["a.b"], "metrics": ["auc"], "seeds": 2, "privacy": [],
+        "points": [{"values": {"a.b": v}, "metrics": {"auc": spread}} for v in values],
+        "runs": [{"a.b": v, "metrics": {"auc": 0.5}} for v in values],
+    }  # fmt: skip
+    sweep.draw(report, tmp_path / "x.png")
+    (line,) = figures[0].axes[0].lines
+    assert (line.get_linestyle() != "None") is joined
+    assert len(line.get_xdata()) == 2
+
+
 def test_axes() -> None:
-    assert sweep._axis([0.5, 8]) == ({0.5: 0.5, 8: 8.0}, True)
-    assert sweep._axis([1, 10]) == ({1: 1.0, 10: 10.0}, False)
+    assert sweep._axis([0.5, 8]) == ({0.5: 0.5, 8: 8.0}, True, False)
+    assert sweep._axis([1, 10]) == ({1: 1.0, 10: 10.0}, False, False)
     assert sweep._axis([0, 100])[1] is False
-    assert sweep._axis(["b", "a"]) == ({"b": 0.0, "a": 1.0}, False)
-    assert sweep._axis([True, 2]) == ({True: 0.0, 2: 1.0}, False)
-    assert sweep._axis([None, 0.5]) == ({None: 0.0, 0.5: 1.0}, False)
+    assert sweep._axis(["b", "a"]) == ({"b": 0.0, "a": 1.0}, False, True)
+    assert sweep._axis([True, 2]) == ({True: 0.0, 2: 1.0}, False, True)
+    assert sweep._axis([None, 0.5]) == ({None: 0.0, 0.5: 1.0}, False, True)
+
+
+def test_labels_are_legible_and_none_is_like_another() -> None:
+    assert sweep._labels([0.5, 8, None, "a$b"]) == {0.5: "0.5", 8: "8", None: "null", "a$b": r"a\$b"}
+    start = "{kind: local, epsilon: 1.0, delta: 0.0001, clip_norm: 1.0, noise_multiplier: "
+    values = ["{kind: none}", start + "20.0}", start + "30.0}"]
+    assert list(sweep._labels(values).values()) == ["{kind: none}", "…20.0}", "…30.0}"]
+    far = ["x" * 90 + n for n in "abc"]
+    assert len(set(sweep._labels([*far, "{a: " + far[0], "{b: " + far[0], "{a: " + far[1]]).values())) == 6
+    assert all(len(label) < 50 for label in sweep._labels(far).values())
 
 
 def test_a_row_without_privacy_says_inf() -> None:
