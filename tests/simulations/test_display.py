@@ -21,7 +21,9 @@ SECURE = {"colluding": 1, "dimension": 8}
 
 def shown(signed: SignedCharter, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, record=True)
-    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(
+        roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed, records=None
+    )
     display = Display(console)
     with display:
         display.show(simulation)
@@ -57,7 +59,9 @@ def told(
     """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other; some are evaluated."""
     console = Console(file=io.StringIO(), width=200, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": of, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
-    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(
+        roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed, records=None
+    )
     now = 0.0
     monkeypatch.setattr(display_module.time, "monotonic", lambda: now)
     display = Display(console)
@@ -97,10 +101,25 @@ def test_the_time_left_is_by_the_median_of_the_last_rounds(monkeypatch: pytest.M
     assert lines[-1].endswith("1.00 s")
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_populations_epsilon_is_that_of_no_client_more(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, record=True)
+    records: Any = SimpleNamespace(most_spent=lambda: 1.25)
+    simulation: Any = SimpleNamespace(roster=(), gates={}, signed=charter(privacy=NO_PRIVACY), records=records)
+    with (display := Display(console)):
+        display.show(simulation)
+        display.notify("done", round=1, metrics={}, seconds=2.0)
+    assert ("epsilon spent 1.250 (filter, no client more)", "epsilon spent (filter): 1.250, no client more")[
+        terminal
+    ] in console.export_text()
+
+
 def test_the_screen_has_the_time_left_too() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": 9, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
-    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(
+        roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed, records=None
+    )
     with (display := Display(console)):
         display.show(simulation)
         for number in (1, 2):
