@@ -1,7 +1,7 @@
 """The `hansa` command, what all commands share, and two groups of this floor: charter and task.
 
 Each floor registers its own through the entry points `hansa.commands`. Exit codes: 0 fine, 1 the answer is no, 2 bad usage
-or input, 130 stopped by Ctrl-C, 141 the reader of the output went away. Only members of the error tree are shown; anything else is a fault of ours and says so.
+or input, 130 stopped by Ctrl-C, 143 by SIGTERM, 141 the reader of the output went away. Only members of the error tree are shown; anything else is a fault of ours and says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.progress import Progress
 from .charter import SignedCharter, draft, in_words
 from .claims import CODES, Finding, Severity, lint_file, refused
 from .config import load_config, without_system
-from .errors import CharterError, ConfigError, HansaError, IdentityError
+from .errors import CTRL_C, STOPPED, TERMINATED, CharterError, ConfigError, HansaError, IdentityError
 from .home import Home
 from .identity import (
     PASSPHRASE,
@@ -53,13 +53,8 @@ FormatOption = Annotated[Format, typer.Option("--format", help="text for people,
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
-def main() -> None:
-    """Entry point of the `hansa` script."""
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(arguments: list[str]) -> int:
-    """Run one command line; the exit code."""
+def application() -> typer.Typer:
+    """The commands of every floor that is installed."""
     app = typer.Typer(
         name="hansa",
         help="Train one model together without pooling data, and prove what privacy it cost.",
@@ -70,9 +65,15 @@ def run(arguments: list[str]) -> int:
     )
     for entry in sorted(entry_points(group="hansa.commands"), key=lambda e: e.name):
         entry.load()(app)
+    return app
+
+
+def run(arguments: list[str], app: typer.Typer | None = None) -> int:
+    """Run one command line; the exit code."""
+    app = app or application()
     try:
         code = app(arguments, standalone_mode=False, prog_name="hansa")
-        if code == _CTRL_C:  # Typer makes an exit code of it
+        if code == CTRL_C:  # Typer makes an exit code of it
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as err:
@@ -86,8 +87,10 @@ def run(arguments: list[str]) -> int:
     except HansaError as err:
         return say(err.message, err.hint, err.exit_code)
     except KeyboardInterrupt:
-        return say("stopped; a run goes on with --resume", "", _CTRL_C)
+        return say(STOPPED, "", CTRL_C)
     except SystemExit as err:
+        if err.code == TERMINATED:
+            return say(STOPPED, "", TERMINATED)
         if not isinstance(err.__context__, BrokenPipeError):
             raise
         return _READER_GONE  # rich makes a 1 of it, which would be taken for an answer
@@ -105,7 +108,6 @@ def run(arguments: list[str]) -> int:
         return _fault()
 
 
-_CTRL_C = 130
 _READER_GONE = 141  # what a shell says of a process that SIGPIPE ended: no answer
 _TRAINING_PACKAGES = {"torch", "flwr", "opacus", "numpy", "safetensors", "sklearn", "matplotlib"}
 

@@ -14,13 +14,17 @@ HansaError                 exit 2: bad usage or input
 ├── RunFailed              exit 1: the run cannot go on (no quorum, all partners failed)
 └── Refused                exit 1: the answer is no; `reason` is one of `Refusal`
 
-Every message says what to do next. Exit codes: 0 fine, 1 the answer is no, 2 bad usage or input.
+Every message says what to do next. Exit codes: 0 fine, 1 the answer is no, 2 bad usage or input. Being stopped is no error of the tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+
+CTRL_C, TERMINATED = 130, 143
+"""Exit codes of who was stopped."""
+STOPPED = "stopped; a run goes on with --resume"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

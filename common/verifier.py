@@ -131,7 +131,7 @@ MEANS = {
     "no_runs": "Nothing was done under this charter yet.",
     "recovered": "The last line was not whole when the node was started, and was cut off: by its owner's word a crash, nothing acted on.",
     "restored": "The ledger came from a backup: what was spent after that backup is lost, unless heads or copies show it.",
-    "uncommitted": "A crash or failure between charge and answer; nothing left the node, and the charge stands.",
+    "uncommitted": "Asked and charged, without an answer that counts: a crash, a straggler or a failure; the charge stands.",
     "unreleased": "What this run did not use is still reserved: the budget shows more taken than was spent.",
     "other_charter": "The same records are used under other charters too, which this bundle does not show; their cost is counted here.",
     "disjoint": "These records have a budget of their own, because their owner declared that no earlier data set has them.",

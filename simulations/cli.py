@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -55,9 +53,10 @@ def demo(
 
     Example: hansa demo --out out/demo
     """
+    console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
+    _doing("preparing", console)
     from .federation import Simulation
 
-    console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
     began = time.perf_counter()
     with as_file(files("hansa.configs") / "heart.yaml") as path:
         config = load_config(path)
@@ -185,7 +184,6 @@ def network(
     from .network import COORDINATOR, LocalNetwork
 
     console = _console if form is Format.TEXT else Console(stderr=True, quiet=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: every process is ended on the way out
     began = time.perf_counter()
     seconds = {}
     with as_file(files("hansa.configs") / "heart.yaml") as packaged:
@@ -282,10 +280,11 @@ def _one(
         how: engine, execution and workers, as `Simulation` has them.
         quietly: one of many, which tells this its rounds and shows nothing itself.
     """
+    measured: Any = None
+    _doing("preparing", console)
     from .federation import Simulation
     from .report import write_report
 
-    measured: Any = None
     if profile:
         from .profile import Profile
 
@@ -303,9 +302,15 @@ def _one(
         result = _finish(simulation, outcome, outcome.refusals, timings, with_baselines, console)
     finally:
         simulation.close()
+    _doing("auditing", console)
     verdict = verifier.verify_bundle(folder)
     write_report(folder / "report.html", result, verdict, in_words(simulation.signed))
     return result, verdict
+
+
+def _doing(what: str, console: Console) -> None:
+    """Say what takes a while. A line, no moving status: that is a thread, and workers are forked meanwhile."""
+    console.print(f"{what} ...", style="dim")
 
 
 def _sweep(
@@ -323,6 +328,7 @@ def _sweep(
     from .sweep import Sweep, planned, print_sweep
 
     plan = planned(source, sweeps, seeds)  # before torch is imported, and before anything is written
+    _doing("preparing", console)
     from .federation import _lock, holds_anything, private_folder
 
     private = private_folder(folder)
@@ -377,8 +383,8 @@ def _finish(
     result = make_result(simulation, outcome, refusals, timings)
     if with_baselines:
         began = time.perf_counter()
-        with console.status("training the baselines"):
-            result["baselines"] = baselines(simulation.config, simulation.base, simulation.task)
+        _doing("training the baselines", console)
+        result["baselines"] = baselines(simulation.config, simulation.base, simulation.task)
         timings["baselines_s"] = result["timings"]["baselines_s"] = time.perf_counter() - began
     _save(simulation.out, result)
     if "system" in result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Crew:
     Args:
         kept: where the plan is kept, so that a run that goes on goes on by it.
         given: a plan; None: an earlier start's, or what a trial finds.
-        workers: so many processes, whatever the plan says.
+        workers: so many processes, whatever the plan says, but no more than a round has chunks.
         ray: whose processes train, instead of this machine's.
 
     Attributes:
@@ -56,6 +57,7 @@ class Crew:
         trainer = Trainer(task, model, clients, settings, charter.population.declared_records, charter.model_seed)
         self.shapes, self.why_not = trainer.shapes(), trainer.why_not
         self.tried: Tried | None = None
+        self._too_many: int | None = None
         before = load_execution(kept) if kept.exists() else None
         if given and before and (given.batched, given.chunk) != (before.batched, before.chunk):
             raise ConfigError(
@@ -63,17 +65,19 @@ class Crew:
                 "A run keeps its plan, so that it repeats: leave --execution out. --workers may change.",
             )
         plan = given or before
+        cohort = max(1, round(charter.algorithm.participation * len(clients)))
         if plan is None:
             weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
-            cohort = max(1, round(charter.algorithm.participation * len(clients)))
             some, most = range(min(len(clients), 256)), cores() if ray is None else ray.count
             plan, self.tried = probe(trainer, weights, cohort, some, settings.steps, most, ray=ray is not None)
             trainer.forget()
         trainer.secret = charter.privacy.unit == "client"
         if ray is not None:
             plan = plan.model_copy(update={"workers": ray.count})
-        elif workers is not None:
-            plan = plan.model_copy(update={"workers": workers})
+        else:
+            asked = plan.workers if workers is None else workers
+            plan = plan.model_copy(update={"workers": min(asked, math.ceil(cohort / plan.chunk))})
+            self._too_many = asked if workers is not None and asked > plan.workers else None
         if ray is None and plan.workers and not can_fork():
             plan = plan.model_copy(update={"workers": 0})
         if plan.batched and trainer.why_not is not None:
@@ -95,6 +99,8 @@ class Crew:
     def words(self) -> str:
         """The plan, for the screen."""
         why = "" if self.why_not is None else f" (many at once is not possible: {self.why_not})"
+        if self._too_many is not None:
+            why = f" ({self._too_many} would find no more chunks in a round){why}"
         return f"execution: {self.plan.words()}{' of Ray' if self._ray else ''}{why}"
 
     def to_fields(self) -> dict[str, Any]:

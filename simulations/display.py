@@ -21,7 +21,7 @@ _SHOWN = 24
 _LAST = 5
 """So many rounds say how long the next ones take."""
 _APART_S = 0.5
-"""Between two plain lines, but for the first and the last."""
+"""Between two plain lines, but for the first, the last, and those with scores."""
 
 
 def time_left(seconds: float) -> str:
@@ -34,7 +34,7 @@ def time_left(seconds: float) -> str:
 
 
 class Display:
-    """A run's events as a live table, or as one line a round; of fast rounds two lines a second.
+    """A run's events as a live table, or as one line a round; of fast rounds without scores two lines a second.
 
     Use as a context manager around a run; pass `notify` to the simulation.
 
@@ -57,6 +57,7 @@ class Display:
         self._status: dict[str, str] = {}
         self._rounds: dict[str, int] = {}
         self._epsilon: dict[str, float] = {}
+        self._most: float | None = None
         self._round = self._done = 0
         self._metrics: dict[str, float] = {}
 
@@ -91,6 +92,8 @@ class Display:
             case "done":
                 self._metrics = facts["metrics"] or self._metrics
                 self._done = facts["round"]
+                if not self._quiet and self._simulation is not None and self._simulation.records is not None:
+                    self._most = self._simulation.records.most_spent()
                 self._seconds.append(facts["seconds"])
                 self._told(facts["round"], self._rounds_in_all())
                 if self._live is None and not self._quiet:
@@ -156,8 +159,8 @@ class Display:
 
     def _line_in_time(self, facts: dict[str, Any]) -> None:
         now = time.monotonic()
-        last = facts["round"] >= self._rounds_in_all()
-        if self._said_at is None or last or now - self._said_at >= _APART_S:
+        asked_for = facts["metrics"] or facts["round"] >= self._rounds_in_all()
+        if self._said_at is None or asked_for or now - self._said_at >= _APART_S:
             self._said_at = now
             self._line(facts)
         else:
@@ -168,6 +171,7 @@ class Display:
         told = "  ".join(f"{plain(k)} {v:.4f}" for k, v in facts["metrics"].items())
         spent = max(self._epsilon.values(), default=None)
         cost = "" if spent is None else f"  epsilon spent {spent:.3f} (filter, the most of any partner)"
+        cost = cost if self._most is None else f"  epsilon spent {self._most:.3f} (filter, no client more)"
         left = self._left(facts["round"])
         self._console.print(
             f"round {facts['round']:>4} of {self._rounds_in_all()}  {told}{cost}  {facts['seconds']:.2f} s"
@@ -208,6 +212,8 @@ class Display:
             parts.append(Text(f"epsilon: {self._meaning()}", style="dim", overflow="fold", no_wrap=False))
         if len(simulation.roster) > _SHOWN:
             parts.append(Text(f"... and {len(simulation.roster) - _SHOWN:,} more clients; round {self._round}"))
+        if self._most is not None:
+            parts.append(Text(f"epsilon spent (filter): {self._most:.3f}, no client more"))
         if self._seconds:
             pace = (
                 f"round {self._done} of {charter.algorithm.rounds}   {statistics.median(self._seconds):.2f} s a round"

@@ -193,6 +193,7 @@ class Simulation:
         roster: all partners or clients.
         datasets: by name.
         crew: who trains a population.
+        records: a population's one ledger.
         fresh: there was no run to go on with.
         inputs: digests of what else decides it.
 
@@ -215,6 +216,7 @@ class Simulation:
     gates: dict[str, Gate] = field(default_factory=dict)
     datasets: Mapping[str, Dataset] = field(default_factory=dict)
     crew: Crew | None = None
+    records: PopulationRecords | None = None
     _open: list[Ledger | KeptHeads | Crew | RayEngine] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -428,7 +430,7 @@ class Simulation:
         population = SimulatedClients(clients=len(clients), declared_records=clients.declared_records)
         self.signed = self._charter(clients.largest, {}, population, me, {})
         charter = self.signed.charter
-        records = PopulationRecords(self._run_ledger(me, "population"), self.signed)
+        records = self.records = PopulationRecords(self._run_ledger(me, "population"), self.signed)
         wire = PlainWire()
 
         def gate(number: int) -> PopulationGate:

@@ -44,7 +44,7 @@ from ..common.tasks.schema import TableSchema, read_table
 from . import sources
 
 COORDINATOR = "coordinator"
-HANSA = (sys.executable, "-c", "from hansa.common.cli import main; main()")
+HANSA = (sys.executable, "-c", "from hansa.common.start import main; main()")
 """The `hansa` command of this environment, wherever its script is."""
 QUIET = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1", "no_proxy": "127.0.0.1"}
 STOP_S = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import Any
 
@@ -32,17 +33,18 @@ def dirichlet(labels: Labels, clients: int, alpha: float, rng: np.random.Generat
     """Each class is divided among the clients by its own draw from Dirichlet(alpha).
 
     As Yurochkin et al. 1905.12022, section 4, drawn again until every client holds `min_records`. With a
-    small alpha a client sees few classes. Returns each client's sorted row indices.
+    small alpha a client sees few classes. Where 100 draws do not do, clients below are filled up in the last one: each gets rows
+    of whoever holds the most. Returns each client's sorted row indices.
 
     Raises:
-        ConfigError: `min_records` cannot be met (at all, or in 100 draws); alpha or clients not positive.
+        ConfigError: there are fewer rows than clients x `min_records`; alpha or clients not positive.
     """
 
     def draw() -> list[Index]:
         shares = [_deal(np.flatnonzero(labels == label), clients, alpha, rng) for label in np.unique(labels)]
         return [np.sort(np.concatenate([share[client] for share in shares])) for client in range(clients)]
 
-    return _until(draw, len(labels), clients, alpha, min_records)
+    return _until(draw, len(labels), clients, alpha, rng, min_records)
 
 
 def quantity_skew(
@@ -50,7 +52,7 @@ def quantity_skew(
 ) -> list[Index]:
     """Sizes by one draw from Dirichlet(alpha), classes mixed alike everywhere (Li et al. 2102.02079).
 
-    Returns each client's sorted row indices.
+    Drawn again and filled up as `dirichlet`. Returns each client's sorted row indices.
 
     Raises:
         ConfigError: as `dirichlet`.
@@ -60,6 +62,7 @@ def quantity_skew(
         len(labels),
         clients,
         alpha,
+        rng,
         min_records,
     )
 
@@ -70,7 +73,9 @@ def _deal(rows: Index, clients: int, alpha: float, rng: np.random.Generator) -> 
     return list(np.split(rng.permutation(rows), cuts))
 
 
-def _until(draw: Callable[[], list[Index]], rows: int, clients: int, alpha: float, min_records: int) -> list[Index]:
+def _until(
+    draw: Callable[[], list[Index]], rows: int, clients: int, alpha: float, rng: np.random.Generator, min_records: int
+) -> list[Index]:
     _feasible(rows, clients, min_records)
     if not (0 < alpha < float("inf")):
         raise ConfigError(
@@ -80,10 +85,20 @@ def _until(draw: Callable[[], list[Index]], rows: int, clients: int, alpha: floa
         parts = draw()
         if min(map(len, parts)) >= min_records:
             return parts
-    raise ConfigError(
-        f"in {_TRIES} draws at alpha {alpha:g} not all {clients} clients got {min_records} of {rows} records",
-        "Use fewer clients, a larger alpha or a smaller min_records.",
-    )
+    return _filled_up(parts, rng, min_records)
+
+
+def _filled_up(parts: list[Index], rng: np.random.Generator, min_records: int) -> list[Index]:
+    """Rows one by one from whoever holds the most, chance ones, until everybody holds `min_records`."""
+    held = [list(rng.permutation(part)) for part in parts]
+    largest = [(-len(rows), client) for client, rows in enumerate(held)]
+    heapq.heapify(largest)
+    for rows in [rows for rows in held if len(rows) < min_records]:
+        while len(rows) < min_records:
+            size, giver = largest[0]  # above min_records: there are rows for everybody, and somebody is below
+            rows.append(held[giver].pop())
+            heapq.heapreplace(largest, (size + 1, giver))
+    return [np.sort(np.array(rows, np.intp)) for rows in held]
 
 
 def _feasible(rows: int, clients: int, min_records: int) -> None:

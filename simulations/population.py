@@ -9,7 +9,11 @@ What is kept of a client is its number: a million registered clients cost what a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from ..common.charter import Charter, SignedCharter
 from ..common.errors import Refusal, Refused
@@ -106,6 +110,8 @@ class PopulationRecords:
         self._population = signed.charter.population
         self._plan = plan_of(self._charter)
         self._items = {item.purpose: item for item in self._plan}
+        self._charges: dict[str, npt.NDArray[np.int32]] = {}
+        self._counted = 0
         self.debited = {(e.body["run_id"], e.body["round"], e.body["purpose"]) for e in ledger.of("cohort-debit")}
 
     def run(self, run_id: str) -> str | None:
@@ -165,6 +171,22 @@ class PopulationRecords:
             },
         )
         self.debited.add((run_id, round_number, purpose))
+
+    def most_spent(self) -> float | None:
+        """ε that the filter counts at most for any client; None without an ε, and where all are charged alike (a client is the unit)."""
+        if self._charter.privacy.kind == "none" or self._charter.privacy.unit == "client":
+            return None
+        entries = self.ledger.of("cohort-debit")
+        for entry in entries[self._counted :]:
+            # How often each client was charged, as differences between neighbours.
+            steps = self._charges.setdefault(entry.body["purpose"], np.zeros(self._population.clients + 1, np.int32))
+            for first, last in entry.body["clients"]:
+                steps[first] += 1
+                steps[last + 1] -= 1
+        self._counted = len(entries)
+        most = {purpose: int(np.cumsum(steps).max()) for purpose, steps in self._charges.items()}
+        charged = [replace(self._items[purpose], count=times) for purpose, times in most.items()]
+        return budget_of(self._charter).spent(events_of(charged))
 
     def attempts(self, run_id: str) -> dict[tuple[int, str, int], list[str]]:
         """A population has no keys to mask with."""

@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ..clients import app as node_app
 from ..common.cli import plain
+from ..common.errors import counted
 from ..common.flower import Message
 from ..common.heads import KeptHeads
 from ..common.ledger import Ledger
@@ -116,10 +117,10 @@ class Profile:
             yield
 
     def fields(self) -> dict[str, Any]:
-        """For `result.json`: the median seconds a round of each phase, and its share of the time.
+        """For `result.json`: the mean seconds a round of each phase, and its share of the time.
 
-        Medians do not add up to the median of a round; shares add up to 1. The first round starts things up (imports, first
-        calls), so of several rounds it is in neither, and told by itself.
+        Means, because some phases are not in every round, and because they add up. The first round starts things up (imports,
+        first calls), so of several rounds it is in neither, and told by itself.
         """
         took = [sum(one.values()) for one in self.rounds]
         usual = self.rounds[1:] or self.rounds
@@ -128,10 +129,10 @@ class Profile:
             "rounds": len(took),
             "total_s": sum(took),
             "first_s": took[0] if took else None,
-            "round_s": statistics.median(sum(one.values()) for one in usual) if took else None,
+            "round_s": total / len(usual) if took else None,
             "phases": {
                 phase: {
-                    "median_s": statistics.median(one.get(phase, 0.0) for one in usual),
+                    "mean_s": sum(one.get(phase, 0.0) for one in usual) / len(usual),
                     "share": sum(one.get(phase, 0.0) for one in usual) / total,
                 }
                 for phase in sorted({phase for one in usual for phase in one}, key=_place)
@@ -246,13 +247,33 @@ def _place(phase: str) -> tuple[int, str]:
     return _ORDER.index(group), phase
 
 
-def profile_table(fields: dict[str, Any]) -> Table:
+def over_runs(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs' profiles as one: of each figure the mean over runs."""
+    several = [one for one in profiles if one["rounds"]]
+    round_s = statistics.fmean(one["round_s"] for one in several) if several else None
+    named = sorted({phase for one in several for phase in one["phases"]}, key=_place)
+    means = {
+        phase: statistics.fmean(one["phases"].get(phase, {"mean_s": 0.0})["mean_s"] for one in several)
+        for phase in named
+    }
+    return {
+        "runs": len(several),
+        "rounds": sum(one["rounds"] for one in several),
+        "total_s": sum(one["total_s"] for one in several),
+        "first_s": statistics.fmean(one["first_s"] for one in several) if several else None,
+        "round_s": round_s,
+        "phases": {phase: {"mean_s": mean, "share": mean / (round_s or 1.0)} for phase, mean in means.items()},
+    }
+
+
+def profile_table(fields: Mapping[str, Any]) -> Table:
     """A profile for a terminal."""
     first, usual = fields["first_s"] or 0.0, fields["round_s"] or 0.0
-    title = f"where the time of a round went: {usual:.4f} s, the median of {fields['rounds']} rounds; the first took {first:.2f} s"
+    of = f" of {counted(fields['runs'], 'run')}" if "runs" in fields else ""
+    title = f"where the time of a round went: {usual:.4f} s, the mean of {fields['rounds']} rounds{of}; the first took {first:.2f} s"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for column in ("phase", "seconds (median)", "share"):
+    for column in ("phase", "seconds (mean)", "share"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, spent in fields["phases"].items():
-        table.add_row(plain(phase), f"{spent['median_s']:.4f}", f"{spent['share']:.1%}")
+        table.add_row(plain(phase), f"{spent['mean_s']:.4f}", f"{spent['share']:.1%}")
     return table

@@ -25,7 +25,7 @@ from .timelines import FATES
 
 _EACH = 30  # partners drawn and listed one by one; above this, their distribution
 _ALONE = 12  # "one partner alone" lines in the score chart; above this, a band
-_ROWS = 40  # longest table by round
+_ROWS = 100  # longest table by round
 _POINTS = 400  # longest curve
 _METRICS = {"auc": "AUC", "accuracy": "Accuracy", "brier": "Brier score"}
 
@@ -224,6 +224,10 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
     by_round = [
         (int(r["round"]), r.get("metrics") or {}) for r in result.get("rounds") or [] if finite([r.get("round")])
     ]
+    rounds, by_round = (
+        len(by_round),
+        [(r, metrics) for r, metrics in by_round if metrics],
+    )  # who was not evaluated has no row
     final = result.get("final") or (by_round[-1][1] if by_round else {})
     baselines = result.get("baselines") or {}
     pooled, free = baselines.get("pooled") or {}, baselines.get("federated_without_privacy") or {}
@@ -251,7 +255,8 @@ def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
         "label": _METRICS.get(metric or ""),
         "columns": [(m, _METRICS[m]) for m in columns],
         "final": _score(final.get(metric)),
-        "rounds": len(by_round),
+        "rounds": rounds,
+        "evaluated": len(by_round),
         "summary": summary,
         "alone": len(alone),
         "alone_listed": len(listed),

@@ -87,11 +87,11 @@ def score_rows(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def rows_title(result: Mapping[str, Any]) -> str:
-    """How they were measured."""
-    e = result["evaluation"]
-    if e["kind"] == "public":
-        return "measured on all partners' public test rows"
-    return "measured by noisy private histograms" if e["kind"] == "private" else "not measured"
+    """How they were measured, and what the baselines have of the configuration."""
+    how = {"public": "measured on all partners' public test rows", "private": "measured by noisy private histograms"}
+    told = how.get(result["evaluation"]["kind"], "not measured")
+    compared = result.get("baselines") and result["privacy"]["kind"] != "none"
+    return told + ("; rows without privacy: same lr and momentum, without clipping" if compared else "")
 
 
 def _public_rows(simulation: Simulation) -> int | None:

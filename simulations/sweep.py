@@ -21,6 +21,7 @@ import re
 import statistics
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,15 @@ from ..common.cli import clean, plain
 from ..common.config import Federation, canonical_key, load_config, load_variations, value_at, values_in
 from ..common.errors import ConfigError, HansaError, OutputError, Refused, counted
 from ..common.identity import TEMPORARY, sha256, write_whole
+from ..common.page import short as cut
 from ..common.page import up
 
 MAX_RUNS = 10_000
 INTERVAL = "10th to 90th percentile of the runs"
 """What `low` and `high` are, with linear interpolation: how far runs differ, not how well the median is known."""
+
+_APART_S = 10
+"""Between lines within a run, where no status is shown."""
 
 Told = Callable[[int, int], None]
 """Called with a run's round and its number of rounds."""
@@ -215,6 +220,7 @@ class Sweep:
         self._results: dict[int, dict[str, Any]] = {}
         self._hashes: list[str] = []
         self._inputs: list[dict[str, str]] = []
+        self._began = self._said_at = 0.0
 
     def run(self) -> dict[str, Any]:
         """Run what is not finished yet. What is refused or fails is a row that says so.
@@ -236,9 +242,14 @@ class Sweep:
                 if number in finished:
                     continue
                 label = f"run {number + 1} of {len(runs)}"
+                self._began = self._said_at = time.perf_counter()
 
                 def told(done: int, of: int, label: str = label) -> None:
-                    status.update(plain(f"{label}, round {done} of {of}{self._left(done / max(1, of))}"))
+                    now = f"{label}, round {done} of {of}{self._left(done / max(1, of))}"
+                    status.update(plain(now))
+                    if not self._console.is_terminal and time.perf_counter() - self._said_at >= _APART_S:
+                        self._said_at = time.perf_counter()
+                        self._console.print(plain(now))
 
                 status.update(plain(f"{label}{self._left()}"))
                 self._run(number, run, told)
@@ -282,6 +293,10 @@ class Sweep:
             "points": points,
             "runs": rows,
         }
+        if profiles := [r["timings"]["profile"] for r in self._results.values() if "profile" in r["timings"]]:
+            from .profile import over_runs
+
+            report["profile"] = over_runs(profiles)
         return report if self._plan.keys else {**report, "table": points[0]["table"]}
 
     def exit_code(self) -> int:
@@ -361,16 +376,22 @@ class Sweep:
         self._rows[number] = _row(self._plan.runs[number], result, seconds)
 
     def _left(self, of_this: float = 0.0) -> str:
-        """The time that what is not done will take, at the pace of the rounds that are."""
+        """The time that what is not done will take, at the pace of the rounds that are.
+
+        Args:
+            of_this: the share of the current run that is done.
+        """
         from .display import time_left
 
         done = [n for n, row in self._rows.items() if row["status"] == "finished" and row["seconds"]]
         rounds = {n: run.config.algorithm.rounds for n, run in enumerate(self._plan.runs)}
         missing = [n for n in rounds if n not in self._rows]
-        if not done or not missing:
+        if not missing or not (done or of_this):
             return ""
-        pace = sum(self._rows[n]["seconds"] for n in done) / sum(rounds[n] for n in done)
-        return f", {time_left(pace * (sum(rounds[n] for n in missing) - of_this * rounds[missing[0]]))}"
+        seconds, part = sum(self._rows[n]["seconds"] for n in done), of_this * rounds[missing[0]]
+        seconds += time.perf_counter() - self._began if of_this else 0
+        pace = seconds / (sum(rounds[n] for n in done) + part)
+        return f", {time_left(pace * (sum(rounds[n] for n in missing) - part))}"
 
     def _say(self, label: str, number: int) -> None:
         run, row = self._plan.runs[number], self._rows[number]
@@ -538,23 +559,27 @@ def print_sweep(report: Mapping[str, Any], console: Console, folder: Path) -> No
         short = _short_keys(keys)
         for name in (*(short[k] for k in keys), *([""] if several else []), "runs", *metrics):
             table.add_column(plain(name), justify="right" if name else "left")
-        for name in ("epsilon spent, odometer", "filter"):
+        for name in _SPENT_TITLES:
             table.add_column(name, justify="right")
         for point in report["points"]:
             what = [plain(shown(value)) for value in point["values"].values()]
-            spent = ["unbounded" if point["unbounded"] else "-" if point[k] is None else up(point[k]) for k in _SPENT]
             for name, scores in (point["table"] or {point["label"]: {}}).items():
                 own = name == point["label"]
                 cells = [_interval(scores[m]) if m in scores else "-" for m in metrics]
                 label = [plain(name)] if several else []
-                table.add_row(*what, *label, str(point["n"]) if own else "", *cells, *(spent if own else ()))
+                table.add_row(*what, *label, str(point["n"]) if own else "", *cells, *(_spent(point) if own else ()))
         _print_whole(table, console)
-        for claim in report["privacy"]:
-            console.print(plain(f"epsilon: the largest of any partner; {claim}"))
         for point in report["points"]:
             here = ", ".join(f"{short[k]} {shown(v)}" for k, v in point["values"].items())
             for reason, count in point["reasons"].items():
                 console.print(f"[yellow]{plain(here)}: {counted(count, 'run')} without a result: {plain(reason)}[/]")
+    for claim in report["privacy"]:
+        console.print(plain(f"epsilon: the largest of any partner; {claim}"))
+    if "profile" in report:
+        from .profile import profile_table
+
+        _print_whole(profile_table(report["profile"]), console)
+        console.print("each run's own: timings.profile of its result.json")
     for note in report["notes"]:
         console.print(f"[yellow]{plain(note)}[/]")
     where = f"{folder}/{TABLE} (a row a run), {SUMMARY}" + (f" and {PLOT}" if keys else "")
@@ -563,7 +588,12 @@ def print_sweep(report: Mapping[str, Any], console: Console, folder: Path) -> No
     console.print(plain(f"{told}; every run is in a folder of its own beside {where}"))
 
 
-_SPENT = ("epsilon_odometer", "epsilon_filter")
+_SPENT_TITLES = ("epsilon spent, odometer", "filter")
+
+
+def _spent(point: Mapping[str, Any]) -> list[str]:
+    found = (point["epsilon_odometer"], point["epsilon_filter"])
+    return ["unbounded" if point["unbounded"] else "-" if one is None else up(one) for one in found]
 
 
 def _print_whole(table: Table, console: Console) -> None:
@@ -582,13 +612,13 @@ def _print_seeds(report: Mapping[str, Any], console: Console) -> None:
     title = f"{report['evaluation']}; mean and standard deviation over {point['n']} seeds"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     keys = list(dict.fromkeys(k for spread in point["table"].values() for k in spread))
-    for column in ("", *keys):
+    for column in ("", *keys, *_SPENT_TITLES):
         table.add_column(plain(column), justify="right" if column else "left")
     for name, spread in point["table"].items():
         cells = (f"{spread[k]['mean']:.4f} ± {spread[k]['sd'] or 0:.4f}" if k in spread else "-" for k in keys)
-        table.add_row(plain(name), *cells)
+        table.add_row(plain(name), *cells, *(_spent(point) if name == point["label"] else ()))
     if point["table"]:
-        console.print(table)
+        _print_whole(table, console)
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -605,6 +635,8 @@ def _interval(found: Mapping[str, Any]) -> str:
 def draw(report: Mapping[str, Any], to: Path) -> None:
     """Each metric over the first swept key: the median with its interval as a band, runs as dots, a line for each combination of the others.
 
+    Between words there is nothing: no line joins them, and the interval is a bar.
+
     Raises:
         OutputError: the file cannot be written.
     """
@@ -619,7 +651,8 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
     for point in report["points"]:
         lines.setdefault(tuple(point["values"][key] for key in others), []).append(point)
     values = list(dict.fromkeys(point["values"][first] for point in report["points"]))
-    place, log = _axis(values)
+    place, log, words = _axis(values)
+    ticks, legends = _labels(values), {key: _labels([line[n] for line in lines]) for n, key in enumerate(others)}
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["runs"]:
         runs.setdefault(json.dumps([row[key] for key in report["swept"]]), []).append(row)
@@ -633,16 +666,21 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
     for axes, metric in zip(every, metrics, strict=True):
         for number, (line, points) in enumerate(lines.items()):
             colour, marker = f"C{number % 10}", "osD^vP"[number % 6]
-            label = ", ".join(f"{short[k]} {_legible(v)}" for k, v in zip(others, line, strict=True))
+            label = ", ".join(f"{short[k]} {legends[k][v]}" for k, v in zip(others, line, strict=True))
             here = [(place[p["values"][first]], p["metrics"].get(metric), p) for p in points]
             found = sorted(((x, m, p) for x, m, p in here if m and m["n"]), key=lambda one: one[0])
             x = [one[0] for one in found]
-            drawn = axes.plot(x, [m["median"] for _, m, _ in found], marker=marker, color=colour, label=label)
+            median = [m["median"] for _, m, _ in found]
+            style = "none" if words else "-"
+            drawn = axes.plot(x, median, marker=marker, linestyle=style, color=colour, label=label)
             if axes is every[0]:
                 legend += drawn
             low = [m["median"] if m["low"] is None else m["low"] for _, m, _ in found]
             high = [m["median"] if m["high"] is None else m["high"] for _, m, _ in found]
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            if words:
+                axes.vlines(x, low, high, color=colour, alpha=0.3, linewidth=6)
+            else:
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             dots = [
                 (at, row["metrics"][metric])
                 for at, _, p in found
@@ -652,7 +690,9 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
             axes.scatter([d[0] for d in dots], [d[1] for d in dots], s=8, color=colour, alpha=0.45, linewidth=0)
         if log:
             axes.set_xscale("log")
-        axes.set_xticks([place[v] for v in values], [_legible(v) for v in values])
+        axes.set_xticks(
+            [place[v] for v in values], [textwrap.fill(ticks[v], 16) if words else ticks[v] for v in values]
+        )
         axes.minorticks_off()
         axes.set_xlabel(first)
         axes.set_ylabel(metric)
@@ -669,13 +709,27 @@ def draw(report: Mapping[str, Any], to: Path) -> None:
     write_whole(to, made.getvalue())
 
 
-def _axis(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
-    """Where each value is on the axis, and whether that is logarithmic: numbers over more than a factor of ten."""
+def _axis(values: Sequence[Any]) -> tuple[dict[Any, float], bool, bool]:
+    """Where each value is on the axis; whether that is logarithmic (numbers over more than a factor of ten), and whether these are words."""
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        return {value: float(at) for at, value in enumerate(values)}, False
-    return {v: float(v) for v in values}, min(values) > 0 and max(values) / min(values) > 10
+        return {value: float(at) for at, value in enumerate(values)}, False, True
+    return {v: float(v) for v in values}, min(values) > 0 and max(values) / min(values) > 10, False
 
 
-def _legible(value: Any) -> str:
-    """A value for a plot's axis or legend; matplotlib reads mathematics between dollar signs."""
-    return textwrap.shorten(clean(shown(value)), 40, placeholder="…").replace("$", r"\$")
+def _labels(values: Sequence[Any]) -> dict[Any, str]:
+    """Values for a plot's axis or legend, each another: of long ones that begin alike what comes after.
+
+    Matplotlib reads mathematics between dollar signs.
+    """
+    texts = {value: clean(shown(value)) for value in values}
+    found = {value: cut(text, 40) for value, text in texts.items()}
+    for label in set(found.values()):
+        alike = [v for v, other in found.items() if other == label]
+        if len(alike) > 1:
+            ends = zip(min(texts[v] for v in alike), max(texts[v] for v in alike), strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+            for v in alike:
+                found[v] = "…" + cut(texts[v][texts[v].rfind(" ", 0, same) + 1 :], 39)
+    once = Counter(found.values())
+    numbered = {v: label if once[label] == 1 else f"{label} ({n})" for n, (v, label) in enumerate(found.items(), 1)}
+    return {v: label.replace("$", r"\$") for v, label in numbered.items()}

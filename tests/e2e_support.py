@@ -93,7 +93,7 @@ def process(*arguments: object, cwd: Path | None = None, env: dict[str, str] | N
 def script() -> list[str]:
     """The `hansa` command of this environment, or its equal where the package is only on the path."""
     found = Path(sys.executable).with_name("hansa")
-    return [str(found)] if found.exists() else [sys.executable, "-c", "from hansa.common.cli import main; main()"]
+    return [str(found)] if found.exists() else [sys.executable, "-c", "from hansa.common.start import main; main()"]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -258,7 +258,7 @@ def test_a_signal_stops_it_cleanly(realm: Realm, number: signal.Signals) -> None
     realm.start("ada")
     realm.stop("ada")
     process = subprocess.Popen(
-        [sys.executable, "-c", "from hansa.common.cli import main; main()", "node", "run", "node.yaml"],
+        [sys.executable, "-c", "from hansa.common.start import main; main()", "node", "run", "node.yaml"],
         cwd=realm.keys.home("ada").path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

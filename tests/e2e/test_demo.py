@@ -31,7 +31,7 @@ def test_it_ends_well_and_shows_each_step(demo_run: DemoRun) -> None:
         "VERIFIED",
         "Limits of this verdict",
         "all data pooled, no privacy",
-        "measured on all partners' public test rows",
+        "measured on all partners' public test rows; rows without privacy: same lr and momentum, without clipping",
     )
     # Of fast rounds two lines a second are shown, with the first and the last.
     numbers = re.findall(r"^round +(\d+) of 10 +auc", screen.out, flags=re.M)

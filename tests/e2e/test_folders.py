@@ -6,7 +6,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from e2e_support import call, federation, write
+from e2e_support import call, environment, federation, write
 from hansa.common import audit_cli, cli, ledger_cli, plan_cli
 from hansa.common.accounting import Budget, PrivacyEvent
 from hansa.common.charter import SignedCharter, in_words
@@ -304,7 +307,20 @@ def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Simulation, "run", stop)
         call("simulate", config, "--out", "out").expect(130).says("stopped; a run goes on with --resume")
-    call("simulate", config, "--out", "out", "--resume").expect(0)
+    call("simulate", config, "--out", "out", "--resume").expect(0).says("preparing ...", "auditing ...")
+
+
+@pytest.mark.parametrize(
+    ("number", "when", "code"),
+    [(signal.SIGINT, "typer", 130), (signal.SIGTERM, "typer", 143), (signal.SIGTERM, "torch", 143)],
+)
+def test_stopped_while_it_starts(number: signal.Signals, when: str, code: int, tmp_path: Path) -> None:
+    hook = f"lambda event, what: event == 'import' and what[0] == {when!r} and os.kill(os.getpid(), {int(number)})"
+    program = f"import os, sys; from hansa.common.start import main; sys.addaudithook({hook}); main()"
+    config = write(tmp_path / "c.yaml", TEXT)
+    line = [sys.executable, "-c", program, "simulate", str(config), "--out", str(tmp_path / "out")]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (code, "hansa: stopped; a run goes on with --resume\n")
 
 
 def test_a_fault_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from sklearn.datasets import load_breast_cancer
 
-from e2e_support import REPO, environment, write, write_rows
+from e2e_support import REPO, call, environment, write, write_rows
 
-PAGE = (REPO / "docs" / "your-own-task.md").read_text(encoding="utf-8")
+PAGE, ARRAYS = (REPO / "docs" / "your-own-task.md").read_text(encoding="utf-8").split("\n## 8. ")
 
 SCHEMA = """\
 columns:
@@ -76,7 +76,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
     write(Path(site) / "borrowed.pth", f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    for name, start in {"hansa": "from hansa.common.cli import main; main()", "pip": None, "pytest": None}.items():
+    for name, start in {"hansa": "from hansa.common.start import main; main()", "pip": None, "pytest": None}.items():
         go = f'exec "{python}" -m {name} "$@"' if start is None else f'exec "{python}" -c "{start}" "$@"'
         write(root / "venv" / "bin" / name, f"#!/bin/sh\n{go}\n").chmod(0o755)
     return root
@@ -175,6 +175,23 @@ def test_a_new_user_gets_to_a_verified_audit_by_the_page_alone(machine: Path) ->
     as_it_is_written(machine)
     what_it_shows_is_what_the_command_writes(machine)
     their_own_data_and_model(machine)
+
+
+def test_the_pages_task_on_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files as they are written, its commands in this process; what `pip install` would do is on the path."""
+    files = dict(re.findall(r"`([\w/.]+)`:\n\n```\w+\n(.*?)```", ARRAYS, flags=re.S))
+    assert list(files) == ["my_images/__init__.py", "my_images/model.py", "make_data.py", "federation.yaml"]
+    for name, text in files.items():
+        write(tmp_path / name, text)
+    write(tmp_path / "my_images-1.dist-info" / "METADATA", "Metadata-Version: 2.1\nName: my-images\nVersion: 1\n")
+    write(tmp_path / "my_images-1.dist-info" / "entry_points.txt", "[hansa.tasks]\nmy-images = my_images:task\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(files["make_data.py"], {})
+    _, commands = re.findall(r"```sh\n(.*?)```", ARRAYS, flags=re.S)
+    for line in commands.splitlines()[2:]:
+        call(*line.split()[1:]).expect(0).says("VERIFIED")
+    assert json.loads((tmp_path / "out" / "first" / "result.json").read_text())["final"]["auc"] > 0.9
 
 
 @pytest.mark.soak

@@ -339,6 +339,15 @@ def test_one_plan_gives_one_model_bit_by_bit_whoever_computes_it(tmp_path: Path,
         verified(tmp_path / str(workers))
 
 
+def test_there_are_no_more_workers_than_chunks_in_a_round(tmp_path: Path) -> None:
+    settings, plan = sixty_clients(), Execution(batched=True, chunk=25, workers=1)
+    for simulation in simulated(tmp_path / "out", settings, execution=plan, workers=1000):
+        assert simulation.crew is not None
+        assert simulation.crew.to_fields()["workers"] == 2  # for the 30 of a round
+        assert len(multiprocessing.active_children()) == 2
+        assert "in 2 processes (1000 would find no more chunks in a round)" in simulation.crew.words()
+
+
 def test_a_run_that_goes_on_goes_on_by_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, out = sixty_clients(), tmp_path / "out"
     plan = Execution(batched=True, chunk=5, workers=2)

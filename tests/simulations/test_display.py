@@ -21,7 +21,9 @@ SECURE = {"colluding": 1, "dimension": 8}
 
 def shown(signed: SignedCharter, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, record=True)
-    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(
+        roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed, records=None
+    )
     display = Display(console)
     with display:
         display.show(simulation)
@@ -51,11 +53,15 @@ def test_the_table_of_scores_says_where_the_noise_is() -> None:
 # -- the time left -----------------------------------------------------------------------------------------------------
 
 
-def told(rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.MonkeyPatch, of: int = 20) -> list[str]:
-    """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other."""
+def told(
+    rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.MonkeyPatch, of: int = 20, every: int = 1000
+) -> list[str]:
+    """The lines of a run without a screen: (round, seconds) each, `apart` seconds one after the other; some are evaluated."""
     console = Console(file=io.StringIO(), width=200, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": of, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
-    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(
+        roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed, records=None
+    )
     now = 0.0
     monkeypatch.setattr(display_module.time, "monotonic", lambda: now)
     display = Display(console)
@@ -64,7 +70,7 @@ def told(rounds: list[tuple[int, float]], *, apart: float, monkeypatch: pytest.M
         for number, seconds in rounds:
             display.notify("round", round=number)
             now += apart
-            display.notify("done", round=number, metrics={"auc": 0.5}, seconds=seconds)
+            display.notify("done", round=number, metrics={} if number % every else {"auc": 0.5}, seconds=seconds)
     return [line for line in console.export_text().splitlines() if line]
 
 
@@ -73,6 +79,11 @@ def test_fast_rounds_have_two_lines_a_second_with_the_first_and_the_last(monkeyp
     assert [int(line.split()[1]) for line in lines] == [1, 5, 9, 13, 17, 20]
     slow = told([(n, 1.0) for n in range(1, 21)], apart=1.0, monkeypatch=monkeypatch)
     assert len(slow) == 20
+
+
+def test_no_scores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = told([(n, 0.1) for n in range(1, 21)], apart=0.01, monkeypatch=monkeypatch, every=5)
+    assert [int(line.split()[1]) for line in lines] == [1, 5, 10, 15, 20]
 
 
 def test_a_run_that_stops_shows_its_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +101,25 @@ def test_the_time_left_is_by_the_median_of_the_last_rounds(monkeypatch: pytest.M
     assert lines[-1].endswith("1.00 s")
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_populations_epsilon_is_that_of_no_client_more(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, record=True)
+    records: Any = SimpleNamespace(most_spent=lambda: 1.25)
+    simulation: Any = SimpleNamespace(roster=(), gates={}, signed=charter(privacy=NO_PRIVACY), records=records)
+    with (display := Display(console)):
+        display.show(simulation)
+        display.notify("done", round=1, metrics={}, seconds=2.0)
+    assert ("epsilon spent 1.250 (filter, no client more)", "epsilon spent (filter): 1.250, no client more")[
+        terminal
+    ] in console.export_text()
+
+
 def test_the_screen_has_the_time_left_too() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, record=True)
     signed = charter(privacy=NO_PRIVACY, algorithm={"rounds": 9, "local": {"steps": 1, "optimizer": {"lr": 0.1}}})
-    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed)
+    simulation: Any = SimpleNamespace(
+        roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=signed, records=None
+    )
     with (display := Display(console)):
         display.show(simulation)
         for number in (1, 2):

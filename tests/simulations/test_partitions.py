@@ -1,6 +1,7 @@
 """Partitions deal out every row once, as unevenly as asked; sources give checked rows."""
 
 import gzip
+import hashlib
 
 import numpy as np
 import pytest
@@ -65,14 +66,54 @@ def test_each_kind_skews_what_it_says_and_nothing_else():
 
 
 @pytest.mark.parametrize(("kind", "alpha"), [(dirichlet, 0.1), (quantity_skew, 0.5)])
-def test_min_records_is_met_or_told(kind, alpha):
+def test_min_records_is_met(kind, alpha):
     parts = kind(LABELS, 20, alpha, np.random.default_rng(0), 20)
     assert min(map(len, parts)) >= 20
     assert min(map(len, kind(LABELS, 20, alpha, np.random.default_rng(0), 0))) < 20  # negative control
     with pytest.raises(ConfigError, match="5000 records cannot give each of 20 clients 251"):
         kind(LABELS, 20, 0.5, np.random.default_rng(0), 251)
-    with pytest.raises(ConfigError, match=r"in 100 draws at alpha 0.01 not all 20 clients got 200 of 5000"):
-        kind(LABELS, 20, 0.01, np.random.default_rng(0), 200)
+
+
+@pytest.mark.parametrize("kind", [dirichlet, quantity_skew])
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=8, max_size=120),
+    clients=st.integers(1, 12),
+    spare=st.integers(0, 8),
+    seed=st.integers(0, 99),
+)
+def test_whatever_the_draw_everybody_gets_as_many_as_must_be(kind, labels, clients, spare, seed):
+    """At an alpha at which one draw gives nearly all to one: only filling up does it."""
+    least = max(0, len(labels) // clients - spare)
+    parts = kind(np.array(labels), clients, 0.02, np.random.default_rng(seed), least)
+    assert len(parts) == clients
+    assert min(map(len, parts)) >= least
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    assert all((np.diff(part) > 0).all() for part in parts)
+    with pytest.raises(ConfigError, match="cannot give each"):
+        kind(np.array(labels), clients, 0.02, np.random.default_rng(seed), len(labels) // clients + 1)
+
+
+@pytest.mark.parametrize(("kind", "alpha", "least"), [(quantity_skew, 1.0, 10), (dirichlet, 0.3, 5)])
+def test_filling_up_takes_from_the_largest_and_leaves_who_has_enough(kind, alpha, least):
+    labels = np.random.default_rng(0).integers(0, 10, 6000)
+    parts = kind(labels, 200, alpha, np.random.default_rng(0), least)
+    sizes = np.sort([len(part) for part in parts])
+    assert sizes[0] == least
+    assert size_skew(parts) > 0.5  # still as uneven as asked
+    assert (sizes == least).sum() < 100
+    assert np.array_equal(
+        np.concatenate(kind(labels, 200, alpha, np.random.default_rng(0), least)), np.concatenate(parts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed", "sha"), [(dirichlet, 1, "1cd70d664388b627"), (quantity_skew, 1, "16a9a6837c5d9d7c")]
+)
+def test_what_a_draw_can_do_is_as_it_was(kind, seed, sha):
+    """Results of configurations that need no filling up: their bytes, from before there was any."""
+    parts = kind(LABELS, 10, 0.5, np.random.default_rng(seed), 20)
+    found = hashlib.sha256(b"".join(part.astype("<i8").tobytes() + b"|" for part in parts)).hexdigest()
+    assert found[:16] == sha
 
 
 @pytest.mark.parametrize("kind", [dirichlet, quantity_skew])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hansa.common.charter import SignedCharter
 from hansa.common.config import Federation
 from hansa.common.errors import Refusal, Refused
 from hansa.common.ledger import Ledger, read_ledger
@@ -68,6 +70,9 @@ def test_it_runs_and_verifies(tmp_path: Path) -> None:
     charged = {n: {b["epsilon_filter"] for c, b in verdict["partners"].items() if debits[c] == n} for n in (0, 1, 2)}
     assert charged[0] == {0.0}
     assert 0 < max(charged[1]) < max(charged[2]) <= 4.0
+    ledger: Any = SimpleNamespace(of=lambda *kinds: [e for e in entries(out) if e.type in kinds])
+    records = PopulationRecords(ledger, SignedCharter.load(out / "charter.json"))
+    assert records.most_spent() == records.most_spent() == pytest.approx(max(charged[2]))
     assert entries(out)[0].body["simulated"] is True
     assert entries(out)[0].body["role"] == "population"
     assert not (out / "partners").exists()

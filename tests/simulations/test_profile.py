@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -156,6 +157,29 @@ def test_the_command_prints_and_keeps_it(tmp_path: Path) -> None:
     assert (kept["rounds"], kept["total_s"] <= report["result"]["timings"]["training_s"]) == (3, True)
     without = call("simulate", config, "--out", tmp_path / "three", "--format", "json").expect(0).json()
     assert "profile" not in without["result"]["timings"]
+
+
+def test_of_several_seeds_the_mean_is_printed_and_each_is_kept(tmp_path: Path) -> None:
+    config, out = write(tmp_path / "c.yaml", federation(rounds=2)), tmp_path / "out"
+    done = call("simulate", config, "--out", out, "--seeds", "2", "--profile").expect(0)
+    done.says("the mean of 4 rounds of 2 runs", "train: forward and backward", "timings.profile of its result.json")
+    done.says("epsilon spent, odometer", "epsilon: the largest of any partner; record level")
+    each = [json.loads((out / f"seed-{n}" / "result.json").read_text())["timings"]["profile"] for n in (3, 4)]
+    both = json.loads((out / "sweep.json").read_text())["profile"]
+    assert both["round_s"] == pytest.approx(sum(one["round_s"] for one in each) / 2)
+    assert sum(phase["share"] for phase in both["phases"].values()) == pytest.approx(1)
+
+
+def test_what_is_not_in_every_round_has_its_mean() -> None:
+    found = Profile()
+    found.rounds = [{FOLD: 9.0}, {FOLD: 1.0}, {FOLD: 1.0}, {FOLD: 1.0, EVALUATE: 3.0}]
+    fields = found.fields()
+    assert fields["phases"] == {FOLD: {"mean_s": 1.0, "share": 0.5}, EVALUATE: {"mean_s": 1.0, "share": 0.5}}
+    assert (fields["round_s"], fields["first_s"]) == (2.0, 9.0)
+    other = {**fields, "phases": {FOLD: {"mean_s": 4.0, "share": 1.0}}, "round_s": 4.0}
+    together = profile.over_runs([fields, other, Profile().fields()])
+    assert (together["runs"], together["rounds"], together["round_s"]) == (2, 8, 3.0)
+    assert together["phases"] == {FOLD: {"mean_s": 2.5, "share": 2.5 / 3}, EVALUATE: {"mean_s": 0.5, "share": 0.5 / 3}}
 
 
 def test_the_innermost_phase_is_running(monkeypatch: pytest.MonkeyPatch) -> None:

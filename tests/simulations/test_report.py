@@ -344,9 +344,11 @@ def test_undefined_scores_leave_a_gap(write: Write, result: Any, verdict: Any) -
     del result["rounds"][8]["metrics"]
     page = write(result, verdict)
     rows = page.table("Round", "AUC")
-    assert [r for r, cells in rows.items() if cells[0] == "—"] == ["3", "5", "7", "9"]
+    assert [r for r, cells in rows.items() if cells[0] == "—"] == ["3", "5", "7"]
+    assert "9" not in rows  # which was not evaluated
+    assert "By round: the 9 of 10 that were evaluated" in page.text
     (path,) = re.findall(r'class="curve" d="([^"]+)"', page.html.split("ε by partner")[0])
-    assert path.count("M") == 5
+    assert path.count("M") == 4
     assert not re.search(r"\bnan\b|\binf\b|\bnone\b", page.text[: page.text.index("Violations")], re.I)
 
 
@@ -372,6 +374,13 @@ def test_an_almost_empty_result(write: Write) -> None:
     assert "There is NO privacy guarantee." in page.text
     page = write({"evaluation": {"kind": "none"}}, {"verified": True, "partners": {"a": {}}})
     assert "asks for no evaluation" in page.text
+
+
+def test_what_the_baselines_are_stands_beside_them(write: Write, result: Any, verdict: Any) -> None:
+    words = "They have this run's learning rate and momentum, but no clipping"
+    assert words in write(result, verdict).text
+    result["privacy"]["kind"] = "none"
+    assert words not in write(result, verdict).text
 
 
 def test_no_privacy_is_said_plainly(write: Write, result: Any, verdict: Any) -> None:
@@ -518,9 +527,16 @@ def test_long_runs_are_thinned_with_a_note(write: Write, result: Any, verdict: A
     for figures in verdict["partners"].values():
         figures["trajectory"] = [{"round": r, "epsilon_filter": 0.9 * r / 5000} for r in range(1, 5001)]
     page = write(result, verdict)
-    assert "40 of 5000" in page.text
+    assert "100 of 5000 that were evaluated" in page.text
     assert list(page.table("Round", "AUC"))[-1] == "5000"
     assert len(page.html) < 200_000
+
+
+def test_only_rounds_with_scores_are_listed(write: Write, result: Any, verdict: Any) -> None:
+    result["rounds"] = [{"round": r, "metrics": {"auc": 0.8} if r % 20 == 0 else {}} for r in range(1, 2001)]
+    page = write(result, verdict)
+    assert list(page.table("Round", "AUC")) == [str(r) for r in range(20, 2001, 20)]
+    assert "By round: the 100 of 2000 that were evaluated" in page.text
 
 
 def test_four_partners_take_under_two_seconds(write: Write, result: Any, verdict: Any) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from e2e_support import federation, write
-from hansa.common.errors import ConfigError
+from hansa.common.errors import ConfigError, RunFailed
 from hansa.simulations import sweep
 from hansa.simulations.sweep import csv_of, planned, summarised
 
@@ -165,13 +166,71 @@ def test_a_row_has_the_largest_epsilon_of_any_partner(config: Path) -> None:
     assert (row["epsilon_odometer"], row["unbounded"]) == (None, True)
 
 
+def test_without_a_screen_a_line_every_ten_seconds_says_where_a_sweep_is(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: now)
+
+    def one(config: Any, out: Path, private: Path, told: sweep.Told) -> Any:
+        nonlocal now
+        for done in range(1, 31):
+            now += 1
+            told(done, 30)
+        raise RunFailed("that is enough")
+
+    def lines(terminal: bool) -> list[str]:
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200, record=True)
+        plan = planned(config, ["algorithm.rounds=30,20"], 1)
+        sweep.Sweep(plan, tmp_path, tmp_path, one, False, "", console).run()
+        return [line for line in console.export_text().splitlines() if ", round" in line]
+
+    assert lines(False) == [
+        "run 1 of 2, round 10 of 30, about 40 s left",
+        "run 1 of 2, round 20 of 30, about 30 s left",
+        "run 1 of 2, round 30 of 30, about 20 s left",
+        "run 2 of 2, round 10 of 30, about 20 s left",
+        "run 2 of 2, round 20 of 30, about 10 s left",
+        "run 2 of 2, round 30 of 30, under 1 s left",
+    ]
+    assert not [line for line in lines(True) if "about 40 s" in line]
+
+
+@pytest.mark.parametrize(("values", "joined"), [([1, 2], True), (["{name: fedavg}", "{name: fedprox}"], False)])
+def test_no_line_joins_words(values: list[Any], joined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    spread = {"n": 2, "median": 0.5, "low": 0.4, "high": 0.6}
+    report = {
+        "swept": ["a.b"], "metrics": ["auc"], "seeds": 2, "privacy": [],
+        "points": [{"values": {"a.b": v}, "metrics": {"auc": spread}} for v in values],
+        "runs": [{"a.b": v, "metrics": {"auc": 0.5}} for v in values],
+    }  # fmt: skip
+    sweep.draw(report, tmp_path / "x.png")
+    (line,) = figures[0].axes[0].lines
+    assert (line.get_linestyle() != "None") is joined
+    assert len(line.get_xdata()) == 2
+
+
 def test_axes() -> None:
-    assert sweep._axis([0.5, 8]) == ({0.5: 0.5, 8: 8.0}, True)
-    assert sweep._axis([1, 10]) == ({1: 1.0, 10: 10.0}, False)
+    assert sweep._axis([0.5, 8]) == ({0.5: 0.5, 8: 8.0}, True, False)
+    assert sweep._axis([1, 10]) == ({1: 1.0, 10: 10.0}, False, False)
     assert sweep._axis([0, 100])[1] is False
-    assert sweep._axis(["b", "a"]) == ({"b": 0.0, "a": 1.0}, False)
-    assert sweep._axis([True, 2]) == ({True: 0.0, 2: 1.0}, False)
-    assert sweep._axis([None, 0.5]) == ({None: 0.0, 0.5: 1.0}, False)
+    assert sweep._axis(["b", "a"]) == ({"b": 0.0, "a": 1.0}, False, True)
+    assert sweep._axis([True, 2]) == ({True: 0.0, 2: 1.0}, False, True)
+    assert sweep._axis([None, 0.5]) == ({None: 0.0, 0.5: 1.0}, False, True)
+
+
+def test_labels_are_legible_and_none_is_like_another() -> None:
+    assert sweep._labels([0.5, 8, None, "a$b"]) == {0.5: "0.5", 8: "8", None: "null", "a$b": r"a\$b"}
+    start = "{kind: local, epsilon: 1.0, delta: 0.0001, clip_norm: 1.0, noise_multiplier: "
+    values = ["{kind: none}", start + "20.0}", start + "30.0}"]
+    assert list(sweep._labels(values).values()) == ["{kind: none}", "…20.0}", "…30.0}"]
+    far = ["x" * 90 + n for n in "abc"]
+    assert len(set(sweep._labels([*far, "{a: " + far[0], "{b: " + far[0], "{a: " + far[1]]).values())) == 6
+    assert all(len(label) < 50 for label in sweep._labels(far).values())
 
 
 def test_a_row_without_privacy_says_inf() -> None:
