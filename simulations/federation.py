@@ -29,10 +29,10 @@ from ..clients.datasets import RegisteredDataset, Split, csv_source
 from ..clients.gate import Gate
 from ..clients.outbox import Outbox
 from ..clients.run_keys import RunKeys
-from ..clients.training import check_model
+from ..clients.training import check_records_apart
 from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
-from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
+from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, RunFailed, TaskError
 from ..common.flower import Context, Grid, RecordDict
 from ..common.heads import KeptHeads
 from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
@@ -40,8 +40,9 @@ from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire, Wire
 from ..common.model import Arrays, write_model
 from ..common.plan import SOFTWARE, calibrated
-from ..common.tasks import Task, code_sha256, initial_model, load_task, sized
+from ..common.tasks import Task, check_model, code_sha256, initial_model, load_task, sized
 from ..server.app import make_server_app
+from ..server.masked import GIVE_UP
 from ..server.records import LedgerRecords, Records
 from ..server.roster import Roster
 from ..server.rounds import Coordinator, Outcome
@@ -213,8 +214,9 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.private = self.private_root or private_folder(self.out)
-        self.config = sized(self.config)
         self.task = load_task(self.config.task)
+        check_model(self.task)
+        self.config = sized(self.config)
         self._choose_engine()
         self._refuse_foreign()  # before anything is written
         made = [folder for folder in (self.out, self.private) if not folder.exists()]
@@ -249,7 +251,10 @@ class Simulation:
         """
         outcomes: list[Outcome] = []
         app = make_server_app(self.coordinator, run_id or self.run_id, outcomes.append, only)
-        app(self.grid, _context(1))
+        try:
+            app(self.grid, _context(1))
+        except RunFailed as err:
+            raise RunFailed(err.message, err.hint.removesuffix(GIVE_UP)) from err
         return outcomes[0]
 
     def another_run(self) -> str:
@@ -361,7 +366,6 @@ class Simulation:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         self._model = initial_model(self.task, self.config.seed)
-        check_model(self._model)
         if self.engine == NODES:
             self._set_up_nodes()
         else:
@@ -373,6 +377,8 @@ class Simulation:
 
     def _set_up_nodes(self) -> None:
         """A node, its keys and its ledger for each partner."""
+        if self.config.privacy.kind != "none":
+            check_records_apart(self._model, self.task.loss, self.task.schema.shape)
         parts = parts_of(self.config, self.base, self.task)
         me = self._identity(COORDINATOR)
         who = {name: self._identity(name) for name in parts}

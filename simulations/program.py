@@ -473,7 +473,7 @@ def compiled(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], records
     """The model as a program, tried against autograd before it is given out: on these records, and on made-up ones.
 
     Args:
-        model: in train mode; passes `clients.training.check_model`.
+        model: in train mode; passes `tasks.check_layers`.
         loss: (output, labels [n]) -> losses [n].
         records: a few [n, ...], as they will be.
         private: gradients are to be clipped by record.
