@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -82,6 +83,11 @@ def private_folder(out: Path) -> Path:
 def holds_anything(folder: Path) -> bool:
     """Whether there is more in a folder than our lock and what a killed process had not finished writing."""
     return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != LOCK for p in folder.iterdir())
+
+
+def holds_sweep(out: Path, private: Path) -> bool:
+    """Whether it is a sweep's folder: of runs in folders of their own."""
+    return (out / "sweep.json").exists() or any(private.glob("*/run.json"))
 
 
 def config_sha256(config: Federation) -> str:
@@ -302,6 +308,16 @@ class Simulation:
         try:
             if not (self.private / "run.json").exists() and (holds_anything(self.out) or holds_anything(self.private)):
                 what = "an earlier demo" if self.kind == "demo" else "a run of ours"
+                if self.kind != "demo" and holds_sweep(self.out, self.private):
+                    raise OutputError(
+                        f"{self.out}: holds a sweep",
+                        "Go on with it: --resume, with the --sweep and --seeds it had. Or give another --out.",
+                    )
+                if self.kind != "demo" and (self.out / "charter.json").exists() and not holds_anything(self.private):
+                    raise OutputError(
+                        f"{self.out}: holds a run, and its private folder {self.private} is missing",
+                        "Put it back to go on with that run, or give another --out.",
+                    )
                 raise OutputError(f"{self.out}: not empty, and not {what}", "Give another --out, or empty this one.")
         except OSError as err:
             raise OutputError(f"{self.out}: {err.strerror}", "Give another --out.") from err
@@ -323,14 +339,15 @@ class Simulation:
             state = None
         if state is not None and state.get("kind") == "demo":
             raise OutputError(f"{self.out}: holds a run of `hansa demo`", "Give another --out.")
-        if state is not None and not self.resume:
-            raise OutputError(
-                f"{self.out}: holds another run",
-                "Go on with it: --resume. Or give another --out, or delete this folder and its .private one.",
-            )
+        again = "ive another --out, or delete this folder and its .private one."
         if state is not None and state.get("config_sha256") != mine:
+            began = "Give the configuration it began with. Or g" if self.resume else "G"
+            raise OutputError(f"{self.out}: holds a run of another configuration", began + again)
+        if state is not None and not self.resume:
+            if (self.out / "result.json").exists():
+                raise OutputError(f"{self.out}: holds another run, which is finished", "To run it again g" + again)
             raise OutputError(
-                f"{self.out}: holds a run of another configuration", "Give the configuration it began with."
+                f"{self.out}: holds another run, which is not finished", "Go on with it: --resume. Or g" + again
             )
         if state is not None and state.get("engine", NODES) != self.engine:
             raise OutputError(
@@ -383,6 +400,10 @@ class Simulation:
         me = self._identity(COORDINATOR)
         who = {name: self._identity(name) for name in parts}
         sizes = {name: part.declared_records for name, part in parts.items()}
+        if empty := [name for name, size in sizes.items() if not size]:
+            raise ConfigError(
+                f"{empty[0]} has no training row left", "Fewer clients, or a smaller evaluation.test_fraction."
+            )
         self.signed = self._charter(max(sizes.values()), sizes, None, me, who)
         charter = self.signed.charter
         registered = {}
@@ -563,7 +584,9 @@ class Simulation:
         try:
             check_delta(self.config.privacy.delta, largest if self.config.privacy.unit == "record" else 0)
         except ValueError as err:
-            raise ConfigError(str(err)) from err
+            raise ConfigError(
+                str(err), f"Write a smaller one: {10 ** math.floor(math.log10(0.999 / largest)):g}."
+            ) from err
         config = over_sampled(self.config)
         charter = draft(
             config,

@@ -61,7 +61,7 @@ def arrays(folder: Path) -> tuple[Rows, Rows | None, Owners | None]:
         raise DataError(f"{folder}/x_test.npy: rows of another shape than those of x.npy", _ARRAYS)
     if not (folder / "client.npy").exists():
         return rows, test, None
-    owners = _integers(folder / "client.npy", len(rows))
+    owners = _integers(folder / "client.npy", len(rows), "client")
     if owners.min(initial=0) < 0:
         raise DataError(f"{folder}/client.npy: {owners.min()} is no client", "Clients are numbered from 0.")
     return rows, test, owners
@@ -76,13 +76,15 @@ def _mapped(x: Path, y: Path) -> Rows:
         raise DataError(
             f"{x}: {features.dtype} with {counted(features.ndim, 'dimension')}, not float32 [n, ...]", _ARRAYS
         )
-    return Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features))))
+    return Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features), "label")))
 
 
-def _integers(path: Path, n: int) -> npt.NDArray[np.int64]:
+def _integers(path: Path, n: int, one: str) -> npt.NDArray[np.int64]:
     found = _array(path)
-    if found.dtype.kind not in "iu" or found.shape != (n,):
+    if found.dtype.kind not in "iu" or found.ndim != 1:
         raise DataError(f"{path}: {found.dtype} {list(found.shape)}, not integers [{n}]", _ARRAYS)
+    if len(found) != n:
+        raise DataError(f"{path}: {counted(len(found), one)} for {counted(n, 'row')}", _ARRAYS)
     return np.asarray(found, np.int64)
 
 

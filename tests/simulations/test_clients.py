@@ -150,9 +150,10 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
         ({"x": np.zeros((90, 1, 9, 8), np.float32), "x_test": None}, "shape"),
         ({"x_test": np.zeros((9, 1, 8, 9), np.float32)}, "shape"),
         ({"y": np.zeros(90)}, "not integers"),
-        ({"y": np.zeros(89, int)}, "not integers"),
+        ({"y": np.zeros((90, 1), int)}, "not integers"),
+        ({"y": np.zeros(89, int)}, "89 labels for 90 rows"),
         ({"y": np.full(90, 10)}, "labels outside"),
-        ({"client": np.zeros(5, int)}, "not integers"),
+        ({"client": np.zeros(5, int)}, "5 clients for 90 rows"),
         ({"client": np.full(90, -1)}, "no client"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 
 from hansa.clients.datasets import RegisteredDataset
 from hansa.common.config import Federation
-from hansa.common.errors import DataError, OutputError, RunFailed, TaskError
+from hansa.common.errors import ConfigError, DataError, OutputError, RunFailed, TaskError
 from hansa.common.ledger import Ledger
 from hansa.common.tasks import load_task
 from hansa.server.checkpoint import Checkpoint
@@ -183,12 +183,22 @@ def test_a_folder_of_another_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(small(algorithm=algorithm(rounds=1)), out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(OutputError, match=r"(?s)holds another run.*--resume"):
+    with pytest.raises(OutputError, match=r"holds another run, which is finished") as caught:
         run(small(algorithm=algorithm(rounds=1)), out)
+    assert "--resume" not in caught.value.hint
+    (out / "result.json").rename(tmp_path / "result.json")
+    with pytest.raises(OutputError, match=r"(?s)holds another run, which is not finished.*--resume"):
+        run(small(algorithm=algorithm(rounds=1)), out)
+    (tmp_path / "result.json").rename(out / "result.json")
     for other in (small(algorithm=algorithm(rounds=2)), small(algorithm=algorithm(rounds=1), seed=1)):
-        with pytest.raises(OutputError, match="run of another configuration"):
-            run(other, out, resume=True)
+        for resume in (False, True):
+            with pytest.raises(OutputError, match="run of another configuration") as caught:
+                run(other, out, resume=resume)
+            assert ("it began with" in caught.value.hint) is resume
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    private_folder(out).rename(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match=r"its private folder .*out\.private is missing"):
+        run(small(algorithm=algorithm(rounds=1)), out, resume=True)
 
 
 def test_a_folder_that_is_not_ours(tmp_path: Path) -> None:
@@ -352,6 +362,16 @@ def test_a_model_that_cannot_be_trained_is_told_once_and_before_anything_is_char
     with pytest.raises(TaskError, match=words):
         Simulation(settings, tmp_path, tmp_path / "out", engine=engine)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_without_rows_to_train_on_is_named(tmp_path: Path) -> None:
+    dealt = {"dataset": "digits", "clients": 60, "partition": {"kind": "dirichlet", "alpha": 0.5, "min_records": 1}}
+    settings = small(
+        task="digits", partners=None, population=dealt, evaluation={"kind": "public", "test_fraction": 0.8}
+    )
+    with pytest.raises(ConfigError, match=r"client-00\d\d has no training row left") as caught:
+        Simulation(settings, tmp_path, tmp_path / "out")
+    assert "test_fraction" in caught.value.hint
 
 
 def test_an_error_names_no_option_that_simulate_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
