@@ -291,11 +291,11 @@ class Coordinator:
             if {n: v.shape for n, v in update.items()} != expected or any(
                 v.dtype != np.float32 for v in update.values()
             ):
-                raise MessageError(f"{partner}'s update has other tensors than the model")
+                raise MessageError("the update has other tensors than the model")
             # Also what is not finite: NaN compares false. A huge value would end the run for all, at every resume.
             # The sum of squares bounds every value.
             if not all(squares(v) < MAX_UPDATE**2 for v in update.values()):
-                raise MessageError(f"{partner}'s update is not finite, or its norm is not below {MAX_UPDATE:g}")
+                raise MessageError(f"the update is not finite, or its norm is not below {MAX_UPDATE:g}")
             weight = self._weights.get(partner, 1.0)
             for name, value in update.items():
                 _add(total[name], value, weight)

@@ -106,7 +106,7 @@ class Display:
             case "refused":
                 refusal = facts["refusal"]
                 what = f"refused: {refusal.reason}: {refusal.detail}"
-                self._alike.setdefault(_DIVERGES if refusal.detail == NOT_FINITE else what, []).append(refusal.partner)
+                self._alike.setdefault(_DIVERGES if NOT_FINITE in what else what, []).append(refusal.partner)
             case "contradiction":
                 self._say(f"{facts['partner']}: its ledger does not extend what it signed before", "bold red")
             case "retry":
@@ -143,7 +143,8 @@ class Display:
         if answer.outcome in ("invalid", "timeout", "failed") and not answer.detail.endswith(
             VIRTUAL
         ):  # those are counted, not named
-            self._alike.setdefault(f"{answer.outcome}: {answer.detail}", []).append(name)
+            what = f"{answer.outcome}: {answer.detail}"
+            self._alike.setdefault(_DIVERGES if NOT_FINITE in what else what, []).append(name)
 
     def _say_alike(self) -> None:
         """What went wrong with some in the last exchanges: a line for those with whom the same did."""

@@ -112,11 +112,13 @@ def test_what_went_wrong_with_many_is_one_line() -> None:
 
     def exchange(kind: str, refused: int, failed: int) -> None:
         for n in range(9):
-            answer = Answer(
-                "", "refused: model" if n < refused else "failed" if n < refused + failed else "ok", None, "why"
-            )
+            if n < refused:  # in whatever way: at the client, or where its update is read
+                wrong = ("refused: model", NOT_FINITE) if n else ("invalid", f"{NOT_FINITE}, or its norm is too large")
+            else:
+                wrong = ("failed", "why") if n < refused + failed else ("ok", "")
+            answer = Answer("", wrong[0], None, wrong[1])
             display.notify("answer", partner=f"client-{n}", round=1, kind=kind, answer=answer)
-        for n in range(refused):
+        for n in range(1, refused):
             display.notify("refused", refusal=Refusing(f"client-{n}", "r", 1, "model", NOT_FINITE))
 
     with display:
