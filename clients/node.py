@@ -33,7 +33,7 @@ from ..common.identity import Identity, drop_unfinished
 from ..common.ledger import Counter, Ledger
 from ..common.messages import SignedWire
 from ..common.plan import SOFTWARE
-from ..common.tasks import check_model, code_sha256, initial_model
+from ..common.tasks import code_sha256, initial_model
 from .app import Node, make_client_app
 from .gate import Gate
 from .law import Control, SiteLaw
@@ -42,7 +42,7 @@ from .registrations import serving
 from .registry import Registered, Registry
 from .run_keys import RunKeys
 from .settings import FederationEntry, NodeSettings
-from .training import check_records_apart
+from .training import check_task
 
 if TYPE_CHECKING:
     from .link import NodeLink
@@ -100,12 +100,10 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
     if len({signed.sha256 for _, signed in charters}) < len(charters):
         raise ConfigError("two entries of federations are the same charter", "List each charter once.")
     tasks = {one.task.name: one.task for one in known}
-    for task in tasks.values():
-        check_model(task)
+    for name, task in tasks.items():
+        of_it = [s.charter for _, s in charters if s.charter.task.name == name]
+        check_task(task, protected=any(charter.privacy.kind != "none" for charter in of_it))
     models = {name: initial_model(task, 0) for name, task in tasks.items()}  # their weights come with each request
-    for name in {s.charter.task.name for _, s in charters if s.charter.privacy.kind != "none"} & set(tasks):
-        # Here its words may be shown; in a round, which would be charged, nothing but "failed" leaves.
-        check_records_apart(models[name], tasks[name].loss, tasks[name].schema.shape)
     law = SiteLaw(settings.site, Control(settings.control), models)
     ledger = _ledger(settings, identity, known)
     kept: list[KeptHeads] = []

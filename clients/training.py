@@ -29,7 +29,7 @@ from ..common.accounting import PrivacyEvent
 from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError, counted
 from ..common.noise import SecureNoise
 from ..common.shared_noise import SharedGaussian
-from ..common.tasks import check_layers
+from ..common.tasks import Task, check_layers, check_model, initial_model
 from .datasets import Rows
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -515,6 +515,19 @@ def _by_record(wrapped: nn.Module, loss: Loss, parameters: _Parameters, x: Tenso
         by_record.append(g)
         p.grad_sample = None  # type: ignore[attr-defined]
     return by_record
+
+
+def check_task(task: Task, *, protected: bool) -> None:
+    """Refuse a task that a round would fail on, before one is charged: its model, and where records are protected their gradients.
+
+    In a round nothing but "failed" leaves; here the words may be shown, for no record was read.
+
+    Raises:
+        TaskError: as `tasks.check_model` and `check_records_apart`.
+    """
+    check_model(task)
+    if protected:
+        check_records_apart(initial_model(task, 0), task.loss, task.schema.shape)
 
 
 def check_records_apart(model: nn.Module, loss: Loss, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:

@@ -327,8 +327,11 @@ def _sweep(
     from .sweep import Sweep, planned, print_sweep
 
     plan = planned(source, sweeps, seeds)  # before torch is imported, and before anything is written
+    from ..common.tasks import check_model, load_task
     from .federation import _lock, holds_anything, holds_sweep, private_folder
 
+    for task in {run.config.task for run in plan.runs}:  # or every run would fail by it
+        check_model(load_task(task))
     private = private_folder(folder)
     taken = holds_anything(folder) or holds_anything(private)
     if (private / "run.json").exists():

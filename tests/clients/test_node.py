@@ -136,6 +136,8 @@ def test_a_model_that_cannot_be_protected_stops_a_node_before_it_is_asked(
     monkeypatch.setattr(registry, "load_task", lambda _: broken)
     with pytest.raises(TaskError, match=r"\(Bilinear\) has no per-record gradients"):
         realm.start("ada")
+    found = check(realm.settings("ada"), None)
+    assert any("(Bilinear) has no per-record gradients" in one.what for one in found if one.state == "FAIL")
     monkeypatch.undo()
     realm.start("ada")  # the failed start let go of everything
 

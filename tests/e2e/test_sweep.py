@@ -46,6 +46,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder / "out", done.json()
 
 
+def test_a_task_that_is_not_there_stops_a_sweep_before_it_begins(tmp_path: Path) -> None:
+    config = write(tmp_path / "c.yaml", federation().replace("heart-disease", "heart-desease"))
+    call("simulate", config, "--seeds", "2", "--out", "out").expect(2).says("no task 'heart-desease' is installed")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_csv_is_what_the_results_say(swept: tuple[Path, Any]) -> None:
     out, _ = swept
     found = rows(out)
