@@ -42,7 +42,7 @@ from .registrations import serving
 from .registry import Registered, Registry
 from .run_keys import RunKeys
 from .settings import FederationEntry, NodeSettings
-from .training import check_model
+from .training import check_task
 
 if TYPE_CHECKING:
     from .link import NodeLink
@@ -99,9 +99,11 @@ def assemble(settings: NodeSettings, passphrase: str | None, log: EventLog) -> S
     charters = [(entry, SignedCharter.load(entry.charter)) for entry in settings.federations]
     if len({signed.sha256 for _, signed in charters}) < len(charters):
         raise ConfigError("two entries of federations are the same charter", "List each charter once.")
-    models = {one.task.name: initial_model(one.task, 0) for one in known}  # their weights come with each request
-    for model in models.values():
-        check_model(model)
+    tasks = {one.task.name: one.task for one in known}
+    for name, task in tasks.items():
+        of_it = [s.charter for _, s in charters if s.charter.task.name == name]
+        check_task(task, protected=any(charter.privacy.kind != "none" for charter in of_it))
+    models = {name: initial_model(task, 0) for name, task in tasks.items()}  # their weights come with each request
     law = SiteLaw(settings.site, Control(settings.control), models)
     ledger = _ledger(settings, identity, known)
     kept: list[KeptHeads] = []

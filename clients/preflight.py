@@ -21,6 +21,7 @@ from .registrations import serving, superseded
 from .registry import Registered, Registry
 from .settings import FederationEntry, NodeSettings
 from .standing import Standing
+from .training import check_task
 
 RENEW_BEFORE = timedelta(days=14)
 """A certificate or charter that ends sooner is a warning."""
@@ -165,6 +166,7 @@ def _charter(
             check_charter(
                 charter, home.name(), home.key(), one.dataset, code_sha256(one.task.name), simulated=settings.simulated
             )
+            check_task(one.task, protected=charter.privacy.kind != "none")
             what = f"this partner's key, the installed task and the size of the data set {one.name} fit it"
             report.ok(f"{name}: node", what)
         with report.about(f"{name}: site"):

@@ -29,11 +29,14 @@ from ..common.accounting import PrivacyEvent
 from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError, counted
 from ..common.noise import SecureNoise
 from ..common.shared_noise import SharedGaussian
+from ..common.tasks import Task, check_layers, check_model, initial_model
 from .datasets import Rows
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _Parameters = dict[str, nn.Parameter]
 
+NOT_FINITE = "the update is not finite"
+"""Why an update is refused."""
 _CHUNK_BYTES = 256 * 2**20
 _CHUNK_ROWS = 1024  # activations grow with rows, whatever the number of parameters
 
@@ -99,41 +102,6 @@ class LocalSettings:
         return PrivacyEvent(self.sampling_rate, self.noise_multiplier, self.steps)
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse a model whose per-record gradients do not exist or whose training leaves something outside them.
-
-    Call it when a task is accepted, whether or not training will be protected. It looks at layers only;
-    protected training also tries the model on made-up records. It does not import Opacus, and refuses all
-    that Opacus refuses.
-
-    Raises:
-        TaskError: naming the layer and what to use instead.
-    """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise TaskError("the model has no trainable parameters", "Set requires_grad on those that are to be trained.")
-    for name, layer in model.named_modules():
-        trainable = any(p.requires_grad for p in layer.parameters(recurse=False))
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            # Also without parameters of its own, or frozen: in train mode it mixes records all the same.
-            why, instead = "mixes the records of a batch", "nn.GroupNorm or nn.LayerNorm"
-        elif isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
-            why, instead = "keeps statistics of the records", "track_running_stats=False"
-        elif isinstance(layer, nn.RNNBase) and trainable:
-            why, instead = "has no per-record gradients", f"opacus.layers.DP{layer.mode.split('_')[0]}"
-        elif isinstance(layer, nn.MultiheadAttention) and trainable:
-            why, instead = "has no per-record gradients", "opacus.layers.DPMultiheadAttention"
-        elif getattr(layer, "inplace", False) is True:
-            why, instead = "overwrites what per-record gradients are computed from", "inplace=False"
-        elif trainable and next(layer.buffers(), None) is not None:
-            why, instead = (
-                "has buffers, which training may change unaccounted",
-                "a parameter, or a parent's buffer",
-            )
-        else:
-            continue
-        raise TaskError(f"layer '{name}' ({type(layer).__name__}) {why}", f"Use {instead} instead.")
-
-
 def train_locally(
     model: nn.Module,
     loss: Loss,
@@ -167,7 +135,7 @@ def train_locally(
     |                                    | what depends on noised values alone is post-processing    |
 
     Args:
-        model: float32 (or float64), on the CPU; passes `check_model`. Its trainable parameters are overwritten, it is left
+        model: float32 (or float64), on the CPU; passes `tasks.check_layers`. Its trainable parameters are overwritten, it is left
             in train mode, and keeps nothing else of the call, so that one model serves many clients.
         loss: (model output, labels [n]) -> losses by record [n].
         weights: exactly the parameters that require grad, by name, of the same shapes.
@@ -210,8 +178,8 @@ def train_locally(
         model.train()
     try:
         if event is not None:
-            check_model(model)
-            _check_records_apart(model, loss, tuple(parameters), data.x.shape[1:], data.x.dtype)
+            check_layers(model)
+            check_records_apart(model, loss, data.x.shape[1:], data.x.dtype)
         with (
             _plain_gradients(
                 model, used_loss, parameters, data, plain_batches(settings, len(data), divisor, seed, batches), seed
@@ -233,7 +201,7 @@ def train_locally(
             p.grad = None
     update = {name: p.detach().numpy() - array for (name, p), array in zip(parameters.items(), arrays, strict=True)}
     if not all(np.isfinite(array).all() for array in update.values()):
-        raise Refused(Refusal.NUMERIC, "the update is not finite", "Lower the learning rate or the number of steps.")
+        raise Refused(Refusal.NUMERIC, NOT_FINITE, "Lower the learning rate or the number of steps.")
     return update
 
 
@@ -271,8 +239,8 @@ def shared_gradient(
     if not all(layer.training for layer in model.modules()):
         model.train()
     try:
-        check_model(model)
-        _check_records_apart(model, loss, tuple(parameters), data.x.shape[1:], data.x.dtype)
+        check_layers(model)
+        check_records_apart(model, loss, data.x.shape[1:], data.x.dtype)
         with _clipped_sums(
             model,
             loss,
@@ -549,27 +517,50 @@ def _by_record(wrapped: nn.Module, loss: Loss, parameters: _Parameters, x: Tenso
     return by_record
 
 
-@lru_cache(maxsize=1)  # one model serves many clients
-def _check_records_apart(
-    model: nn.Module, loss: Loss, trainable: tuple[str, ...], shape: torch.Size, dtype: torch.dtype
-) -> None:
+def check_task(task: Task, *, protected: bool) -> None:
+    """Refuse a task that a round would fail on, before one is charged: its model, and where records are protected their gradients.
+
+    In a round nothing but "failed" leaves; here the words may be shown, for no record was read.
+
+    Raises:
+        TaskError: as `tasks.check_model` and `check_records_apart`.
+    """
+    check_model(task)
+    if protected:
+        check_records_apart(initial_model(task, 0), task.loss, task.schema.shape)
+
+
+def check_records_apart(model: nn.Module, loss: Loss, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
     """Try the model on made-up records: clipping bounds an influence only if gradients keep records apart.
 
     What layers alone do not show: code that mixes a batch (x − x.mean(0)), a layer that sees another first
     dimension than the records (an embedding of positions), a parameter used outside its own layer, a buffer
-    that training changes. Only the shape of real records is used, so a refusal says nothing of them.
-    Overwrites the parameters.
+    that training changes. Only the shape of real records is used, so a refusal says nothing of them, and may be shown.
+    Overwrites the parameters. Imports Opacus.
 
     Args:
-        model: in train mode.
+        model: left in train mode; passes `tasks.check_layers`.
         loss: by record.
-        trainable: names of the parameters that require grad.
         shape: of one record.
         dtype: of records.
 
     Raises:
-        TaskError: naming the parameter.
+        TaskError: naming the parameter or layer.
     """
+    if not all(layer.training for layer in model.modules()):
+        model.train()
+    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    try:
+        _check_apart(model, loss, trainable, torch.Size(shape), dtype)
+    finally:
+        for p in model.parameters():
+            p.grad = None
+
+
+@lru_cache(maxsize=1)  # one model serves many clients
+def _check_apart(
+    model: nn.Module, loss: Loss, trainable: tuple[str, ...], shape: torch.Size, dtype: torch.dtype
+) -> None:
     parameters = {name: model.get_parameter(name) for name in trainable}
     buffers = [b.clone() for b in model.buffers()]
     with _torch_seed(0), _opacus(model) as wrapped:
@@ -583,9 +574,15 @@ def _check_records_apart(
             except HansaError:
                 raise
             except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                if (layer := _without_rule(model)) is not None:
+                    raise TaskError(
+                        f"{layer} has no per-record gradients: {said}",
+                        "Use layers that Opacus supports (docs/your-own-task.md), or one made of them.",
+                    ) from error
                 raise TaskError(
-                    f"model or loss fails on made-up records of shape {tuple(shape)}: {error}",
-                    "Likely causes: in-place operations, or layers that opacus.GradSampleModule does not support.",
+                    f"model or loss fails on made-up records of shape {tuple(shape)}: {said}",
+                    "Likely cause: in-place operations.",
                 ) from error
             return [(g, p.grad) for g, p in zip(by_record, parameters.values(), strict=True)]
 
@@ -601,6 +598,19 @@ def _check_records_apart(
         _refuse_mixed(parameters, with_other, with_another)
     if any(not torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True)):
         raise TaskError("training changes a buffer of the model", "What is learned from records must be a parameter.")
+
+
+def _without_rule(model: nn.Module) -> str | None:
+    """The first layer with parameters for which Opacus has no rule of its own; it then tries a general one, which may fail."""
+    from opacus import GradSampleModule
+
+    for name, layer in model.named_modules():
+        if (
+            type(layer) not in GradSampleModule.GRAD_SAMPLERS
+            and next(layer.parameters(recurse=False), None) is not None
+        ):
+            return f"layer '{name}' ({type(layer).__name__})"
+    return None
 
 
 def _refuse_mixed(

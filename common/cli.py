@@ -38,7 +38,7 @@ from .identity import (
     key_from_pem,
     output_error,
 )
-from .plan import calibrated
+from .plan import SOFTWARE, calibrated
 
 
 class Format(StrEnum):
@@ -63,6 +63,7 @@ def application() -> typer.Typer:
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )
+    app.callback()(_whole)
     for entry in sorted(entry_points(group="hansa.commands"), key=lambda e: e.name):
         entry.load()(app)
     return app
@@ -80,6 +81,8 @@ def run(arguments: list[str], app: typer.Typer | None = None) -> int:
         err.show()
         return 2
     except click.ClickException as err:
+        if "Did you mean" in err.message:  # Typer says it, and Click from 8.4 on, too
+            vars(err)["possibilities"] = None
         err.show()
         return 2
     except click.Abort:
@@ -106,6 +109,20 @@ def run(arguments: list[str], app: typer.Typer | None = None) -> int:
         return say(wrapped.message, wrapped.hint, wrapped.exit_code)
     except Exception:
         return _fault()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(SOFTWARE)
+        raise typer.Exit
+
+
+def _whole(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="which version this is")
+    ] = False,
+) -> None:
+    pass
 
 
 _READER_GONE = 141  # what a shell says of a process that SIGPIPE ended: no answer

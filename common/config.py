@@ -123,6 +123,13 @@ class Privacy(Section):
     clip_norm: Positive | None = None
     noise_multiplier: Annotated[float, Field(ge=0.3, allow_inf_nan=False)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _once(cls, told: Any) -> Any:
+        if isinstance(told, dict) and {"kind", "noise"} <= told.keys():
+            raise ValueError("noise is another name of kind: give one of them, not both")
+        return told
+
     @model_validator(mode="after")
     def _complete(self) -> Privacy:
         numbers = ("epsilon", "delta", "clip_norm")
@@ -130,6 +137,8 @@ class Privacy(Section):
             raise ValueError(f"privacy kind {self.kind} needs {', '.join(missing)}")
         if self.kind == "none" and any(getattr(self, n) is not None for n in (*numbers, "noise_multiplier")):
             raise ValueError("privacy kind none takes no epsilon, delta, clip_norm or noise_multiplier")
+        if self.kind == "central" and "unit" not in self.model_fields_set:
+            raise ValueError("unit is missing: central noise covers all that one client holds. Write unit: client")
         if (self.kind == "central") != (self.unit == "client"):
             raise ValueError(
                 "unit client goes with kind central, and only with it: central noise covers all that one client holds"
@@ -191,9 +200,13 @@ class Partition(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Partition:
-        if self.kind != "drawn" and (self.kind in ("natural", "iid")) != (self.alpha is None):
+        if self.kind in ("dirichlet", "quantity") and self.alpha is None:
+            raise ValueError(f"alpha is missing: partition kind {self.kind} needs it")
+        if self.kind in ("natural", "iid") and self.alpha is not None:
             raise ValueError("alpha goes with partition kind dirichlet, quantity or drawn, and only with them")
-        if (self.kind == "drawn") != (self.records is not None):
+        if self.kind == "drawn" and self.records is None:
+            raise ValueError("records is missing: partition kind drawn needs to know how many each client draws")
+        if self.kind != "drawn" and self.records is not None:
             raise ValueError("records goes with partition kind drawn, and only with it")
         return self
 
@@ -499,6 +512,8 @@ def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configu
             "docs/configuration.md has what a configuration says.",
         )
     root = _compose(path, missing)
+    if root is None:
+        raise ConfigError(f"{path}: the file is empty", _WHERE if model is Federation else missing)
     try:
         return model.model_validate(_construct(path))
     except ValidationError as err:
@@ -509,6 +524,13 @@ def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configu
                 "`hansa node budget --plan CHARTER`.",
             ) from err
         raise ConfigError(_told(path, root, err), _WHERE) from err
+
+
+def located(path: Path, err: ConfigError) -> ConfigError:
+    """An error that data showed, with the place in the file of the key that its words begin with, if they do."""
+    key = err.message.split()[0].rstrip(":").split(".")
+    node, line = _find(_compose(path, ""), key)
+    return err if node is None else ConfigError(f"{path}:{line}: {err.message}", err.hint or _WHERE)
 
 
 _WHERE = "Every key is described in docs/configuration.md; ready-made files are in configs/."
@@ -724,6 +746,8 @@ def _explain(path: Path, root: yaml.Node | None, item: dict[str, Any]) -> str:
                 hint = f"; here: {here}"
         case "missing":
             what = "missing; it is required"
+        case "model_type" | "model_attributes_type":
+            what = "must be keys with values: KEY: VALUE"
         case _:
             what = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error":  # of a whole section; its words may begin with the key inside that it is about

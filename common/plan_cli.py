@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +88,7 @@ def plan(
             print_findings(config, findings)  # a file of another tool has flags, too
         raise
     points = check_options(federation, simulate, ledger, epsilons, rounds, to)
+    _check_model(federation.task)
     if federation.secure_aggregation is not None:
         from .tasks import sized  # imports torch, which other plans do without
 
@@ -112,6 +115,20 @@ def plan(
     if form is Format.JSON:
         show_json(report)
     return 0 if report["fits"] else 1
+
+
+def _check_model(name: str) -> None:
+    """A task of one's own must be one that can be trained. Ours are, and importing torch for that takes seconds.
+
+    Raises:
+        TaskError: as `tasks.load_task` and `tasks.check_model`.
+    """
+    if any(entry.module.startswith(f"{__package__}.tasks.") for entry in entry_points(group="hansa.tasks", name=name)):
+        return
+    with suppress(ModuleNotFoundError):  # an install that does not train can plan all the same
+        from .tasks import check_model, load_task
+
+        check_model(load_task(name))
 
 
 def _print_flags(config: Path, findings: tuple[Finding, ...]) -> None:

@@ -35,6 +35,9 @@ from ..common.model import Arrays, model_sha256
 from ..common.secagg import Agreement, Revealed, Sum, from_ring, read_keys
 from .records import Answer, Records
 
+GIVE_UP = " Or close the run as it stands: --resume --give-up."
+"""The end of some hints; `hansa simulate` has no such option."""
+
 Said = dict[str, Mapping[str, Any]]
 
 
@@ -132,8 +135,8 @@ class MaskedRounds:
                 raise RunFailed(
                     f"round {number}: {why}; {len(went)} went along, the quorum is {self._charter.quorum}, and "
                     f"{used + attempt} of the run's {secure.retries} retries are used",
-                    "Nothing was learned but sums over the quorum. Mend the cause and run again with --resume, or close the run as it "
-                    "stands with --resume --give-up.",
+                    "Nothing was learned but sums over the quorum. Mend the cause and run again with --resume."
+                    + GIVE_UP,
                 )
             attempt, roster, listed = attempt + 1, self._ordered(went), None
             self._notify("retry", round=number, attempt=attempt, partners=roster, why=why)

@@ -38,7 +38,7 @@ from ..common.tasks import Task
 from ..common.tasks.metrics import evaluate, histogram_metrics
 from .central import CentralNoise, ClippedSum
 from .checkpoint import Checkpoint
-from .masked import MaskedRounds
+from .masked import GIVE_UP, MaskedRounds
 from .records import Answer, Records
 from .roster import Roster
 from .strategies import ServerOptimizer
@@ -291,11 +291,11 @@ class Coordinator:
             if {n: v.shape for n, v in update.items()} != expected or any(
                 v.dtype != np.float32 for v in update.values()
             ):
-                raise MessageError(f"{partner}'s update has other tensors than the model")
+                raise MessageError("the update has other tensors than the model")
             # Also what is not finite: NaN compares false. A huge value would end the run for all, at every resume.
             # The sum of squares bounds every value.
             if not all(squares(v) < MAX_UPDATE**2 for v in update.values()):
-                raise MessageError(f"{partner}'s update is not finite, or its norm is not below {MAX_UPDATE:g}")
+                raise MessageError(f"the update is not finite, or its norm is not below {MAX_UPDATE:g}")
             weight = self._weights.get(partner, 1.0)
             for name, value in update.items():
                 _add(total[name], value, weight)
@@ -617,7 +617,7 @@ class Coordinator:
                 reason, detail = str(reply.fields.get("reason")), str(reply.fields.get("detail"))
                 return Answer(request.request_id, f"refused: {reason[:80]}", reply_sha256, detail[:400])
             if reply.kind == "failed" and request.kind in ("train", "evaluate"):
-                return Answer(request.request_id, "failed", reply_sha256, "see the node's own log")
+                return Answer(request.request_id, "failed", reply_sha256, "its log says where in the code")
             if reply.kind not in _REPLIES[request.kind]:
                 raise MessageError(f"{name} answered a {request.kind} request with {reply.kind}")
             sink(name, reply, tensors)
@@ -659,15 +659,18 @@ class Coordinator:
         return [taking_part[i] for i in sorted(chosen)]
 
     def _no_quorum(self, number: int, folded: int, answers: Mapping[str, Answer]) -> RunFailed:
+        alike: dict[str, list[str]] = {}
+        for name, answer in answers.items():
+            if answer.outcome != "ok":
+                alike.setdefault(f"{answer.outcome} {answer.detail}".strip(), []).append(name)
         told = "; ".join(
-            f"{name}: {answer.outcome} {answer.detail}".strip()
-            for name, answer in list(answers.items())[:10]
-            if answer.outcome != "ok"
+            f"{', '.join(names) if len(names) <= 4 else f'{len(names)} of them'}: {what}"
+            for what, names in list(alike.items())[:10]
         )
         return RunFailed(
             f"round {number}: {folded} of {len(answers)} partners answered, the quorum is {self._charter.quorum} ({told})",
-            "Nothing was aggregated. What was spent stays on the ledgers; mend the cause and run again with --resume, or close "
-            "the run as it stands with --resume --give-up.",
+            "Nothing was aggregated. What was spent stays on the ledgers; mend the cause and run again with "
+            f"--resume.{GIVE_UP}",
         )
 
 

@@ -18,8 +18,8 @@ from ..common import verifier
 from ..common.audit_cli import print_verdict
 from ..common.charter import in_words
 from ..common.cli import Format, FormatOption, clean, plain, show_json
-from ..common.config import Federation, load_config
-from ..common.errors import OutputError, Refusal, RunFailed
+from ..common.config import Federation, load_config, located
+from ..common.errors import ConfigError, OutputError, Refusal, RunFailed
 
 if TYPE_CHECKING:
     from .federation import Simulation
@@ -153,9 +153,13 @@ def simulate(
         how["execution"] = load_execution(execution)
     if seeds > 1 or sweep:
         return _sweep(config, target, sweep or [], seeds, resume, with_baselines, profile, console, form, how)
-    result, verdict = _one(
-        load_config(config), config.parent, target, resume, with_baselines, console, profile=profile, how=how
-    )
+    federation = load_config(config)
+    try:
+        result, verdict = _one(
+            federation, config.parent, target, resume, with_baselines, console, profile=profile, how=how
+        )
+    except ConfigError as err:
+        raise located(config, err) from err
     if form is Format.JSON:
         show_json({"result": result, "verdict": verdict})
     else:
@@ -329,12 +333,22 @@ def _sweep(
 
     plan = planned(source, sweeps, seeds)  # before torch is imported, and before anything is written
     _doing("preparing", console)
-    from .federation import _lock, holds_anything, private_folder
+    from ..common.tasks import check_model, load_task
+    from .federation import _lock, holds_anything, holds_sweep, private_folder
 
+    for task in {run.config.task for run in plan.runs}:  # or every run would fail by it
+        check_model(load_task(task))
     private = private_folder(folder)
     taken = holds_anything(folder) or holds_anything(private)
-    if (taken and not resume) or (private / "run.json").exists():
-        raise OutputError(f"{folder}: holds another run", "Give another --out, or go on with it: --resume.")
+    if (private / "run.json").exists():
+        raise OutputError(
+            f"{folder}: holds a single run, not a sweep",
+            "Give another --out. (That run goes on without --sweep and --seeds.)",
+        )
+    if taken and not resume and holds_sweep(folder, private):
+        raise OutputError(f"{folder}: holds another sweep", "Give another --out, or go on with it: --resume.")
+    if taken and not resume:
+        raise OutputError(f"{folder}: not empty, and not a sweep of ours", "Give another --out, or empty this one.")
     if resume and not taken:
         _nothing_to_resume(folder)
 

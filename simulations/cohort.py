@@ -63,7 +63,7 @@ class Cohort:
     """Clients of one task, trained many at a time. One at a time will do, too.
 
     Args:
-        model: passes `clients.training.check_model`.
+        model: passes `tasks.check_layers`.
         records: some [n, ...], as they will be.
         private: records are clipped.
 

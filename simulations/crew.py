@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..clients.app import local_settings
+from ..clients.training import check_records_apart
 from ..common.charter import Charter
 from ..common.errors import ConfigError
 from ..common.identity import write_whole
@@ -39,6 +40,7 @@ class Crew:
 
     Raises:
         ConfigError: the plan does not fit the model.
+        TaskError: the model cannot be trained with protection.
     """
 
     def __init__(
@@ -66,8 +68,11 @@ class Crew:
             )
         plan = given or before
         cohort = max(1, round(charter.algorithm.participation * len(clients)))
+        weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
+        if trainer.private and (self.why_not is not None or (plan is not None and not plan.batched)):
+            # Every client would fail by it, after it was paid. Many at once it was tried already, and without Opacus.
+            check_records_apart(model, task.loss, task.schema.shape)
         if plan is None:
-            weights = np.concatenate([p.detach().numpy().reshape(-1) for p in model.parameters() if p.requires_grad])
             some, most = range(min(len(clients), 256)), cores() if ray is None else ray.count
             plan, self.tried = probe(trainer, weights, cohort, some, settings.steps, most, ray=ray is not None)
             trainer.forget()

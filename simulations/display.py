@@ -13,11 +13,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..clients.training import NOT_FINITE
 from ..common.cli import clean, plain
 from .federation import Simulation
 from .realism import VIRTUAL
 
 _SHOWN = 24
+_NAMED = 4
+_DIVERGES = "their updates are not finite: the training diverges; lower the learning rate or the number of steps"
 _LAST = 5
 """So many rounds say how long the next ones take."""
 _APART_S = 0.5
@@ -60,6 +63,8 @@ class Display:
         self._most: float | None = None
         self._round = self._done = 0
         self._metrics: dict[str, float] = {}
+        self._alike: dict[str, list[str]] = {}
+        self._answers, self._kind = 0, ""
 
     def show(self, simulation: Simulation) -> None:
         """Whose run it is."""
@@ -76,6 +81,7 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._say_alike()
         if self._unsaid is not None:  # the run stopped before its last round
             self._line(self._unsaid)
         if self._live is not None:
@@ -86,10 +92,12 @@ class Display:
         """One event of the run."""
         match event:
             case "round":
+                self._say_alike()
                 self._round = facts["round"]
             case "answer":
                 self._answer(facts)
             case "done":
+                self._say_alike()
                 self._metrics = facts["metrics"] or self._metrics
                 self._done = facts["round"]
                 if not self._quiet and self._simulation is not None and self._simulation.records is not None:
@@ -100,7 +108,8 @@ class Display:
                     self._line_in_time(facts)
             case "refused":
                 refusal = facts["refusal"]
-                self._say(f"{refusal.partner} refused: {refusal.reason}: {refusal.detail}", "yellow")
+                what = f"refused: {refusal.reason}: {refusal.detail}"
+                self._alike.setdefault(_DIVERGES if NOT_FINITE in what else what, []).append(refusal.partner)
             case "contradiction":
                 self._say(f"{facts['partner']}: its ledger does not extend what it signed before", "bold red")
             case "retry":
@@ -130,10 +139,22 @@ class Display:
                 self._rounds[name] = facts["round"]
             if facts["kind"] in ("train", "evaluate", "open"):
                 self._measure(name)
-        if answer.outcome in ("invalid", "timeout") and not answer.detail.endswith(
+        if facts["kind"] != self._kind:
+            self._say_alike()
+            self._kind = facts["kind"]
+        self._answers += 1
+        if answer.outcome in ("invalid", "timeout", "failed") and not answer.detail.endswith(
             VIRTUAL
         ):  # those are counted, not named
-            self._say(f"{name}: {answer.outcome}: {answer.detail}", "yellow")
+            what = f"{answer.outcome}: {answer.detail}"
+            self._alike.setdefault(_DIVERGES if NOT_FINITE in what else what, []).append(name)
+
+    def _say_alike(self) -> None:
+        """What went wrong with some in the last exchanges: a line for those with whom the same did."""
+        for what, names in self._alike.items():
+            who = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} of {self._answers} clients"
+            self._say(f"{who} {what}" if what.startswith("refused") else f"{who}: {what}", "yellow")
+        self._alike, self._answers = {}, 0
 
     def _secret(self) -> bool:
         """Whether who is asked may not be shown: clients are the unit of privacy."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from ..common.config import Section
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, counted
 from .trainer import Trainer
 
 _PROBE_S = 1.0
@@ -47,8 +47,8 @@ class Execution(Section):
 
     def words(self) -> str:
         """For the screen."""
-        how = f"{self.chunk} clients at once" if self.batched else "clients one by one"
-        where = "in this process" if not self.workers else f"in {self.workers} processes"
+        how = f"{counted(self.chunk, 'client')} at once" if self.batched else "clients one by one"
+        where = "in this process" if not self.workers else f"in {counted(self.workers, 'process', 'processes')}"
         return f"{how}, {where}"
 
 
@@ -65,17 +65,29 @@ def load_execution(path: Path) -> Execution:
     """A plan from a file: an execution, or a `result.json` that has one.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither; says which key is wrong, and what it may be.
     """
     hint = 'Give a file of {"batched": true, "chunk": 16, "workers": 2}, or a result.json that was written by a cohort simulation.'
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        said = said.get("execution", said)
-        return Execution.model_validate({name: said[name] for name in Execution.model_fields})
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path}: cannot be read: {err}", hint) from err
-    except (ValueError, AttributeError, KeyError, TypeError, ValidationError) as err:
-        raise ConfigError(f"{path}: no execution plan", hint) from err
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"{path}: not JSON: {err}", hint) from err
+    if isinstance(said, dict):
+        said = said.get("execution", said)
+    if not isinstance(said, dict) or not said.keys() & Execution.model_fields.keys():
+        raise ConfigError(f"{path}: no execution plan", hint)
+    try:
+        return Execution.model_validate({key: value for key, value in said.items() if key not in _FOUND})
+    except ValidationError as err:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {_WRONG.get(e['type'], e['msg'])}" for e in err.errors()]
+        raise ConfigError(f"{path}: execution plan: " + "; ".join(wrong), hint) from err
+
+
+_FOUND = ("tried", "not_batched_because")
+"""What `fields` says besides the plan."""
+_WRONG = {"extra_forbidden": "unknown key", "missing": "missing"}
 
 
 def cores() -> int:

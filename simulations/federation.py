@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -29,10 +30,10 @@ from ..clients.datasets import RegisteredDataset, Split, csv_source
 from ..clients.gate import Gate
 from ..clients.outbox import Outbox
 from ..clients.run_keys import RunKeys
-from ..clients.training import check_model
+from ..clients.training import check_records_apart
 from ..common.charter import SignedCharter, SimulatedClients, draft
 from ..common.config import SIGNED_PARTNERS_MAX, Federation, check_delta
-from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, TaskError
+from ..common.errors import CharterError, ConfigError, DataError, OutputError, Refused, RunFailed, TaskError
 from ..common.flower import Context, Grid, RecordDict
 from ..common.heads import KeptHeads
 from ..common.identity import TEMPORARY, Identity, canonical, output_error, public_pem, sha256, write_whole
@@ -40,8 +41,9 @@ from ..common.ledger import Ledger
 from ..common.messages import PlainWire, SignedWire, Wire
 from ..common.model import Arrays, write_model
 from ..common.plan import SOFTWARE, calibrated
-from ..common.tasks import Task, code_sha256, initial_model, load_task, sized
+from ..common.tasks import Task, check_model, code_sha256, initial_model, load_task, sized
 from ..server.app import make_server_app
+from ..server.masked import GIVE_UP
 from ..server.records import LedgerRecords, Records
 from ..server.roster import Roster
 from ..server.rounds import Coordinator, Outcome
@@ -81,6 +83,11 @@ def private_folder(out: Path) -> Path:
 def holds_anything(folder: Path) -> bool:
     """Whether there is more in a folder than our lock and what a killed process had not finished writing."""
     return folder.exists() and any(not _UNFINISHED.fullmatch(p.name) and p.name != LOCK for p in folder.iterdir())
+
+
+def holds_sweep(out: Path, private: Path) -> bool:
+    """Whether it is a sweep's folder: of runs in folders of their own."""
+    return (out / "sweep.json").exists() or any(private.glob("*/run.json"))
 
 
 def config_sha256(config: Federation) -> str:
@@ -221,8 +228,9 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.private = self.private_root or private_folder(self.out)
-        self.config = sized(self.config)
         self.task = load_task(self.config.task)
+        check_model(self.task)
+        self.config = sized(self.config)
         self._choose_engine()
         self.inputs = inputs_of(self.config, self.base)
         self._refuse_foreign()  # before anything is written
@@ -258,7 +266,10 @@ class Simulation:
         """
         outcomes: list[Outcome] = []
         app = make_server_app(self.coordinator, run_id or self.run_id, outcomes.append, only)
-        app(self.grid, _context(1))
+        try:
+            app(self.grid, _context(1))
+        except RunFailed as err:
+            raise RunFailed(err.message, err.hint.removesuffix(GIVE_UP)) from err
         return outcomes[0]
 
     def another_run(self) -> str:
@@ -306,6 +317,16 @@ class Simulation:
         try:
             if not (self.private / "run.json").exists() and (holds_anything(self.out) or holds_anything(self.private)):
                 what = "an earlier demo" if self.kind == "demo" else "a run of ours"
+                if self.kind != "demo" and holds_sweep(self.out, self.private):
+                    raise OutputError(
+                        f"{self.out}: holds a sweep",
+                        "Go on with it: --resume, with the --sweep and --seeds it had. Or give another --out.",
+                    )
+                if self.kind != "demo" and (self.out / "charter.json").exists() and not holds_anything(self.private):
+                    raise OutputError(
+                        f"{self.out}: holds a run, and its private folder {self.private} is missing",
+                        "Put it back to go on with that run, or give another --out.",
+                    )
                 raise OutputError(f"{self.out}: not empty, and not {what}", "Give another --out, or empty this one.")
         except OSError as err:
             raise OutputError(f"{self.out}: {err.strerror}", "Give another --out.") from err
@@ -327,14 +348,15 @@ class Simulation:
             state = None
         if state is not None and state.get("kind") == "demo":
             raise OutputError(f"{self.out}: holds a run of `hansa demo`", "Give another --out.")
-        if state is not None and not self.resume:
-            raise OutputError(
-                f"{self.out}: holds another run",
-                "Go on with it: --resume. Or give another --out, or delete this folder and its .private one.",
-            )
+        again = "ive another --out, or delete this folder and its .private one."
         if state is not None and state.get("config_sha256") != mine:
+            began = "Give the configuration it began with. Or g" if self.resume else "G"
+            raise OutputError(f"{self.out}: holds a run of another configuration", began + again)
+        if state is not None and not self.resume:
+            if (self.out / "result.json").exists():
+                raise OutputError(f"{self.out}: holds another run, which is finished", "To run it again g" + again)
             raise OutputError(
-                f"{self.out}: holds a run of another configuration", "Give the configuration it began with."
+                f"{self.out}: holds another run, which is not finished", "Go on with it: --resume. Or g" + again
             )
         if state is not None and state.get("engine", NODES) != self.engine:
             raise OutputError(
@@ -379,7 +401,6 @@ class Simulation:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         self._model = initial_model(self.task, self.config.seed)
-        check_model(self._model)
         if self.engine == NODES:
             self._set_up_nodes()
         else:
@@ -391,10 +412,16 @@ class Simulation:
 
     def _set_up_nodes(self) -> None:
         """A node, its keys and its ledger for each partner."""
+        if self.config.privacy.kind != "none":
+            check_records_apart(self._model, self.task.loss, self.task.schema.shape)
         parts = parts_of(self.config, self.base, self.task)
         me = self._identity(COORDINATOR)
         who = {name: self._identity(name) for name in parts}
         sizes = {name: part.declared_records for name, part in parts.items()}
+        if empty := [name for name, size in sizes.items() if not size]:
+            raise ConfigError(
+                f"{empty[0]} has no training row left", "Fewer clients, or a smaller evaluation.test_fraction."
+            )
         self.signed = self._charter(max(sizes.values()), sizes, None, me, who)
         charter = self.signed.charter
         registered = {}
@@ -575,7 +602,9 @@ class Simulation:
         try:
             check_delta(self.config.privacy.delta, largest if self.config.privacy.unit == "record" else 0)
         except ValueError as err:
-            raise ConfigError(str(err)) from err
+            raise ConfigError(
+                str(err), f"Write a smaller one: {10 ** math.floor(math.log10(0.999 / largest)):g}."
+            ) from err
         config = over_sampled(self.config)
         charter = draft(
             config,

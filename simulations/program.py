@@ -197,22 +197,23 @@ class Program:
         if node.op == "call_method" and node.target in _PLAIN_METHODS:
             return
         if node.op != "call_module":
-            raise Unsupported(f"it uses {node.target}")
+            raise Unsupported(f"it uses {_called(node)}")
         name, module = str(node.target), self._modules[str(node.target)]
         own = {n: f"{name}.{n}".removeprefix("0.") for n, _ in module.named_parameters(recurse=False)}
         trainable = {n: places[full] for n, full in own.items() if full in places}
+        what = _layer(name, module)
         if not trainable:
             if not isinstance(module, (*_PLAIN_MODULES, nn.Dropout)):
-                raise Unsupported(f"layer '{name}' ({type(module).__name__}) is not known")
+                raise Unsupported(f"{what} is not known")
             if getattr(module, "inplace", False):
-                raise Unsupported(f"layer '{name}' works in place")
+                raise Unsupported(f"{what} works in place")
             self.dropout = self.dropout or isinstance(module, nn.Dropout)
             return
         kind = LAYERS.get(type(module))
         if kind is None or len(trainable) != len(own):
-            raise Unsupported(f"layer '{name}' ({type(module).__name__}) is not known, or trainable in parts only")
+            raise Unsupported(f"{what} is not known, or trainable in parts only")
         if isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.max_norm or module.sparse):
-            raise Unsupported(f"layer '{name}' has padding_idx, max_norm or sparse")
+            raise Unsupported(f"{what} has padding_idx, max_norm or sparse")
         self.once = self.once and name not in self.layers
         self.layers[name] = kind(name, module, trainable)
         placed |= {own[n] for n in trainable}
@@ -360,7 +361,7 @@ class Program:
             )
         if not isinstance(y, Tensor):
             if isinstance(y, tuple | list) and any(isinstance(part, Tensor) for part in y):
-                raise Unsupported(f"{node.target} gives more than one tensor")
+                raise Unsupported(f"{_called(node)} gives more than one tensor")
             return y
         if not y.requires_grad:
             return y
@@ -452,15 +453,29 @@ def _random_states() -> tuple[object, ...]:
     return random.getstate(), numbers[1].tobytes(), numbers[2], torch.get_rng_state().numpy().tobytes()
 
 
+def _called(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _layer(name: str, module: nn.Module) -> str:
+    """A layer by the name that the model's author knows: here the model itself is the layer "0" of a whole."""
+    own = name.removeprefix("0").removeprefix(".")
+    return f"layer '{own}' ({type(module).__name__})" if own else type(module).__name__
+
+
 def _refuse_in_place(node: fx.Node) -> None:
     """A statement that changes a tensor has no users in the trace, and others may have seen the tensor before or after."""
+    if node.op == "get_attr":
+        own = str(node.target).removeprefix("0.")
+        made = own.startswith("_tensor_constant")  # torch.fx's name of what forward made
+        raise Unsupported("it makes a tensor of its own" if made else f"parameter '{own}' is used outside of a layer")
     if node.op not in ("call_function", "call_method"):
         return
     known = node.target in _PLAIN_METHODS if node.op == "call_method" else node.target in {*_PLAIN_FUNCTIONS, F.dropout}
     if not known:
-        raise Unsupported(f"it uses {node.target}")
+        raise Unsupported(f"it uses {_called(node)}")
     if "out" in node.kwargs or node.kwargs.get("inplace") or (node.target in _ACTIVATIONS and True in node.args):
-        raise Unsupported(f"{node.target} works in place")
+        raise Unsupported(f"{_called(node)} works in place")
 
 
 _ACTIVATIONS = {F.relu, F.leaky_relu, F.elu, F.silu, F.mish, F.hardtanh}
@@ -473,7 +488,7 @@ def compiled(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], records
     """The model as a program, tried against autograd before it is given out: on these records, and on made-up ones.
 
     Args:
-        model: in train mode; passes `clients.training.check_model`.
+        model: in train mode; passes `tasks.check_layers`.
         loss: (output, labels [n]) -> losses [n].
         records: a few [n, ...], as they will be.
         private: gradients are to be clipped by record.

@@ -90,7 +90,7 @@ def arrays(folder: Path, task: Task) -> tuple[Rows, Rows | None, Owners | None]:
     test = _mapped(folder / "x_test.npy", folder / "y_test.npy", task) if (folder / "x_test.npy").exists() else None
     if not (folder / "client.npy").exists():
         return rows, test, None
-    owners = _integers(folder / "client.npy", len(rows))
+    owners = _integers(folder / "client.npy", len(rows), "client")
     if owners.min(initial=0) < 0:
         raise DataError(f"{folder}/client.npy: {owners.min()} is no client", "Clients are numbered from 0.")
     return rows, test, owners
@@ -105,15 +105,17 @@ def _mapped(x: Path, y: Path, task: Task) -> Rows:
         raise DataError(
             f"{x}: {features.dtype} with {counted(features.ndim, 'dimension')}, not float32 [n, ...]", _ARRAYS
         )
-    rows = Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features))))
+    rows = Rows(torch.from_numpy(features), torch.from_numpy(_integers(y, len(features), "label")))
     check(str(x), rows, task, getattr(features, "_mmap", None))
     return rows
 
 
-def _integers(path: Path, n: int) -> npt.NDArray[np.int64]:
+def _integers(path: Path, n: int, one: str) -> npt.NDArray[np.int64]:
     found = _array(path)
-    if found.dtype.kind not in "iu" or found.shape != (n,):
+    if found.dtype.kind not in "iu" or found.ndim != 1:
         raise DataError(f"{path}: {found.dtype} {list(found.shape)}, not integers [{n}]", _ARRAYS)
+    if len(found) != n:
+        raise DataError(f"{path}: {counted(len(found), one)} for {counted(n, 'row')}", _ARRAYS)
     return np.asarray(found, np.int64)
 
 

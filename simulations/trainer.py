@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from ..clients.app import round_seed, without_words
-from ..clients.training import LocalSettings, train_locally
+from ..clients.training import NOT_FINITE, LocalSettings, train_locally
 from ..common.errors import Refusal, Refused
 from ..common.tasks import Task
 from .clients import Clients
@@ -75,6 +75,7 @@ class Trainer:
         self.spent_s: dict[str, float] = {}
         self.why_not: str | None = None
         self.secret = False
+        self._said: set[str] = set()
         self.private = settings.event is not None
         self._cohort: Cohort | None = None
         try:
@@ -148,8 +149,11 @@ class Trainer:
         return spent
 
     def _say(self, what: str, err: Exception) -> None:
-        if not self.secret:  # in which rounds something is wrong tells in which of them that client was drawn
-            _log.error("%s: %s", what, without_words(err))
+        said = f"{what}: {without_words(err)}"
+        # In which rounds something is wrong tells in which of them that client was drawn. What is wrong with all is said once.
+        if not self.secret and said not in self._said:
+            self._said.add(said)
+            _log.error("%s", said)
 
     def _member(self, number: int, client: int, settings: LocalSettings) -> Member | None:
         try:
@@ -205,7 +209,7 @@ class Trainer:
         return Outcome()
 
 
-_NOT_FINITE = Outcome(refused=(Refusal.NUMERIC.value, "the update is not finite"))
+_NOT_FINITE = Outcome(refused=(Refusal.NUMERIC.value, NOT_FINITE))
 
 
 def _keep_memory(*, trim: bool = False) -> None:

@@ -7,6 +7,7 @@ whose name is the task's and whose object is a `Task`; `hansa task new` writes o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import re
@@ -21,10 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Federation
-from ..errors import ConfigError, TaskError
+from ..errors import ConfigError, TaskError, counted
 from .schema import ArraySchema, TableSchema
 
-__all__ = ["Task", "check_model", "code_sha256", "cross_entropy", "initial_model", "load_task", "sized", "task_names"]
+__all__ = [
+    "Task",
+    "check_layers",
+    "check_model",
+    "code_sha256",
+    "cross_entropy",
+    "initial_model",
+    "load_task",
+    "sized",
+    "task_names",
+]
 
 # Also entry points, but they must work where the package is on the path without being installed.
 _BUILT_IN = {name: f"{__name__}.{name.replace('-', '_')}" for name in ("digits", "fashion-mnist", "heart-disease")}
@@ -112,13 +123,14 @@ def sized(config: Federation) -> Federation:
 
     Raises:
         ConfigError: it gives another number.
-        TaskError: as `load_task`.
+        TaskError: as `load_task` and `check_model`.
     """
     secure = config.secure_aggregation
     if secure is None:
         return config
-    model = initial_model(load_task(config.task), config.seed)
-    dimension = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    task = load_task(config.task)
+    check_model(task)
+    dimension = sum(p.numel() for p in initial_model(task, config.seed).parameters() if p.requires_grad)
     if secure.dimension not in (None, dimension):
         raise ConfigError(
             f"secure_aggregation.dimension is {secure.dimension}; the model of task {config.task} has {dimension} parameters",
@@ -128,30 +140,140 @@ def sized(config: Federation) -> Federation:
 
 
 def check_model(task: Task) -> None:
-    """Build the model, run it on two records of zeros, check shapes and loss; torch's generator is left
-    alone.
+    """Build the model, look at its layers, and try it and the loss on made-up records; torch's generator is left alone.
+
+    Whatever trains or plans a task calls it first: a mistake is told once, before anything is spent.
 
     Raises:
         TaskError: the model or the loss does not do what `Task` says.
     """
-    logits_shape, loss_shape = (2, len(task.classes)), (2,)
     with torch.random.fork_rng(devices=[]):
         try:
             model = task.build_model()
-            logits = model(torch.zeros(2, *task.schema.shape))
-            loss = task.loss(logits, torch.zeros(2, dtype=torch.int64))
         except Exception as error:
             raise TaskError(
-                f"task {task.name}: the model fails on records of shape {list(task.schema.shape)}: {error}",
-                "Its first layer must take schema.shape, its loss logits and int64 classes.",
+                f"task {task.name}: build_model fails: {_said(error)}", "Correct the task's code."
             ) from error
-    if tuple(logits.shape) != logits_shape or tuple(loss.shape) != loss_shape:
+        if not isinstance(model, nn.Module):
+            raise TaskError(
+                f"task {task.name}: build_model gives {type(model).__name__}, not a torch.nn.Module",
+                "Return the model from it.",
+            )
+        try:
+            check_layers(model)
+        except TaskError as error:
+            raise TaskError(f"task {task.name}: {error.message}", error.hint) from error
+        _, loss = _tried(task, model, torch.zeros(2, *task.schema.shape), [0, 0])
+        if not bool(torch.isfinite(loss).all()):
+            raise TaskError(f"task {task.name}: the loss of two records of zeros is not finite")
+        _refuse_mixing(task, model)
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse a model whose per-record gradients do not exist or whose training leaves something outside them.
+
+    Whether or not training will be protected. It does not import Opacus, and refuses all that Opacus refuses.
+
+    Raises:
+        TaskError: naming the layer and what to use instead.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TaskError("the model has no trainable parameters", "Set requires_grad on those that are to be trained.")
+    for name, layer in model.named_modules():
+        trainable = any(p.requires_grad for p in layer.parameters(recurse=False))
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            # Also without parameters of its own, or frozen: in train mode it mixes records all the same.
+            why, instead = "mixes the records of a batch", "nn.GroupNorm or nn.LayerNorm"
+        elif isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
+            why, instead = "keeps statistics of the records", "track_running_stats=False"
+        elif isinstance(layer, nn.RNNBase) and trainable:
+            why, instead = "has no per-record gradients", f"opacus.layers.DP{layer.mode.split('_')[0]}"
+        elif isinstance(layer, nn.MultiheadAttention) and trainable:
+            why, instead = "has no per-record gradients", "opacus.layers.DPMultiheadAttention"
+        elif getattr(layer, "inplace", False) is True:
+            why, instead = "overwrites what per-record gradients are computed from", "inplace=False"
+        elif trainable and next(layer.buffers(), None) is not None:
+            why, instead = (
+                "has buffers, which training may change unaccounted",
+                "a parameter, or a parent's buffer",
+            )
+        else:
+            continue
+        raise TaskError(f"layer '{name}' ({type(layer).__name__}) {why}", f"Use {instead} instead.")
+
+
+def _tried(task: Task, model: nn.Module, records: Tensor, labels: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits and losses of some made-up records.
+
+    Raises:
+        TaskError: the model or the loss fails, or gives another shape than `Task` says.
+    """
+    shape, n = list(records.shape[1:]), len(records)
+    with torch.no_grad():
+        try:
+            logits = model(records)
+        except Exception as error:
+            shapes = re.search("shape|size|dimension|channel", str(error), re.IGNORECASE)
+            raise TaskError(
+                f"task {task.name}: the model fails on records of shape {shape}: {_said(error)}",
+                "Its first layer must take schema.shape, and each what the one before gives."
+                if shapes
+                else "Correct the task's code.",
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (n, len(task.classes)):
+            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TaskError(
+                f"task {task.name}: for {counted(n, 'record')} the model gives {given}, not {[n, len(task.classes)]}",
+                "It must give one logit a class, also where there are two classes.",
+            )
+        try:
+            loss = task.loss(logits, torch.tensor(labels))
+        except Exception as error:
+            raise TaskError(
+                f"task {task.name}: the loss fails on logits {list(logits.shape)}: {_said(error)}",
+                "It takes logits [n, classes] and int64 classes [n].",
+            ) from error
+    if not isinstance(loss, Tensor) or loss.shape != (n,):
+        given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise TaskError(
-            f"task {task.name}: for two records the model gives {list(logits.shape)} (one logit a class: "
-            f"{list(logits_shape)}) and the loss {list(loss.shape)} (one loss a record: {list(loss_shape)})"
+            f"task {task.name}: for {counted(n, 'record')} the loss gives {given}, not {[n]}",
+            "It must give one loss a record: reduction='none', and a mean over everything but the first dimension.",
         )
-    if not bool(torch.isfinite(loss).all()):
-        raise TaskError(f"task {task.name}: the loss of two records of zeros is not finite")
+    return logits, loss
+
+
+def _refuse_mixing(task: Task, model: nn.Module) -> None:
+    """Raise TaskError when what comes out for a record depends on the one beside it. Overwrites the parameters."""
+    shape = task.schema.shape
+    torch.manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:  # an output layer that starts at zero would hide it
+            nn.init.normal_(p, std=0.3)
+    record, other = torch.randint(0, 2, (2, *shape)).float()  # 0 and 1: also valid as tokens
+    # Code that mixes by the largest number of a batch, say, shows only where numbers differ.
+    one, small, large = (size * torch.randn(shape) for size in (1.0, 0.1, 30.0))
+
+    def beside(first: Tensor, second: Tensor, label: int) -> list[Tensor]:
+        torch.manual_seed(0)  # the same dropout for both
+        logits, loss = _tried(task, model, torch.stack([first, second]), [0, label])
+        return [logits[0], loss[:1]]
+
+    def differs(first: Tensor, second: Tensor, third: Tensor) -> bool:
+        pairs = zip(beside(first, second, 0), beside(first, third, 1), strict=True)
+        return not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs)
+
+    mixes = differs(record, other, 1 - other)
+    with contextlib.suppress(TaskError):  # where 0 and 1 alone are valid
+        mixes = mixes or differs(one, small, large)
+    if mixes:
+        raise TaskError(
+            f"task {task.name}: the model or the loss mixes records: what it gives for one depends on the others of its batch",
+            "Normalise within a record (nn.LayerNorm, nn.GroupNorm), and take means over everything but the first dimension.",
+        )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @cache

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from hansa.clients import app as app_module
-from hansa.clients import preflight
+from hansa.clients import preflight, registry
 from hansa.clients.datasets import RegisteredDataset
 from hansa.clients.law import Control
 from hansa.clients.node import assemble
@@ -32,6 +34,7 @@ from hansa.common.errors import (
     Refusal,
     RunFailed,
     SchemaViolation,
+    TaskError,
 )
 from hansa.common.events import EventLog
 from hansa.common.tasks import load_task
@@ -111,6 +114,32 @@ def test_approval_pause_and_withdrawal_while_it_runs(realm: Realm) -> None:
     assert (outcome.why, realm.reasons(outcome, "ben")) == ("completed", {Refusal.WITHDRAWN.value})
     realm.start("ben")  # also after a restart it can close what is under that charter
     assert realm.run("run-5").why == "completed"
+
+
+def test_a_model_that_cannot_be_protected_stops_a_node_before_it_is_asked(
+    realm: Realm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a round it would be charged, and answered with nothing but "failed"."""
+    task = load_task(realm.signed.charter.task.name)
+
+    (inputs,) = task.schema.shape
+
+    class Product(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = torch.nn.Bilinear(inputs, inputs, len(task.classes))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x, x)
+
+    broken = replace(task, build_model=Product)
+    monkeypatch.setattr(registry, "load_task", lambda _: broken)
+    with pytest.raises(TaskError, match=r"\(Bilinear\) has no per-record gradients"):
+        realm.start("ada")
+    found = check(realm.settings("ada"), None)
+    assert any("(Bilinear) has no per-record gradients" in one.what for one in found if one.state == "FAIL")
+    monkeypatch.undo()
+    realm.start("ada")  # the failed start let go of everything
 
 
 def test_what_stops_a_node(realm: Realm) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from hansa.clients import training
 from hansa.clients.datasets import Rows
-from hansa.clients.training import Descent, LocalSettings, check_model, train_locally
+from hansa.clients.training import Descent, LocalSettings, check_records_apart, train_locally
 from hansa.common.errors import ConfigError, MessageError, Refusal, Refused, TaskError
 from hansa.common.noise import SecureNoise
+from hansa.common.tasks import Task, check_layers, check_model
+from hansa.common.tasks.schema import ArraySchema
 
 
 def loss(output: Tensor, labels: Tensor) -> Tensor:
@@ -344,8 +346,9 @@ import sys, json, torch
 from torch import nn
 from hansa.clients.datasets import Rows
 from hansa.clients.training import *
+from hansa.common.tasks import check_layers
 m = nn.Linear(2, 2)
-check_model(m)
+check_layers(m)
 w = {n: p.detach().numpy().copy() for n, p in m.named_parameters()}
 l = lambda o, y: nn.functional.cross_entropy(o, y, reduction="none")
 train_locally(m, l, w, Rows(torch.ones(2, 2), torch.zeros(2, dtype=torch.int64)),
@@ -588,7 +591,7 @@ class Wrapped(nn.Module):
 )
 def test_unsuitable_layers_are_named_with_what_to_use_instead(layer, instead):
     with pytest.raises(TaskError, match=r"layer 'body\.1") as error:
-        check_model(Wrapped(layer))
+        check_layers(Wrapped(layer))
     assert instead in error.value.hint
 
 
@@ -601,21 +604,21 @@ def test_everything_opacus_refuses_is_refused():
         layer = kind(*made.get(kind, (4,)), **more)
         assert ModuleValidator.validate(layer), kind
         with pytest.raises(TaskError, match=kind.__name__):
-            check_model(Wrapped(layer))
+            check_layers(Wrapped(layer))
 
 
 def test_a_model_without_trainable_parameters_is_refused():
     for model in (nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)):
         with pytest.raises(TaskError, match="no trainable parameters"):
-            check_model(model)
+            check_layers(model)
 
 
 def test_usual_models_pass():
-    check_model(mlp(nn.Dropout()))
-    check_model(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)))
+    check_layers(mlp(nn.Dropout()))
+    check_layers(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)))
     model = Wrapped(nn.ReLU())
     model.register_buffer("positions", torch.arange(4))  # constant, and the root has no parameters of its own
-    check_model(model)
+    check_layers(model)
 
 
 class Mixing(nn.Module):
@@ -688,6 +691,27 @@ class Remembering(nn.Module):
         return self.out(x)
 
 
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Bilinear(5, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x, x)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        z = self.out(y)
+        y.zero_()
+        return z
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -699,12 +723,13 @@ class Remembering(nn.Module):
         (Tied(), "do not add up"),
         (Unused(), "'spare.weight' gets no gradient"),
         (Remembering(), "buffer"),
-        (nn.Linear(4, 3), "made-up records of shape"),
+        (Squared(), r"layer 'out' \(Bilinear\) has no per-record gradients"),
+        (InPlace(), "made-up records of shape"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_models_that_do_not_keep_records_apart_are_refused_before_real_records_are_used(model, words):
-    check_model(model)  # layers alone do not show it
+    check_layers(model)  # layers alone do not show it
     clean = traces(model)
 
     class OnlyShape:
@@ -715,6 +740,8 @@ def test_models_that_do_not_keep_records_apart_are_refused_before_real_records_a
 
     with pytest.raises(TaskError, match=words):
         train_locally(model, loss, weights_of(model), OnlyShape(), private(), 10, seed=None)
+    with pytest.raises(TaskError, match=words):
+        check_records_apart(model, loss, (5,))
     assert traces(model) == clean
 
 
@@ -747,6 +774,7 @@ def test_numbers_that_are_tokens_are_tried_as_tokens_alone():
     model = Words()
     tokens = Rows(torch.randint(0, 2, (5, 5)).float(), torch.zeros(5, dtype=torch.int64))
     train_locally(model, loss, weights_of(model), tokens, private(), 5, seed=None)
+    check_model(Task("t", "", ArraySchema(shape=(5,), value_range=(0, 1)), ("a", "b", "c"), Words))
 
 
 def test_a_loss_that_mixes_records_is_refused():

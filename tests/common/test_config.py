@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hansa.common.config import SIGNED_PARTNERS_MAX, Federation, check_delta, load_config, threshold_of
+from hansa.common.config import SIGNED_PARTNERS_MAX, Federation, check_delta, load_config, located, threshold_of
 from hansa.common.errors import ConfigError
 
 GOOD = """\
@@ -140,6 +140,34 @@ def test_a_bad_value(tmp_path: Path, old: str, new: str, line: int, key: str, wo
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("partition", "words"),
+    [
+        ("{kind: dirichlet}", "population.partition: alpha is missing"),
+        ("{kind: quantity}", "population.partition: alpha is missing"),
+        ("{kind: drawn}", "population.partition: records is missing"),
+        ("{kind: iid, alpha: 1}", "population.partition.alpha: alpha goes with"),
+        ("{kind: iid, records: 1}", "population.partition.records: records goes with"),
+        ("{kind: iid}\nprivacy: {kind: central, epsilon: 1, delta: 1e-4, clip_norm: 1}", "privacy: unit is missing"),
+    ],
+)
+def test_what_is_missing_is_not_called_unwanted(tmp_path: Path, partition: str, words: str) -> None:
+    text = GOOD[: GOOD.index("partners:")] + GOOD[GOOD.index("algorithm:") :]
+    text += f"population:\n  dataset: digits\n  clients: 9\n  partition: {partition}\n"
+    if "privacy" in partition:
+        text = text[: text.index("privacy:")] + text[text.index("evaluation:") :]
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path, text)
+
+
+def test_what_data_show_is_told_with_its_place(tmp_path: Path) -> None:
+    load(tmp_path, GOOD)
+    found = located(tmp_path / "c.yaml", ConfigError("privacy.delta 0.5 is too large", "hint"))
+    assert (found.message, found.hint) == (f"{tmp_path}/c.yaml:16: privacy.delta 0.5 is too large", "hint")
+    for other in ("no data set 'x'", "a: b", "privacy.nothing is there"):
+        assert located(tmp_path / "c.yaml", ConfigError(other)).message == other
+
+
 SHARED = (
     GOOD.replace("declared_records: 100}\n", "declared_records: 100}\n  cy: {data: c.csv, declared_records: 60}\n")
     .replace("steps: 6", "steps: 1")
@@ -161,7 +189,7 @@ def test_secure_aggregation_goes_with_every_kind(tmp_path: Path, kind: str) -> N
 
 # (what stands in SHARED, what is put there, the key, what else the message says)
 BAD_SHARED: list[tuple[str, str, str, tuple[str, ...]]] = [
-    ("noise: shared", "noise: shared\n  kind: shared", "privacy.noise", ("unknown key",)),
+    ("noise: shared", "noise: shared\n  kind: shared", "privacy.noise", ("another name of kind: give one",)),
     ("noise: shared", "noise: elsewhere", "privacy", ("'local', 'shared', 'central' or 'none'",)),
     ("  clip_norm: 1.0\n", "", "privacy", ("kind shared needs clip_norm",)),
     ("secure_aggregation: {colluding: 1, retries: 2}", "", "(whole file)", ("secure_aggregation is missing", "colluding")),
@@ -210,7 +238,7 @@ def test_central_noise_is_read(tmp_path: Path) -> None:
 
 # (what stands in CENTRAL, what is put there, the key at whose line it is said, what else the message says)
 BAD_CENTRAL: list[tuple[str, str, str, tuple[str, ...]]] = [
-    ("  unit: client\n", "", "privacy", ("unit client goes with kind central",)),
+    ("  unit: client\n", "", "privacy", ("unit is missing: central noise",)),
     ("kind: central", "kind: local", "privacy.unit", ("unit client goes with kind central",)),
     ("unit: client", "unit: user", "privacy.unit", ("'record' or 'client'",)),
     ("population: {dataset: digits, clients: 500}", "partners: {ada: {data: a, declared_records: 9}, ben: {data: b, declared_records: 9}}",
@@ -302,9 +330,10 @@ def test_too_many_partners(tmp_path: Path) -> None:
         ("[" * 5000, "nested too deeply"),
         ("a: \x00", "not valid YAML"),
         (b"a: \xff\xfe", "not UTF-8"),
-        ("", "c.yaml:1: (whole file)"),
+        ("", "c.yaml: the file is empty"),
+        ("# to do", "c.yaml: the file is empty"),
         ("just words", "c.yaml:1: (whole file)"),
-        ("- a\n- b", "c.yaml:1: (whole file)"),
+        ("- a\n- b", "c.yaml:1: (whole file): must be keys with values"),
     ],
 )
 def test_what_is_no_configuration(tmp_path: Path, text: str | bytes, words: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,21 @@ def test_without_torch_only_secure_aggregation_needs_it(
     assert "pip install 'hansa[train]'" in err
     bare = SHARED.replace("noise: shared", "noise: local").replace("secure_aggregation: {colluding: 1, retries: 2}", "")
     assert plan(bare)[0] == 0
+
+
+def test_a_plan_for_a_model_that_cannot_be_trained_says_so(
+    plan: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hansa.common import tasks
+
+    broken = replace(tasks.load_task("digits"), build_model=lambda: 1 / 0)  # type: ignore[return-value, arg-type]
+    monkeypatch.setattr(tasks, "load_task", lambda name: broken)
+    bare = SHARED.replace("noise: shared", "noise: local").replace("secure_aggregation: {colluding: 1, retries: 2}", "")
+    assert plan(bare)[0] == 0, "ours are known to work, and are not looked at"
+    for text in (bare, SHARED):
+        code, out, err = plan(text.replace("task: heart-disease", "task: mine"))
+        assert (code, out) == (2, "")
+        assert "build_model fails: ZeroDivisionError" in err
 
 
 def test_another_dimension_than_the_tasks_is_refused(plan: Callable[..., tuple[int, str, str]]) -> None:

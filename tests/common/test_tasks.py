@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from hansa.common.config import load_config
 from hansa.common.errors import DataError, OutputError, RunFailed, SchemaViolation, TaskError
-from hansa.common.tasks import Task, check_model, code_sha256, load_task, task_names
+from hansa.common.tasks import Task, check_model, code_sha256, cross_entropy, load_task, task_names
 from hansa.common.tasks import scaffold as scaffold_module
 from hansa.common.tasks.metrics import evaluate, histogram_metrics, score_histogram, scores_of
 from hansa.common.tasks.scaffold import scaffold
@@ -459,21 +459,94 @@ def test_a_malformed_task(changes, message):
         Task(**(fields | changes))
 
 
+class Centred(torch.nn.Linear):
+    """Mixes, whatever the numbers."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+class Largest(torch.nn.Linear):
+    """Mixes, but not records of 0 and 1."""
+
+    def forward(self, x):
+        return super().forward(x / x.abs().max().clamp_min(1))
+
+
+class Zero(Centred):
+    """Mixes, but not as it begins."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        torch.nn.init.zeros_(self.weight)
+
+
+class Typo(torch.nn.Linear):
+    def forward(self, x):
+        return x.linear(self.weight)
+
+
+def balanced(logits, labels):
+    return cross_entropy(logits, labels) / torch.bincount(labels, minlength=2)[labels]
+
+
 @pytest.mark.parametrize(
-    ("build", "loss", "message"),
+    ("build", "loss", "message", "hint"),
     [
-        (lambda: torch.nn.Linear(4, 2), None, r"fails on records of shape \[3\]"),
-        (lambda: torch.nn.Linear(3, 1), None, "fails on records|the model gives"),
-        (lambda: torch.nn.Linear(3, 5), None, r"the model gives \[2, 5\]"),
-        (lambda: torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy, r"the loss \[\] \(one loss a record: \[2\]"),
-        (lambda: torch.nn.Linear(3, 2), lambda z, y: z[:, 0] * torch.nan, "is not finite"),
-        (lambda: 1 / 0, None, "division by zero"),
+        (lambda: torch.nn.Linear(4, 2), None, r"fails on records of shape \[3\].*cannot be multiplied", "schema.shape"),
+        (lambda: torch.nn.Linear(3, 1), None, r"the model gives \[2, 1\], not \[2, 2\]", "one logit a class"),
+        (lambda: torch.nn.Linear(3, 5), None, r"the model gives \[2, 5\]", "one logit a class"),
+        (
+            lambda: torch.nn.Linear(3, 2),
+            torch.nn.functional.cross_entropy,
+            r"the loss gives \[\], not \[2\]",
+            "reduction",
+        ),
+        (lambda: torch.nn.Linear(3, 2), lambda z, y: z[:, 0] * torch.nan, "is not finite", ""),
+        (lambda: torch.nn.Linear(3, 2), lambda z, y: z.oops, "the loss fails on logits.*'oops'", "int64 classes"),
+        (lambda: torch.nn.Linear(3, 2), lambda z, y: None, "the loss gives NoneType", "one loss a record"),
+        (lambda: 1 / 0, None, "build_model fails: ZeroDivisionError: division by zero", "Correct the task's code."),
+        (lambda: None, None, "gives NoneType, not a torch.nn.Module", "Return"),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LSTM(2, 2)), None, "'1'.*LSTM", "DPLSTM"),
+        (
+            lambda: torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)),
+            None,
+            "layer '0'.*mixes",
+            "Group",
+        ),
+        (lambda: Typo(3, 2), None, "no attribute 'linear'", "Correct the task's code."),
+        (lambda: Centred(3, 2), None, "mixes records", "LayerNorm"),
+        (lambda: Largest(3, 2), None, "mixes records", "LayerNorm"),
+        (lambda: Zero(3, 2), None, "mixes records", "LayerNorm"),
+        (lambda: torch.nn.Linear(3, 2), balanced, "mixes records", "LayerNorm"),
     ],
 )
-def test_check_model_finds_a_model_that_does_not_fit(build, loss, message):
+def test_check_model_finds_a_model_that_does_not_fit(build, loss, message, hint):
+    """And says of what kind the mistake is: a hint about shapes helps nobody with a typo."""
     task = Task("t", "", ARRAYS, ("a", "b"), build, **({"loss": loss} if loss else {}))
-    with pytest.raises(TaskError, match=message):
+    before = torch.get_rng_state()
+    with pytest.raises(TaskError, match=message) as caught:
         check_model(task)
+    assert hint in caught.value.hint
+    assert ("schema.shape" in caught.value.hint) == ("multiplied" in message)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_check_model_takes_dropout_and_the_recurrent_layers_that_opacus_has():
+    from opacus.layers import DPLSTM
+
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = DPLSTM(1, 4, batch_first=True), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.inner(x.unsqueeze(-1))[0][:, -1])
+
+    check_model(Task("t", "", ARRAYS, ("a", "b"), Last))
+    check_model(
+        Task("t", "", ARRAYS, ("a", "b"), lambda: torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(3, 2)))
+    )
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -632,7 +632,7 @@ def test_arrays_to_the_coordinator_do_not_execute(town: Town, marker: Path, how:
     town.twists["ada"] = twist
     assert [done["partners"] for done in town.run(run).history] == [1, 1]
     invalid(town, run, 1, "a message without manifest")
-    invalid(town, run, 2, "ada's update has other tensors than the model")
+    invalid(town, run, 2, "the update has other tensors than the model")
     town.run(third)
     invalid(town, third, 1, "a malformed tensor in the manifest")
     assert "debit" not in town.kinds("ada", run) + town.kinds("ada", third)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import click
@@ -52,6 +52,11 @@ def test_this_list_of_commands_is_complete() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_shows_an_example(command: list[str]) -> None:
     call(*command, "--help").expect(0).says(f"Example: hansa {' '.join(command)}")
+
+
+def test_the_version_and_a_misspelt_command() -> None:
+    assert call("--version").expect(0).out == f"hansa {version('hansa')}\n"
+    assert call("simulat").expect(2).err.count("Did you mean") == 1
 
 
 def test_help_of_the_whole_and_of_groups_names_every_command() -> None:
@@ -123,7 +128,9 @@ def test_seeds_and_baselines_make_a_table(tmp_path: Path) -> None:
     assert all(row["auc"]["sd"] >= 0 for row in table.values())
     assert {"seed-3", "seed-4"} <= {p.name for p in (tmp_path / "out").iterdir()}
     # The same seeds again: refused, unless the run is to go on; every seed is a bundle of its own.
-    call("simulate", config, "--out", tmp_path / "out", "--seeds", "2").expect(2).says("holds another run", "--resume")
+    call("simulate", config, "--out", tmp_path / "out", "--seeds", "2").expect(2).says(
+        "holds another sweep", "--resume"
+    )
     call("audit", tmp_path / "out" / "seed-4").expect(0)
 
 

@@ -217,7 +217,8 @@ def test_seeds_keep_private_folders_apart(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "out.private").iterdir()} == {"seed-3", "seed-4", LOCK}
     assert not list((tmp_path / "out").rglob("identity.key"))
     assert len(list((tmp_path / "out.private").rglob("identity.key"))) == 10
-    call("simulate", config, "--out", "out", "--seeds", "2").expect(2).says("holds another run")
+    call("simulate", config, "--out", "out", "--seeds", "2").expect(2).says("holds another sweep")
+    call("simulate", config, "--out", "out", "--resume").expect(2).says("out: holds a sweep", "the --sweep and --seeds")
 
 
 def test_resume_says_when_there_is_nothing_to_resume(tmp_path: Path) -> None:
@@ -225,7 +226,9 @@ def test_resume_says_when_there_is_nothing_to_resume(tmp_path: Path) -> None:
     words = "nothing to resume in out: starting a new run"
     assert words in call("simulate", config, "--out", "out", "--resume", "--format", "json").expect(0).err
     assert words not in call("simulate", config, "--out", "out", "--resume").says("written to out").text
-    call("simulate", config, "--out", "out", "--resume", "--seeds", "2").expect(2).says("holds another run")
+    call("simulate", config, "--out", "out", "--resume", "--seeds", "2").expect(2).says(
+        "holds a single run, not a sweep"
+    )
 
 
 def test_the_demo_wants_a_refusal_for_the_budget() -> None:

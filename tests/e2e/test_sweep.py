@@ -46,6 +46,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder / "out", done.json()
 
 
+def test_a_task_that_is_not_there_stops_a_sweep_before_it_begins(tmp_path: Path) -> None:
+    config = write(tmp_path / "c.yaml", federation().replace("heart-disease", "heart-desease"))
+    call("simulate", config, "--seeds", "2", "--out", "out").expect(2).says("no task 'heart-desease' is installed")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_csv_is_what_the_results_say(swept: tuple[Path, Any]) -> None:
     out, _ = swept
     found = rows(out)
@@ -99,7 +105,7 @@ def test_finished_runs_are_not_run_again(swept: tuple[Path, Any], tmp_path: Path
     for name in ("sweep.csv", "sweep.json", "sweep.png"):
         (out / name).unlink()
     config = write(tmp_path / "c.yaml", federation())
-    call("simulate", config, *SWEEP, "--out", out).expect(2).says("holds another run", "--resume")
+    call("simulate", config, *SWEEP, "--out", out).expect(2).says("holds another sweep", "--resume")
     done = call("simulate", config, *SWEEP, "--out", out, "--resume").expect(0)
     done.says("8 of 8 runs were finished before", "8 of 8 audits verified", "median and [10th to 90th percentile")
     assert files(out) == before
@@ -263,7 +269,7 @@ def test_a_real_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
     before = {k: v for k, v in files(out).items() if "epsilon-1_seed-3" in k}
     assert [r["folder"] for r in rows(out)] == ["epsilon-1_seed-3"]
     lines = book.read_bytes()
-    process(*options).expect(2).says("holds another run")
+    process(*options).expect(2).says("holds another sweep")
     process(*options, "--resume").expect(0).says("1 of 4 runs were finished before", "4 of 4 audits verified")
     assert book.read_bytes().startswith(lines[: lines.rfind(b"\n") + 1])
     assert {k: v for k, v in files(out).items() if "epsilon-1_seed-3" in k} == before

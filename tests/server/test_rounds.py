@@ -280,7 +280,8 @@ def test_quorum_not_met(table: Table) -> None:
     for name in ("ada", "ben"):
         table.partners[name].answers["train"] = _refuse
     with pytest.raises(
-        RunFailed, match=r"(?s)round 1: 1 of 3 partners answered, the quorum is 2 \(ada: refused.*--resume"
+        RunFailed,
+        match=r"(?s)round 1: 1 of 3 partners answered, the quorum is 2 \(ada, ben: refused.*--resume --give-up",
     ):
         table.run()
     assert table.checkpoint().round == 0

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hansa.clients.training import NOT_FINITE
 from hansa.common.charter import SignedCharter, adversary
+from hansa.server.records import Answer
+from hansa.server.rounds import Refusing
 from hansa.simulations import display as display_module
 from hansa.simulations.display import Display, time_left
 from hansa.simulations.result import score_rows
@@ -125,6 +128,37 @@ def test_the_screen_has_the_time_left_too() -> None:
         for number in (1, 2):
             display.notify("done", round=number, metrics={}, seconds=2.0)
     assert "round 2 of 9   2.00 s a round   about 14 s left" in console.export_text()
+
+
+def test_what_went_wrong_with_many_is_one_line() -> None:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    simulation: Any = SimpleNamespace(roster=(), nodes=dict[str, Any](), gates=dict[str, Any](), signed=charter())
+    display = Display(console, quiet=True)
+    display.show(simulation)
+
+    def exchange(kind: str, refused: int, failed: int) -> None:
+        for n in range(9):
+            if n < refused:  # in whatever way: at the client, or where its update is read
+                wrong = ("refused: model", NOT_FINITE) if n else ("invalid", f"{NOT_FINITE}, or its norm is too large")
+            else:
+                wrong = ("failed", "why") if n < refused + failed else ("ok", "")
+            answer = Answer("", wrong[0], None, wrong[1])
+            display.notify("answer", partner=f"client-{n}", round=1, kind=kind, answer=answer)
+        for n in range(1, refused):
+            display.notify("refused", refusal=Refusing(f"client-{n}", "r", 1, "model", NOT_FINITE))
+
+    with display:
+        display.notify("round", round=1)
+        exchange("train", 9, 0)
+        exchange("evaluate", 0, 2)
+        display.notify("done", round=1, metrics={}, seconds=1.0)
+        display.notify("round", round=2)
+        exchange("train", 0, 6)  # and the run ends there
+    assert console.export_text().splitlines() == [
+        "9 of 9 clients: their updates are not finite: the training diverges; lower the learning rate or the number of steps",
+        "client-0, client-1: failed: why",
+        "6 of 9 clients: failed: why",
+    ]
 
 
 def test_times_in_words() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hansa.clients.datasets import RegisteredDataset
 from hansa.common.config import Federation
-from hansa.common.errors import DataError, OutputError, RunFailed
+from hansa.common.errors import ConfigError, DataError, OutputError, RunFailed, TaskError
 from hansa.common.ledger import Ledger
+from hansa.common.tasks import load_task
 from hansa.server.checkpoint import Checkpoint
+from hansa.simulations import federation
 from hansa.simulations.federation import Simulation, private_folder
 from hansa.simulations.result import make_result, save_result
 from support import HEART, Killed, config, run, same_arrays, unwrapped, verified
@@ -177,12 +183,22 @@ def test_a_folder_of_another_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(small(algorithm=algorithm(rounds=1)), out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(OutputError, match=r"(?s)holds another run.*--resume"):
+    with pytest.raises(OutputError, match=r"holds another run, which is finished") as caught:
         run(small(algorithm=algorithm(rounds=1)), out)
+    assert "--resume" not in caught.value.hint
+    (out / "result.json").rename(tmp_path / "result.json")
+    with pytest.raises(OutputError, match=r"(?s)holds another run, which is not finished.*--resume"):
+        run(small(algorithm=algorithm(rounds=1)), out)
+    (tmp_path / "result.json").rename(out / "result.json")
     for other in (small(algorithm=algorithm(rounds=2)), small(algorithm=algorithm(rounds=1), seed=1)):
-        with pytest.raises(OutputError, match="run of another configuration"):
-            run(other, out, resume=True)
+        for resume in (False, True):
+            with pytest.raises(OutputError, match="run of another configuration") as caught:
+                run(other, out, resume=resume)
+            assert ("it began with" in caught.value.hint) is resume
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    private_folder(out).rename(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match=r"its private folder .*out\.private is missing"):
+        run(small(algorithm=algorithm(rounds=1)), out, resume=True)
 
 
 def test_a_folder_that_is_not_ours(tmp_path: Path) -> None:
@@ -295,3 +311,74 @@ def test_a_population_whose_clients_have_keys_shares_its_noise_and_a_larger_one_
     for clients, quorum in ((2, 2), (101, 101)):
         with pytest.raises(ValueError, match="3 to 100 partners with keys of their own"):
             config(**asked, population={"dataset": "digits", "clients": clients}, quorum=quorum)
+
+
+# -- models that cannot be trained -----------------------------------------------------------------------------------------
+
+
+class Product(torch.nn.Module):
+    """What Opacus has no gradients by record of."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.out = torch.nn.Bilinear(inputs, inputs, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.out(x, x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("who", "engine"), [({}, ""), ({"population": "digits"}, "nodes"), ({"population": "digits"}, "cohort")]
+)
+@pytest.mark.parametrize(
+    ("build", "protected", "words"),
+    [
+        (lambda i, c: 1 / 0, False, "build_model fails: ZeroDivisionError"),
+        (lambda i, c: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(i, 1)), False, "the model gives"),
+        (Product, True, "layer 'out' .Bilinear. has no per-record gradients"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_told_once_and_before_anything_is_charged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    who: dict[str, Any],
+    engine: str,
+    build: Any,
+    protected: bool,
+    words: str,
+) -> None:
+    privacy = LOCAL if protected else {"kind": "none"}
+    if who:
+        dealt = {"dataset": "digits", "clients": 30, "partition": {"kind": "iid"}}
+        settings = small(task="digits", partners=None, population=dealt, privacy=privacy)
+    else:
+        settings = small(privacy=privacy)
+    task = load_task(settings.task)
+    inputs = math.prod(task.schema.shape)
+    monkeypatch.setattr(
+        federation, "load_task", lambda _: replace(task, build_model=lambda: build(inputs, len(task.classes)))
+    )
+    with pytest.raises(TaskError, match=words):
+        Simulation(settings, tmp_path, tmp_path / "out", engine=engine)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_without_rows_to_train_on_is_named(tmp_path: Path) -> None:
+    dealt = {"dataset": "digits", "clients": 60, "partition": {"kind": "dirichlet", "alpha": 0.5, "min_records": 1}}
+    settings = small(
+        task="digits", partners=None, population=dealt, evaluation={"kind": "public", "test_fraction": 0.8}
+    )
+    with pytest.raises(ConfigError, match=r"client-00\d\d has no training row left") as caught:
+        Simulation(settings, tmp_path, tmp_path / "out")
+    assert "test_fraction" in caught.value.hint
+
+
+def test_an_error_names_no_option_that_simulate_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(Simulation(small(), tmp_path, tmp_path / "out")) as made:
+        for node in made.nodes.values():
+            monkeypatch.setattr(node, "_rows", lambda: 1 / 0)
+        with pytest.raises(RunFailed) as caught:
+            made.run()
+    assert caught.value.hint.endswith("--resume.")
+    assert caught.match("cleveland, switzerland: invalid the node failed")
