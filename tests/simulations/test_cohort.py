@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -423,7 +424,9 @@ def hooked(what: str) -> nn.Module:
     elif what == "layer":
         model.first.register_forward_hook(lambda module, x, y: y * 2)
     else:
-        torch.nn.utils.weight_norm(model.first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, and still what many models have
+            torch.nn.utils.weight_norm(model.first)
     return model
 
 
