@@ -61,7 +61,7 @@ def arrays(folder: Path) -> tuple[Rows, Rows | None, Owners | None]:
         raise DataError(f"{folder}/x_test.npy: rows of another shape than those of x.npy", _ARRAYS)
     if not (folder / "client.npy").exists():
         return rows, test, None
-    owners = _integers(folder / "client.npy", len(rows), "client")
+    owners = _integers(folder / "client.npy", len(rows), "client number")
     if owners.min(initial=0) < 0:
         raise DataError(f"{folder}/client.npy: {owners.min()} is no client", "Clients are numbered from 0.")
     return rows, test, owners

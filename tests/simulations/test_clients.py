@@ -153,7 +153,7 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
         ({"y": np.zeros((90, 1), int)}, "not integers"),
         ({"y": np.zeros(89, int)}, "89 labels for 90 rows"),
         ({"y": np.full(90, 10)}, "labels outside"),
-        ({"client": np.zeros(5, int)}, "5 clients for 90 rows"),
+        ({"client": np.zeros(5, int)}, "5 client numbers for 90 rows"),
         ({"client": np.full(90, -1)}, "no client"),
     ],
 )
