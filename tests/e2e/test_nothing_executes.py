@@ -143,7 +143,7 @@ BY_NAME = {
     "common/tasks/__init__.py": {"importlib.import_module"},
     "common/tasks/scaffold.py": {"importlib.util.find_spec"},  # of the name that the user gives a new package
 }
-FINDS = {"common/tasks/__init__.py", "common/cli.py", "common/frontier_cli.py"}
+FINDS = {"common/tasks/__init__.py", "common/cli.py", "common/frontier_cli.py", "common/plan_cli.py"}
 """Who may look for entry points: in the groups hansa.tasks, hansa.commands and hansa.simulators, of installed packages."""
 
 
