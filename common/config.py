@@ -528,7 +528,7 @@ def load_yaml(path: Path, model: type[Model], missing: str = "Ready-made configu
 
 def located(path: Path, err: ConfigError) -> ConfigError:
     """An error that data showed, with the place in the file of the key that its words begin with, if they do."""
-    key = err.message.split()[0].rstrip(":").split(".")
+    key = err.message.partition(" ")[0].rstrip(":").split(".")
     node, line = _find(_compose(path, ""), key)
     return err if node is None else ConfigError(f"{path}:{line}: {err.message}", err.hint or _WHERE)
 

@@ -90,7 +90,7 @@ def arrays(folder: Path, task: Task) -> tuple[Rows, Rows | None, Owners | None]:
     test = _mapped(folder / "x_test.npy", folder / "y_test.npy", task) if (folder / "x_test.npy").exists() else None
     if not (folder / "client.npy").exists():
         return rows, test, None
-    owners = _integers(folder / "client.npy", len(rows), "client")
+    owners = _integers(folder / "client.npy", len(rows), "client number")
     if owners.min(initial=0) < 0:
         raise DataError(f"{folder}/client.npy: {owners.min()} is no client", "Clients are numbered from 0.")
     return rows, test, owners

@@ -5,8 +5,6 @@ One object does it wherever it is done: in the simulation's own process, in a wo
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import time
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from ..common.tasks import Task
 from .clients import Clients
 from .cohort import Cohort, Member
 from .layers import Unsupported
+from .libc import keep_memory
 from .population import client_name
 
 _log = logging.getLogger("hansa.node")
@@ -67,7 +66,7 @@ class Trainer:
         declared_records: int,
         model_seed: int,
     ) -> None:
-        _keep_memory()
+        keep_memory()
         self._task, self._model, self._clients = task, model, clients
         self._settings, self._declared, self._seed = settings, declared_records, model_seed
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -141,7 +140,7 @@ class Trainer:
         """Let go of what a trial left behind; processes that are forked afterwards would each keep it."""
         if self._cohort is not None:
             self._cohort.forget()
-        _keep_memory(trim=True)
+        keep_memory(trim=True)
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase, and begin again."""
@@ -210,17 +209,3 @@ class Trainer:
 
 
 _NOT_FINITE = Outcome(refused=(Refusal.NUMERIC.value, NOT_FINITE))
-
-
-def _keep_memory(*, trim: bool = False) -> None:
-    """Let this process keep what it frees. A step's tensors are megabytes that come and go: to give their pages back to the system, and
-    to get them cleared again, took a sixth of the time. What glibc knows by M_TRIM_THRESHOLD and M_MMAP_THRESHOLD."""
-    with contextlib.suppress(OSError, AttributeError):  # another system's library
-        library = ctypes.CDLL(None)
-        library.mallopt(-1, _KEPT_BYTES)
-        library.mallopt(-3, 32 * 2**20)  # as large as it may be
-        if trim:
-            library.malloc_trim(0)
-
-
-_KEPT_BYTES = 64 * 2**20

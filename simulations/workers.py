@@ -7,7 +7,6 @@ had written is overwritten, and nothing of it was read before. None outlives its
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import logging
@@ -28,6 +27,7 @@ import torch
 
 from ..clients.app import without_words
 from ..common.errors import RunFailed, counted
+from .libc import die_with
 from .trainer import Outcome, Trainer
 
 _log = logging.getLogger("hansa.node")
@@ -37,8 +37,6 @@ Done = tuple[Sequence[int], Floats, list[Outcome]]
 """Clients, their updates [clients, parameters], and how each one's work ended."""
 
 _TRIES = 3
-_DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of Linux."""
 _AHEAD = 2
 """Chunks that a worker has at most: it need not be woken for the next one, which takes longer than a small chunk."""
 _PLACES = 3
@@ -200,10 +198,7 @@ class Workers:
 
     def _work(self, pipe: Connection, not_mine: list[Connection], parent: int) -> None:
         """A worker's life."""
-        # Killed with the parent: it would else finish its chunk, and hold the run's lock as long.
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(0)
+        die_with(parent)  # it would else finish its chunk, and hold the run's lock as long
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends us
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for other in not_mine:  # or we would keep each other alive when the parent is gone

@@ -184,7 +184,7 @@ def test_a_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
         ({"x": with_nan(90)}, r"x.npy, rows 84 to 89: 1 of 6 rows hold NaN or Inf; rows \(from 0\) 89"),
         ({"x_test": with_nan(9)}, r"x_test.npy, rows 7 to 8: 1 of 2 rows hold NaN"),
         ({"y_test": np.full(9, -1)}, "class outside"),
-        ({"client": np.zeros(5, int)}, "5 clients for 90 rows"),
+        ({"client": np.zeros(5, int)}, "5 client numbers for 90 rows"),
         ({"client": np.full(90, -1)}, "no client"),
     ],
 )
