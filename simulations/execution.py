@@ -118,16 +118,17 @@ def probe(
     tried_steps = min(steps, 2)
 
     def seconds(some: Sequence[int], batched: bool) -> float:
-        """A client's share of a round, the better of two."""
+        """A client's share of a round, the best of some attempts: whatever else the machine does can only add."""
         out = np.empty((len(some), trainer.size), np.float32)
-        best = math.inf
-        for attempt in range(3):
+        best, all_s = math.inf, 0.0
+        for attempt in range(9):
             at = time.perf_counter()
             trainer.train(1, some, weights, out, batched=batched, most_steps=tried_steps)
             took = time.perf_counter() - at
+            all_s += took
             if attempt or took > _PROBE_S / 4:  # the first one warms up
                 best = min(best, took)
-            if attempt and took > _PROBE_S / 8:
+            if attempt and all_s > _PROBE_S / 12:
                 break
         return best / len(some) * steps / tried_steps
 
@@ -160,6 +161,13 @@ def choose(
         ray: they are Ray's, and have to do it all.
     """
     best: tuple[float, Execution] | None = None
+
+    def takes(batched: bool, each: float, clients: int) -> float:
+        """Seconds of one chunk of so many clients: of fewer than were tried, about what the next larger one that was takes."""
+        if not batched or clients in batched_s:
+            return clients * (batched_s[clients] if batched else each)
+        return min((c * s for c, s in batched_s.items() if c > clients), default=clients * each)
+
     ways = [(True, chunk, s) for chunk, s in batched_s.items()]
     if alone_s is not None:
         ways.append((False, _alone_chunk(alone_s, cohort), alone_s))
@@ -168,7 +176,8 @@ def choose(
         for batched, chunk, each in ways:
             jobs = math.ceil(cohort / chunk)
             if not workers:
-                round_s = cohort * each
+                whole, rest = divmod(cohort, chunk)
+                round_s = whole * chunk * each + (takes(batched, each, rest) if rest else 0.0)
             else:
                 # The last ones to finish decide: whole chunks a worker, and handing over.
                 round_s = math.ceil(jobs / workers) * (min(chunk, cohort) * each + hand_over_s)

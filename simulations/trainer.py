@@ -198,6 +198,7 @@ class Trainer:
                 member.settings,
                 member.declared_records,
                 seed=member.seed,
+                batches=member.batches,
             )
         except Refused as refused:
             return Outcome(refused=(refused.reason.value, refused.detail))
