@@ -23,7 +23,7 @@ from ..common.config import Section
 from ..common.errors import ConfigError, counted
 from .trainer import Trainer
 
-_PROBE_S = 1.0
+_PROBE_S = 0.6
 _CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CHUNK_BYTES = 64 * 2**20
 _HAND_OVER_S = 0.001

@@ -271,6 +271,7 @@ class Program:
             seed: output [rows, k] -> its gradient, of the sum over records of the loss of each (times its weight).
             factors: norms of the records' gradients [rows] -> what each counts [rows]; asked when run.private.
         """
+        run.late.clear()  # of a pass that an error ended
         values: dict[str, Any] = {}
         pulls: dict[str, tuple[list[str], Callable[[Tensor], Sequence[Tensor | None]]]] = {}
         for node in self._nodes:

@@ -634,3 +634,25 @@ def test_a_bad_first_record_is_its_own_clients_alone(private, sizes):
         without = Rows(clients[0].x[1:], clients[0].y[1:])
         expected = updates(cohort, weights, [Member(r, local, 5, 0) for r in (without, *clients[1:])])
         assert off(flat(found[0]).numpy(), flat(expected[0]).numpy()) < 1e-5
+
+
+def test_a_pass_that_an_error_ended_leaves_nothing_to_the_next(monkeypatch):
+    """Views of a chunk are kept, and with them the pass: what had waited for norms in it must not be added later."""
+    model, shape, kind = made("mlp", torch.float32)
+    clients = [rows(6, shape, i, kind) for i in range(3)]
+    cohort = Cohort(model, cross_entropy, clients[0].x, private=True)
+    cohort._noise = Silence()
+    local = LocalSettings(2, 1.0, "sgd", 1.0, clip_norm=0.5, noise_multiplier=1.0)
+    members, weights = [Member(r, local, 6, None) for r in clients], weights_of(model)
+    expected = updates(cohort, weights, members)
+    first = next(iter(cohort.program.layers.values()))
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError  # in the middle of the way back: two layers wait already
+
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "backward", fails)
+        with pytest.raises(MemoryError):
+            updates(cohort, weights, members)
+    for one, other in zip(expected, updates(cohort, weights, members), strict=True):
+        assert np.array_equal(flat(one).numpy(), flat(other).numpy())

@@ -120,7 +120,8 @@ def main() -> None:
                 return Split(Rows(x, y), Rows(x[:0], y[:0]))
 
         schema = ArraySchema(shape=tuple(data[0][0].shape[1:]), value_range=(-99, 99))
-        task = Task("bench", "bench", schema, ("a", "b"), workload.build)
+        outputs = workload.model()(data[0][0][:1]).shape[-1]
+        task = Task("bench", "bench", schema, tuple(f"class-{i}" for i in range(outputs)), workload.build)
         setattr(federation, "load_task", lambda _: task)  # noqa: B010
         setattr(federation, "code_sha256", lambda _: "0" * 64)  # noqa: B010
         setattr(federation, "clients_of", lambda *_: Given())  # noqa: B010
