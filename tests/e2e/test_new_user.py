@@ -171,10 +171,20 @@ def their_own_data_and_model(machine: Path) -> None:
     assert all(0 < p["epsilon"] <= 2 for p in result["partners"].values())
 
 
-def test_a_new_user_gets_to_a_verified_audit_by_the_page_alone(machine: Path) -> None:
+@pytest.fixture(scope="module")
+def followed(machine: Path) -> Path:
+    """The machine on which the page was followed."""
     as_it_is_written(machine)
-    what_it_shows_is_what_the_command_writes(machine)
-    their_own_data_and_model(machine)
+    return machine
+
+
+def test_a_new_user_gets_to_a_verified_audit_by_the_page_alone(followed: Path) -> None:
+    what_it_shows_is_what_the_command_writes(followed)
+
+
+@pytest.mark.soak
+def test_a_new_user_goes_on_with_their_own_data_and_model(followed: Path) -> None:
+    their_own_data_and_model(followed)
 
 
 def test_the_pages_task_on_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

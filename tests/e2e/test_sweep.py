@@ -253,6 +253,7 @@ def whole(out: Path, planned: int) -> None:
         assert not list(root.rglob(".*")), "half-written files are left"
 
 
+@pytest.mark.soak
 def test_a_real_sweep_is_killed_and_goes_on(tmp_path: Path) -> None:
     """In its second run: the first stays as it is, the second goes on from where its ledgers stand."""
     config, out = write(tmp_path / "c.yaml", federation(rounds=2)), tmp_path / "out"

@@ -12,7 +12,7 @@ from fuzz.engine import Session, bounded, pool
 from fuzz.targets import TARGETS
 
 REGRESSIONS = sorted(Path(__file__).parent.joinpath("regressions").glob("*/*"))
-INPUTS = 150
+INPUTS = 100
 MORE = 300
 """In `make soak`."""
 SECONDS = 10.0
