@@ -29,7 +29,7 @@ from ..common.accounting import PrivacyEvent
 from ..common.errors import ConfigError, HansaError, MessageError, Refusal, Refused, TaskError, counted
 from ..common.noise import SecureNoise
 from ..common.shared_noise import SharedGaussian
-from ..common.tasks import Task, check_layers, check_model, initial_model
+from ..common.tasks import Task, check_layers, check_model, initial_model, made_up_records
 from .datasets import Rows
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -586,14 +586,11 @@ def _check_apart(
                 ) from error
             return [(g, p.grad) for g, p in zip(by_record, parameters.values(), strict=True)]
 
-        record, other = torch.randint(0, 2, (2, *shape)).to(dtype)  # 0 and 1: also valid as tokens
+        (record, other, another), *sizes = made_up_records(shape, dtype)
         attempt([record, other, record], [0, 0, 0])  # 3 rows, then 2: no other dimension agrees with both by chance
-        tried = [(attempt([record, other], [0, 0]), attempt([record, 1 - other], [0, 1]))]
-        if dtype.is_floating_point:
-            # Code that mixes by the largest number of a batch, say, shows only where numbers differ. Where 0 and 1 alone are valid, no.
-            one, small, large = (size * torch.randn(shape, dtype=dtype) for size in (1.0, 0.1, 30.0))
-            with contextlib.suppress(TaskError):
-                tried.append((attempt([one, small], [1, 0]), attempt([one, large], [1, 1])))
+        tried = [(attempt([record, other], [0, 0]), attempt([record, another], [0, 1]))]
+        with contextlib.suppress(TaskError):  # where 0 and 1 alone are valid
+            tried += [(attempt([one, small], [1, 0]), attempt([one, large], [1, 1])) for one, small, large in sizes]
     for with_other, with_another in tried:
         _refuse_mixed(parameters, with_other, with_another)
     if any(not torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True)):

@@ -158,9 +158,8 @@ class Cohort:
         most = max(counts, default=0)
         by_record = 4 * self.program.size if self._apart else 4096
         rows = max(1, min(_PIECE_ROWS, _PIECE_BYTES // (by_record * len(counts))))
-        if 0 < most <= rows or (
-            most and self.program.dropout
-        ):  # a client's masks are drawn layer by layer, for a whole batch
+        # Dropout is drawn layer by layer, for a client's whole batch: that is not cut.
+        if most and (most <= rows or self.program.dropout):
             yield None
             return
         for begin in range(0, most, rows):

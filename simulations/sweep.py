@@ -326,7 +326,7 @@ class Sweep:
                 found.setdefault(made, []).append((path.parent.name, result))
         for run, made, inputs in zip(self._plan.runs, self._hashes, self._inputs, strict=True):
             for folder, result in found.get(made, []):
-                if {**inputs, **result["sweep"]} != {**result["sweep"], **inputs}:
+                if any(result["sweep"].get(name, mine) != mine for name, mine in inputs.items()):
                     raise OutputError(
                         f"{self._out / folder}: was finished with other code of its task, or other data (run {run.name})",
                         "One table is of one code and data: restore them, or give another --out.",

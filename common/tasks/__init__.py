@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -33,6 +33,7 @@ __all__ = [
     "cross_entropy",
     "initial_model",
     "load_task",
+    "made_up_records",
     "sized",
     "task_names",
 ]
@@ -242,6 +243,20 @@ def _tried(task: Task, model: nn.Module, records: Tensor, labels: list[int]) -> 
     return logits, loss
 
 
+def made_up_records(shape: Sequence[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Records on which it shows whether a model keeps them apart: one, and two that stand beside it in turn.
+
+    First of 0 and 1, which are also valid as tokens. Then, of floats, of different sizes: code that mixes by the largest number of a
+    batch, say, shows only there; not every model takes them. Drawn by torch's generator.
+    """
+    record, other = torch.randint(0, 2, (2, *shape)).to(dtype)
+    found = [(record, other, 1 - other)]
+    if dtype.is_floating_point:
+        one, small, large = (size * torch.randn(tuple(shape), dtype=dtype) for size in (1.0, 0.1, 30.0))
+        found.append((one, small, large))
+    return found
+
+
 def _refuse_mixing(task: Task, model: nn.Module) -> None:
     """Raise TaskError when what comes out for a record depends on the one beside it. Overwrites the parameters."""
     shape = task.schema.shape
@@ -249,9 +264,7 @@ def _refuse_mixing(task: Task, model: nn.Module) -> None:
     for p in model.parameters():
         if p.requires_grad:  # an output layer that starts at zero would hide it
             nn.init.normal_(p, std=0.3)
-    record, other = torch.randint(0, 2, (2, *shape)).float()  # 0 and 1: also valid as tokens
-    # Code that mixes by the largest number of a batch, say, shows only where numbers differ.
-    one, small, large = (size * torch.randn(shape) for size in (1.0, 0.1, 30.0))
+    usual, *others = made_up_records(shape, torch.float32)
 
     def beside(first: Tensor, second: Tensor, label: int) -> list[Tensor]:
         torch.manual_seed(0)  # the same dropout for both
@@ -262,9 +275,9 @@ def _refuse_mixing(task: Task, model: nn.Module) -> None:
         pairs = zip(beside(first, second, 0), beside(first, third, 1), strict=True)
         return not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs)
 
-    mixes = differs(record, other, 1 - other)
+    mixes = differs(*usual)
     with contextlib.suppress(TaskError):  # where 0 and 1 alone are valid
-        mixes = mixes or differs(one, small, large)
+        mixes = mixes or any(differs(*records) for records in others)
     if mixes:
         raise TaskError(
             f"task {task.name}: the model or the loss mixes records: what it gives for one depends on the others of its batch",

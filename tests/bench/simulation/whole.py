@@ -87,6 +87,13 @@ def main() -> None:
         "quorum": 1,
         "round_deadline_s": 36000,
     }
+
+    def use(task: Task, clients: Any) -> None:
+        """In the place of what a configuration would name."""
+        setattr(federation, "load_task", lambda _: task)  # noqa: B010  mypy refuses to assign to a module's function
+        setattr(federation, "code_sha256", lambda _: "0" * 64)  # noqa: B010
+        setattr(federation, "clients_of", lambda *_: clients)  # noqa: B010
+
     if options.what == "million":
         count = options.clients or 1_000_000
         made |= {
@@ -122,9 +129,7 @@ def main() -> None:
         schema = ArraySchema(shape=tuple(data[0][0].shape[1:]), value_range=(-99, 99))
         outputs = workload.model()(data[0][0][:1]).shape[-1]
         task = Task("bench", "bench", schema, tuple(f"class-{i}" for i in range(outputs)), workload.build)
-        setattr(federation, "load_task", lambda _: task)  # noqa: B010
-        setattr(federation, "code_sha256", lambda _: "0" * 64)  # noqa: B010
-        setattr(federation, "clients_of", lambda *_: Given())  # noqa: B010
+        use(task, Given())
         if workload.private:
             made["privacy"] = {
                 "kind": "local", "epsilon": 100, "delta": 1e-4, "clip_norm": CLIP_NORM, "noise_multiplier": NOISE_MULTIPLIER
@@ -171,9 +176,7 @@ def main() -> None:
 
         schema = ArraySchema(shape=(100,), value_range=(-10, 10))
         task = Task("bench", "random rows", schema, ("a", "b"), model)
-        setattr(federation, "load_task", lambda _: task)  # noqa: B010
-        setattr(federation, "code_sha256", lambda _: "0" * 64)  # noqa: B010
-        setattr(federation, "clients_of", lambda *_: Generated())  # noqa: B010
+        use(task, Generated())
         made |= {
             "population": {"dataset": "synthetic", "clients": count, "partition": {"kind": "drawn", "records": 20}},
             "algorithm": {"rounds": options.rounds, "local": {"steps": 1, "optimizer": {"lr": 0.1}}},
