@@ -241,10 +241,8 @@ def _squared_norms(rows: int, dy: Tensor, x: Tensor, biased: bool) -> Tensor:
         return (found.add_(1) if biased else found).mul_(torch.linalg.vector_norm(dy, dim=1).square_())
     x, dy = x.view(rows, -1, k), dy.view(rows, -1, m)
     if x.shape[1] * (k + m) < 2 * k * m:
-        a, b = (
-            x.double(),
-            dy.double(),
-        )  # products that nearly cancel: in float32 a norm may come out as a fraction of itself
+        # Products that nearly cancel: in float32 a norm may come out as a fraction of itself.
+        a, b = x.double(), dy.double()
         gram = torch.bmm(a, a.transpose(1, 2)) + int(biased)
         return (gram * torch.bmm(b, b.transpose(1, 2))).sum((1, 2)).clamp_min_(0).to(dy.dtype)
     found = torch.linalg.vector_norm(torch.bmm(dy.transpose(1, 2), x), dim=(1, 2)).square_()

@@ -76,6 +76,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (2, 24, 24),
     ),
+    "one channel, strides": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 24, (5, 3), stride=(2, 3), dilation=(1, 2), padding=(2, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(3456, 3)
+        ),
+        (1, 24, 37),
+    ),
     "grouped conv2d": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)), (4, 5, 5)),
     "conv1d": (
         lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 3, 2), nn.Flatten(), nn.Linear(12, 3)),
@@ -600,15 +606,21 @@ def test_a_layer_that_is_used_twice_is_stacked_without_clipping_only():
 
 
 def test_the_trial_notices_a_backward_that_is_wrong(monkeypatch):
-    """Negative control of `compiled`: a layer that forgets its bias is not given out."""
+    """Negative control of `compiled`: neither a gradient nor a norm that is off by a hundredth is given out."""
     from hansa.simulations import layers
 
-    right = layers._add_products
-    monkeypatch.setattr(layers, "_add_products", lambda groups, dy, x, into: right(groups, 1.01 * dy, x, into))
-    with pytest.raises(Unsupported, match="differ"):
-        Cohort(
-            nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), cross_entropy, torch.zeros(1, 5), private=False
-        )
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    Cohort(model, cross_entropy, torch.zeros(1, 5), private=True)
+    products, norms = layers._add_products, layers._squared_norms
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_add_products", lambda groups, dy, x, into: products(groups, 1.01 * dy, x, into))
+        with pytest.raises(Unsupported, match="differ"):
+            Cohort(model, cross_entropy, torch.zeros(1, 5), private=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_squared_norms", lambda *of: 1.02 * norms(*of))
+        Cohort(model, cross_entropy, torch.zeros(1, 5), private=False)
+        with pytest.raises(Unsupported, match="differ"):
+            Cohort(model, cross_entropy, torch.zeros(1, 5), private=True)
 
 
 @pytest.mark.parametrize("private", [False, True])

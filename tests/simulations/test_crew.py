@@ -101,6 +101,33 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def test_more_threads_here_than_in_a_worker_change_no_bit(two_threads: None) -> None:
+    """A model and batches that torch would divide among threads."""
+
+    class Wide(Made):
+        def open(self, number: int) -> Split:
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(64, 784, generator=generator)
+            return Split(Rows(x, (x[:, 0] > 0).long()), None)  # type: ignore[arg-type]
+
+    wide = torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
+    task = Task("wide", "random rows", ArraySchema(shape=(784,), value_range=(-9, 9)), ("a", "b"), lambda: wide)
+    weights = np.concatenate([p.detach().numpy().reshape(-1) for p in wide.parameters()])
+
+    def made(executor: Any) -> bytes:
+        return b"".join(some.tobytes() for _, some, _ in executor.train(1, weights, [[0, 1, 2]]))
+
+    def fresh() -> Trainer:
+        torch.set_num_threads(2)
+        return Trainer(task, wide, Wide(), LocalSettings(3, 1.0, "sgd", 0.1), 64, 0)
+
+    workers = Workers(fresh(), 1, 3, batched=True)
+    try:
+        assert made(Here(fresh(), batched=True)) == made(workers)
+    finally:
+        workers.close()
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_any_number_of_workers_gives_the_same_bits(batched: bool, two_threads: None) -> None:
     here = folded(Here(trainer(), batched=batched))
