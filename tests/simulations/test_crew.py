@@ -92,44 +92,54 @@ def folded(executor: Any, size: int = 4, number: int = 1) -> tuple[list[int], by
     return seen, total.tobytes()
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As if OMP_NUM_THREADS were 2: how a sum is divided among threads decides how it is rounded."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def test_more_threads_here_than_in_a_worker_change_no_bit() -> None:
+    """How a sum is divided among threads decides how it is rounded. In a process of its own: torch counts its threads at the start."""
+    code = f"""
+import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+import torch, test_crew
+assert torch.get_num_threads() == 2
+test_crew.wide_updates_are_the_same()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_more_threads_here_than_in_a_worker_change_no_bit(two_threads: None) -> None:
-    """A model and batches that torch would divide among threads."""
+def wide_updates_are_the_same() -> None:
+    """Of a model and batches that torch divides among threads, here and in a worker."""
 
     class Wide(Made):
         def open(self, number: int) -> Split:
             generator = torch.Generator().manual_seed(number)
-            x = torch.randn(64, 784, generator=generator)
-            return Split(Rows(x, (x[:, 0] > 0).long()), None)  # type: ignore[arg-type]
+            n = (64, 50, 64, 30)[number]
+            x, y = torch.randn(n, 784, generator=generator), torch.randint(0, 10, (n,), generator=generator)
+            return Split(Rows(x, y), None)  # type: ignore[arg-type]
 
-    wide = torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
-    task = Task("wide", "random rows", ArraySchema(shape=(784,), value_range=(-9, 9)), ("a", "b"), lambda: wide)
+    wide = torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    classes = tuple(f"class-{i}" for i in range(10))
+    task = Task("wide", "random rows", ArraySchema(shape=(784,), value_range=(-9, 9)), classes, lambda: wide)
     weights = np.concatenate([p.detach().numpy().reshape(-1) for p in wide.parameters()])
+    made = Trainer(task, wide, Wide(), LocalSettings(3, 1.0, "sgd", 0.1), 60, 0)
 
-    def made(executor: Any) -> bytes:
-        return b"".join(some.tobytes() for _, some, _ in executor.train(1, weights, [[0, 1, 2]]))
+    def updates(executor: Any) -> bytes:
+        return b"".join(some.tobytes() for _, some, _ in executor.train(1, weights, [[0, 1, 2, 3]]))
 
-    def fresh() -> Trainer:
-        torch.set_num_threads(2)
-        return Trainer(task, wide, Wide(), LocalSettings(3, 1.0, "sgd", 0.1), 64, 0)
-
-    workers = Workers(fresh(), 1, 3, batched=True)
+    here = updates(Here(made, batched=True))
+    workers = Workers(made, 1, 4, batched=True)
     try:
-        assert made(Here(fresh(), batched=True)) == made(workers)
+        assert updates(workers) == here
     finally:
         workers.close()
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_any_number_of_workers_gives_the_same_bits(batched: bool, two_threads: None) -> None:
+def test_any_number_of_workers_gives_the_same_bits(batched: bool) -> None:
     here = folded(Here(trainer(), batched=batched))
     assert here[0] == list(range(CLIENTS))
     for count in (1, 2, 3):
